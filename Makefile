@@ -1,0 +1,42 @@
+# `make demo` and `make test` do all their own set-up; a second call starts at once.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test lint format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    the whole story on this machine: data, pre-training, pictures, MLflow (about 5 minutes)"
+	@echo "make test    every test          make lint   ruff, format check"
+	@echo "make bench   our step beside Hugging Face's, our loader beside torchvision's"
+	@echo "make setup   only the set-up: .venv from requirements.lock, DeepSpeed's helpers built"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements.lock setup.py setup.sh
+	@./setup.sh $(VENV)
+	@touch $@
+
+demo: setup
+	$(BIN)/mae-scale demo --out demo
+
+test: setup
+	$(BIN)/python -m pytest tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python bench/step.py
+	$(BIN)/python bench/loader.py
+
+clean:
+	rm -rf $(VENV) demo

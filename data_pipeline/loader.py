@@ -1,0 +1,287 @@
+"""Batches for training and evaluation: each rank's part of global batch t, as torch tensors.
+
+The same images, crops and bytes whatever the number of ranks, the micro-batch and the number of threads;
+starting at step t gives what a run from the beginning gives at step t.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+
+from data_pipeline.augmentations import Augmentation, augmentation
+from data_pipeline.index import Index, check_shards
+from data_pipeline.loading import Batch, Loading, Stream
+from data_pipeline.order import BatchPlan, plan_batch, plan_evaluation, steps_per_epoch
+from data_pipeline.pipelines import Decoder, decoding_device
+from mae_scale.errors import UsageError
+
+__all__ = ["Batch", "EvaluationLoader", "ImageLoader"]
+
+
+class _Loader:
+    """What both loaders do: set up decoding, run one background stream at a time, close."""
+
+    def __init__(
+        self,
+        index: Index,
+        kind: str | Augmentation,
+        *,
+        image_size: int,
+        seed: int,
+        global_batch: int,
+        max_batch: int,
+        rank: int,
+        world_size: int,
+        device: str,
+        device_id: int | None,
+        threads: int,
+        bad_image_limit: float,
+        on_bad_image: Literal["replace", "stop"],
+        prefetch: int,
+        invalidate: bool = False,
+    ):
+        if not 0 <= rank < world_size:
+            raise UsageError(f"rank {rank} of {world_size} ranks; expected 0 to {world_size - 1}")
+        if on_bad_image not in ("replace", "stop"):
+            raise UsageError(f"data.on_bad_image is '{on_bad_image}'; expected replace or stop")
+        check_shards(index)
+        self.index, self.image_size = index, image_size
+        self.seed, self.global_batch = seed, global_batch
+        self.augmentation = augmentation(kind) if isinstance(kind, str) else kind
+        self.rank, self.world_size, self._prefetch = rank, world_size, prefetch
+        decoder = Decoder(
+            self.augmentation,
+            image_size,
+            max_batch,
+            device=decoding_device(device),
+            device_id=device_id,
+            threads=threads,
+        )
+        self.device = decoder.device
+        self._loading = Loading(
+            index,
+            decoder,
+            _Replan(index, self.augmentation, seed, global_batch, image_size),
+            threads=threads,
+            limit=bad_image_limit,
+            on_bad_image=on_bad_image,
+            invalidate=invalidate,
+        )
+        self._closing: weakref.finalize | None = None
+
+    @property
+    def bad_images(self) -> dict[str, str]:
+        """Name to reason of the images that this rank has found bad so far."""
+        return self._loading.bad_images
+
+    def _stream(self, plans: Iterator[tuple[int, BatchPlan]]) -> Iterator[Batch]:
+        self.close()
+        stream = Stream(self._loading.batches(plans), self._prefetch)
+        closing = self._closing = weakref.finalize(self, stream.close)  # also when the interpreter ends
+        try:
+            yield from stream
+        finally:
+            closing()
+
+    def close(self) -> None:
+        """End the background thread; iterating starts a new one."""
+        if self._closing is not None:
+            self._closing()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Replan:
+    """The plan of another image in a place of a global batch; refers to no loader, so that those can go."""
+
+    def __init__(self, index: Index, kind: Augmentation, seed: int, global_batch: int, image_size: int):
+        self._index, self._kind = index, kind
+        self._rest = {"seed": seed, "global_batch": global_batch, "image_size": image_size}
+
+    def __call__(self, step: int, position: int, sample_id: int) -> BatchPlan:
+        return plan_batch(
+            self._index,
+            self._kind,
+            step=step,
+            positions=np.array([position]),
+            sample_ids=np.array([sample_id]),
+            **self._rest,
+        )
+
+
+class ImageLoader(_Loader):
+    """Endless training batches from `start_step` (to `stop_step`, which is left out).
+
+    Iterating gives, for each step, `accumulation` = global_batch // (world_size * micro_batch) batches of
+    this rank's contiguous positions [rank * B / R, (rank + 1) * B / R) of the global batch, in order. A
+    thread reads and decodes `prefetch` micro-batches ahead, with `threads` threads for reading and as many
+    for decoding.
+
+    An image that turns bad after indexing is named once in a warning (logger mae_scale.data), replaced by the
+    next readable image of the index, and counted in `Batch.replaced` and `bad_images`; above
+    `bad_image_limit` (share of the index; one is always allowed), or with on_bad_image="stop", iterating
+    raises RunError with the list. Raises UsageError when the batch sizes do not divide, the index is too
+    small, or a shard has shrunk.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        augmentation: str | Augmentation = "random_resized_crop",
+        *,
+        image_size: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        device: str = "auto",
+        device_id: int | None = None,
+        threads: int = 2,
+        start_step: int = 0,
+        stop_step: int | None = None,
+        bad_image_limit: float = 0.001,
+        on_bad_image: Literal["replace", "stop"] = "replace",
+        prefetch: int = 2,
+    ):
+        self.accumulation = accumulation(global_batch, micro_batch, world_size)
+        self.steps_per_epoch = steps_per_epoch(len(index), global_batch)
+        self.micro_batch, self.start_step, self.stop_step = micro_batch, start_step, stop_step
+        super().__init__(
+            index,
+            augmentation,
+            image_size=image_size,
+            seed=seed,
+            global_batch=global_batch,
+            max_batch=micro_batch,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            device_id=device_id,
+            threads=threads,
+            bad_image_limit=bad_image_limit,
+            on_bad_image=on_bad_image,
+            prefetch=prefetch,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        share = self.global_batch // self.world_size
+        return self._stream(
+            _training_plans(
+                self.index,
+                self.augmentation,
+                self.start_step,
+                self.stop_step,
+                self.micro_batch,
+                seed=self.seed,
+                global_batch=self.global_batch,
+                positions=slice(self.rank * share, (self.rank + 1) * share),
+                image_size=self.image_size,
+            )
+        )
+
+
+def _training_plans(
+    index: Index, kind: Augmentation, start: int, stop: int | None, micro_batch: int, **rest
+) -> Iterator[tuple[int, BatchPlan]]:
+    step = start
+    while stop is None or step < stop:
+        plan = plan_batch(index, kind, step=step, **rest)
+        for first in range(0, len(plan), micro_batch):
+            yield step, plan[first : first + micro_batch]
+        step += 1
+
+
+def accumulation(global_batch: int, micro_batch: int, world_size: int) -> int:
+    """Micro-batches a step and rank. Raises UsageError that says what would fit when they do not divide."""
+    if min(global_batch, micro_batch, world_size) < 1:
+        raise UsageError(
+            f"global batch {global_batch}, micro-batch {micro_batch}, {world_size} ranks: none may be below 1"
+        )
+    if global_batch % (world_size * micro_batch) == 0:
+        return global_batch // (world_size * micro_batch)
+    unit = world_size * micro_batch
+    fits = [f"data.global_batch={max(1, round(global_batch / unit)) * unit}"]
+    if global_batch % world_size == 0:
+        share = global_batch // world_size
+        fits.insert(
+            0, f"engine.micro_batch={max(m for m in range(1, min(micro_batch, share) + 1) if share % m == 0)}"
+        )
+    ranks = max(r for r in range(1, world_size + 1) if global_batch % r == 0)
+    if ranks != world_size:
+        fits.append(f"{ranks} ranks")
+    raise UsageError(
+        f"a global batch of {global_batch} cannot be cut into micro-batches of {micro_batch} on "
+        f"{world_size} ranks; what would fit: {' or '.join(fits)}"
+    )
+
+
+class EvaluationLoader(_Loader):
+    """Every image once, in the order of the index; rank r has its contiguous part of each batch of all ranks.
+
+    All ranks have `len(loader)` batches of `batch_size`; positions behind the last image and images that
+    turned bad have `Batch.valid` False (filled with another image, to be left out of every mean).
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        augmentation: str | Augmentation = "evaluation",
+        *,
+        image_size: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: str = "auto",
+        device_id: int | None = None,
+        threads: int = 2,
+        bad_image_limit: float = 0.001,
+        on_bad_image: Literal["replace", "stop"] = "replace",
+        prefetch: int = 2,
+    ):
+        self.batch_size = batch_size
+        super().__init__(
+            index,
+            augmentation,
+            image_size=image_size,
+            seed=0,
+            global_batch=batch_size * world_size,
+            max_batch=batch_size,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            device_id=device_id,
+            threads=threads,
+            bad_image_limit=bad_image_limit,
+            on_bad_image=on_bad_image,
+            prefetch=prefetch,
+            invalidate=True,
+        )
+
+    def __len__(self) -> int:
+        return -(-len(self.index) // self.global_batch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        positions = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        return self._stream(
+            (
+                batch,
+                plan_evaluation(
+                    self.index,
+                    self.augmentation,
+                    batch=batch,
+                    global_batch=self.global_batch,
+                    positions=positions,
+                    image_size=self.image_size,
+                ),
+            )
+            for batch in range(len(self))
+        )

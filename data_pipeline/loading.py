@@ -1,0 +1,244 @@
+"""Plans to tensors in a background thread, for both loaders: read, decode, replace bad images, queue."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from data_pipeline.headers import BadImage
+from data_pipeline.index import Index
+from data_pipeline.order import BatchPlan
+from data_pipeline.pipelines import Decoder
+from data_pipeline.reading import ByteReader
+from mae_scale.errors import RunError
+
+SHOWN = 20  # bad images listed when a run stops
+POLL_S = 0.1
+
+log = logging.getLogger("mae_scale.data")
+
+
+@dataclass
+class Batch:
+    """A micro-batch of n images.
+
+    `images` float32 [n, 3, S, S], normalised by ImageNet's mean and std, on the GPU that decoded them or on
+    the CPU (pinned when there is a GPU); `labels` int64 [n] on the same device, -1 without a label;
+    `sample_ids` int64 [n] (NumPy), rows of the index, those of the replacements where images were bad;
+    `positions` int64 [n] (NumPy) in the global batch; `valid` bool [n] (NumPy), False for filling and for bad
+    images of an evaluation; `step` the global step (of an evaluation: the batch); `replaced` how many of the
+    n were bad.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    sample_ids: np.ndarray
+    positions: np.ndarray
+    valid: np.ndarray
+    step: int
+    replaced: int
+
+
+class Loading:
+    """Turns plans into batches, replacing images that cannot be read or decoded by the next readable ones.
+
+    `replan(step, position, sample_id)` gives the one-row plan of another image in that place, with the same
+    random numbers. Whether an image is bad is judged anew each time, so that a batch depends on the files
+    alone and not on what this process met before. `bad_images` maps each bad name met so far to its reason.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        decoder: Decoder,
+        replan: Callable[[int, int, int], BatchPlan],
+        *,
+        threads: int,
+        limit: float,
+        on_bad_image: Literal["replace", "stop"],
+        invalidate: bool = False,
+    ):
+        self.index, self.decoder, self.replan = index, decoder, replan
+        self.threads, self.on_bad_image, self.invalidate = threads, on_bad_image, invalidate
+        self.allowed = max(1, int(limit * len(index)))
+        self.limit = limit
+        self.bad_images: dict[str, str] = {}
+
+    def batches(self, plans: Iterator[tuple[int, BatchPlan]]) -> Iterator[Batch]:
+        """One batch a (step, plan); the bytes of the next plan are read while this one's are decoded."""
+        reader = ByteReader(self.index)
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="mae-scale-read") as pool:
+            waiting: list[tuple[int, BatchPlan, list[Future]]] = []
+            try:
+                for step, plan in plans:
+                    reads = [pool.submit(reader.read, int(image)) for image in plan.sample_ids]
+                    waiting.append((step, plan, reads))
+                    if len(waiting) > 1:
+                        yield self._finish(reader, *waiting.pop(0))
+                for step, plan, reads in waiting:
+                    yield self._finish(reader, step, plan, reads)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _finish(self, reader: ByteReader, step: int, plan: BatchPlan, reads: list[Future]) -> Batch:
+        encoded: list[np.ndarray] = [None] * len(plan)
+        replaced: set[int] = set()
+
+        def put_another(row: int, error: BadImage) -> None:
+            nonlocal plan
+            self._note(int(plan.sample_ids[row]), error)
+            encoded[row], plan = self._neighbour(reader, step, plan, row)
+            replaced.add(row)
+
+        for row, read in enumerate(reads):
+            try:
+                encoded[row] = read.result()
+            except BadImage as error:
+                put_another(row, error)
+        try:
+            images = self.decoder.decode(encoded, plan)
+        except BadImage as failure:  # DALI does not say which: decode one by one
+            before = len(replaced)
+            for row in set(range(len(plan))) - replaced:
+                try:
+                    self.decoder.decode([encoded[row]], plan[row : row + 1])
+                except BadImage as error:
+                    put_another(row, error)
+            if len(replaced) == before:
+                raise RunError(
+                    f"step {step}: a batch {failure}, although each of its images alone can"
+                ) from failure
+            try:
+                images = self.decoder.decode(encoded, plan)
+            except BadImage as again:
+                raise RunError(
+                    f"step {step}: a batch {again}, although each of its images alone can"
+                ) from again
+        valid = plan.valid.copy()
+        if self.invalidate:
+            valid[list(replaced)] = False
+        labels = self.index.label[plan.sample_ids].astype(np.int64)
+        tensors = to_torch(images, labels, self.decoder.device_id)
+        return Batch(*tensors, plan.sample_ids, plan.positions, valid, step, len(replaced))
+
+    def _neighbour(
+        self, reader: ByteReader, step: int, plan: BatchPlan, row: int
+    ) -> tuple[np.ndarray, BatchPlan]:
+        """The bytes of the next readable image, and the plan with it in the place of the bad one."""
+        bad = int(plan.sample_ids[row])
+        for ahead in range(1, len(self.index)):
+            image = (bad + ahead) % len(self.index)
+            one = self.replan(step, int(plan.positions[row]), image)
+            try:
+                encoded = reader.read(image)
+                self.decoder.decode([encoded], one)
+            except BadImage as error:
+                self._note(image, error)
+                continue
+            columns = {name: column.copy() for name, column in vars(plan).items() if name != "valid"}
+            for name, column in columns.items():
+                column[row] = getattr(one, name)[0]
+            return encoded, replace(plan, **columns)
+        raise RunError(f"no image of {self.index.root} can be read any more: {self._list()}")
+
+    def _note(self, image: int, error: BadImage) -> None:
+        name = self.index.name(image)
+        if name in self.bad_images:
+            return
+        self.bad_images[name] = str(error)
+        if self.on_bad_image == "stop":
+            raise RunError(f"bad image {self.index.root}/{name}: {error}; data.on_bad_image is 'stop'")
+        log.warning("bad image %s/%s: %s; another takes its place", self.index.root, name, error)
+        if len(self.bad_images) > self.allowed:
+            raise RunError(
+                f"{len(self.bad_images)} images turned bad after indexing, more than data.bad_image_limit "
+                f"allows ({self.limit:g} of {len(self.index)} images: {self.allowed}); restore them, or delete the "
+                f"index so that they are left out: {self._list()}"
+            )
+
+    def _list(self) -> str:
+        shown = [f"{name} ({reason})" for name, reason in list(self.bad_images.items())[:SHOWN]]
+        more = len(self.bad_images) - len(shown)
+        return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
+
+
+def to_torch(images, labels: np.ndarray, device_id: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """DALI's dense float32 tensor list and int64 labels as torch tensors, complete when this returns.
+
+    On the CPU nothing is copied: DALI's default executor leaves an output to whoever refers to it. On the GPU
+    the copy is made and waited for on a stream of its own; the consumer's stream is recorded in `Stream`.
+    """
+    if device_id is None:
+        tensors = torch.from_dlpack(images.as_tensor()), torch.from_numpy(labels)
+        return tuple(t.pin_memory() for t in tensors) if torch.cuda.is_available() else tensors
+    stream = torch.cuda.Stream(device_id)
+    with torch.cuda.device(device_id), torch.cuda.stream(stream):
+        tensors = (
+            torch.from_dlpack(images.as_tensor()).clone(),
+            torch.from_numpy(labels).to(f"cuda:{device_id}"),
+        )
+    stream.synchronize()
+    return tensors
+
+
+class Stream:
+    """Runs an iterator of batches in a thread, `prefetch` batches ahead, and hands them to one consumer."""
+
+    def __init__(self, batches: Iterator[Batch], prefetch: int):
+        self._queue: queue.Queue = queue.Queue(max(1, prefetch))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=_produce, args=(batches, self._queue, self._stop), name="mae-scale-loader", daemon=True
+        )
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while not self._stop.is_set():
+            try:
+                item = self._queue.get(timeout=1)
+            except queue.Empty:
+                if not self._thread.is_alive() and self._queue.empty():
+                    raise RunError("the loader's thread has ended without a word") from None
+                continue
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            if item.images.is_cuda:
+                item.images.record_stream(torch.cuda.current_stream(item.images.device))
+                item.labels.record_stream(torch.cuda.current_stream(item.labels.device))
+            yield item
+
+    def close(self) -> None:
+        """Stop and wait for the thread, which finishes at most the batch that it is decoding."""
+        self._stop.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+
+def _produce(batches: Iterator[Batch], into: queue.Queue, stop: threading.Event) -> None:
+    def put(item: Batch | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                return into.put(item, timeout=POLL_S)
+            except queue.Full:
+                continue
+
+    try:
+        for batch in batches:
+            put(batch)
+            if stop.is_set():
+                break
+        put(None)
+    except BaseException as error:  # whatever it is, the consumer must not wait for ever
+        put(error)
+    finally:
+        batches.close()

@@ -1,0 +1,154 @@
+"""The DALI graph: encoded bytes and a plan in, normalised crops out. One graph for CPU and GPU ("mixed")
+decoding.
+
+It holds no state and reads no file: what it gives depends on its inputs alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data_pipeline.augmentations import Augmentation, jitter_colours, jitter_slots, resize_crop
+from data_pipeline.headers import BadImage
+from data_pipeline.order import BatchPlan
+from mae_scale.errors import UsageError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def import_dali():
+    """The module `nvidia.dali`. Raises UsageError naming the extra to install."""
+    try:
+        import nvidia.dali.backend
+        import nvidia.dali.fn
+        import nvidia.dali.types
+    except ImportError as error:
+        raise UsageError(
+            f"NVIDIA DALI, which decodes the images, is not installed ({error}); install it, also "
+            "without a GPU, with `pip install mae-scale[cuda13]` or `pip install mae-scale[cuda12]`"
+        ) from None
+    return nvidia.dali
+
+
+def decoding_device(device: str = "auto") -> str:
+    """ "mixed" or "cpu" for `device` auto (mixed when there is a GPU), gpu or mixed, cpu.
+
+    Raises UsageError when DALI is missing, or a GPU is asked for and DALI sees none.
+    """
+    if device not in ("auto", "gpu", "mixed", "cpu"):
+        raise UsageError(f"data.device is '{device}'; expected auto, cpu or gpu")
+    if device == "cpu":
+        return "cpu"
+    gpus = import_dali().backend.GetCUDADeviceCount()
+    if gpus == 0 and device != "auto":
+        raise UsageError(f"data.device is '{device}' and DALI finds no GPU; use auto or cpu")
+    return "mixed" if gpus else "cpu"
+
+
+class Decoder:
+    """Decodes, crops, resizes, flips and normalises up to `max_batch` images at a time.
+
+    `device` is "cpu" or "mixed" (with `device_id`); `threads` decode. Not safe to call from two threads at
+    once.
+    """
+
+    def __init__(
+        self,
+        augmentation: Augmentation,
+        image_size: int,
+        max_batch: int,
+        *,
+        device: str = "cpu",
+        device_id: int | None = None,
+        threads: int = 2,
+    ):
+        import_dali()
+        self.augmentation, self.image_size, self.max_batch = augmentation, image_size, max_batch
+        self.device, self.threads = device, threads
+        self.device_id = (device_id or 0) if device == "mixed" else None
+        self._pipeline = None
+
+    def decode(self, encoded: list[np.ndarray], plan: BatchPlan):
+        """A DALI tensor list, float32 [n, 3, image_size, image_size], of `encoded` (uint8 arrays) cut by
+        `plan`.
+
+        It is finished on the host's side when this returns, and stays valid while it is referred to.
+        Raises BadImage (about one of the images; which, DALI does not say) when it cannot be decoded.
+        """
+        if self._pipeline is None:
+            self._pipeline = self._build()
+        inputs = {
+            "encoded": encoded,
+            "crop_start": np.ascontiguousarray(plan.crops[:, :2]),
+            "crop_shape": np.ascontiguousarray(plan.crops[:, 2:]),
+            "region_start": np.ascontiguousarray(plan.regions[:, :2]),
+            "region_end": np.ascontiguousarray(plan.regions[:, 2:]),
+            "flip": plan.flips,
+        }
+        if self.augmentation.jitter:
+            inputs["levels"], inputs["saturation"] = jitter_slots(plan.jitter, plan.jitter_order)
+        try:
+            return self._pipeline.run(**inputs)[0]
+        except RuntimeError as error:
+            self._pipeline = None  # DALI calls it "no longer valid"
+            raise BadImage(f"cannot be decoded ({_reason(str(error))})") from error
+
+    def close(self) -> None:
+        """Let go of the pipeline, its threads and its memory."""
+        self._pipeline = None
+
+    def _build(self):
+        dali = import_dali()
+        fn, types = dali.fn, dali.types
+        # Affinity stays off: ranks that share a machine would all be tied to its first cores.
+        pipeline = dali.Pipeline(
+            batch_size=self.max_batch,
+            num_threads=self.threads,
+            device_id=self.device_id,
+            prefetch_queue_depth=1,
+            set_affinity=False,
+        )
+        with pipeline:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+            start = fn.external_source(name="crop_start", dtype=types.INT32, ndim=1)
+            shape = fn.external_source(name="crop_shape", dtype=types.INT32, ndim=1)
+            region_start = fn.external_source(name="region_start", dtype=types.FLOAT, ndim=1)
+            region_end = fn.external_source(name="region_end", dtype=types.FLOAT, ndim=1)
+            flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
+            images = fn.decoders.image_slice(
+                encoded,
+                start,
+                shape,
+                axis_names="HW",
+                device=self.device,
+                output_type=types.RGB,
+                adjust_orientation=False,
+                **({"affine": False} if self.device == "mixed" else {}),
+            )
+            images = resize_crop(images, region_start, region_end, self.image_size)
+            if self.augmentation.jitter:
+                levels = fn.external_source(name="levels", dtype=types.FLOAT, ndim=2)
+                saturation = fn.external_source(name="saturation", dtype=types.FLOAT, ndim=0)
+                images = jitter_colours(images, levels, saturation)
+            images = fn.crop_mirror_normalize(
+                images,
+                mirror=flip,
+                mean=[255 * value for value in IMAGENET_MEAN],
+                std=[255 * value for value in IMAGENET_STD],
+                dtype=types.FLOAT,
+                output_layout="CHW",
+            )
+            pipeline.set_outputs(images)
+        pipeline.build()
+        return pipeline
+
+
+def _reason(message: str) -> str:
+    """The line of DALI's message that says what happened."""
+    _, _, rest = message.rpartition("encountered:")
+    lines = [line.strip() for line in rest.splitlines()]
+    lines = [
+        line for line in lines if line and not line.startswith(("Current pipeline object", "C++ context"))
+    ]
+    return lines[0].rstrip(" :") if lines else "DALI gives no reason"

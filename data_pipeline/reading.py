@@ -1,0 +1,81 @@
+"""The bytes of one image by its place in the index: a file, or a stretch of a tar shard."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+
+import numpy as np
+
+from data_pipeline.headers import HEAD_BYTES, TAIL_BYTES, BadImage, check_end
+from data_pipeline.index import Index
+
+OPEN_SHARDS = 128
+
+
+class ByteReader:
+    """Reads encoded images by random access; safe to call from several threads."""
+
+    def __init__(self, index: Index):
+        self._index = index
+        self._shards: OrderedDict[int, _Descriptor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, image: int) -> np.ndarray:
+        """The encoded bytes of image `image`, uint8 [bytes].
+
+        Raises BadImage when they are gone, are not as many as the index says, or do not begin and end as a
+        JPEG or PNG does.
+        """
+        index = self._index
+        shard, expected = int(index.shard[image]), int(index.num_bytes[image])
+        try:
+            if shard < 0:
+                with _Descriptor(index.path(image)) as file:
+                    found = os.fstat(file.fd).st_size
+                    if found != expected:
+                        raise BadImage(f"changed since it was indexed ({found} bytes, then {expected})")
+                    data = os.pread(file.fd, expected, 0)
+            else:
+                opened = self._shard(shard)  # held here, so that it stays open while it is read
+                data = os.pread(opened.fd, expected, int(index.offset[image]))
+        except FileNotFoundError:
+            raise BadImage("missing") from None
+        except OSError as error:
+            raise BadImage(f"cannot be read ({error.strerror})") from None
+        if len(data) != expected:
+            raise BadImage(f"shrunk since it was indexed ({len(data)} bytes can be read of {expected})")
+        check_end(data[:HEAD_BYTES], data[-TAIL_BYTES:])
+        return np.frombuffer(data, np.uint8)
+
+    def _shard(self, shard: int) -> _Descriptor:
+        with self._lock:
+            if shard not in self._shards:
+                self._shards[shard] = _Descriptor(self._index.root / self._index.shard_names[shard])
+                if len(self._shards) > OPEN_SHARDS:
+                    self._shards.popitem(last=False)  # closed when its last reader lets go of it
+            self._shards.move_to_end(shard)
+            return self._shards[shard]
+
+
+class _Descriptor:
+    """A file descriptor that closes itself when the last user has dropped it."""
+
+    def __init__(self, path: os.PathLike[str]):
+        self.fd = -1
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __enter__(self) -> _Descriptor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -1,0 +1,91 @@
+"""scikit-learn's real images, written as image folders: for the demo, the tests and the benchmark."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from mae_scale.errors import UsageError
+
+DIGIT_SIZE = 32  # pixels; scikit-learn's are 8 x 8
+PHOTO_SIZE = (500, 375)  # width and height, those of an average ImageNet photograph
+MARK = ".mae_scale_sample.json"
+
+
+def write_digits(root: str | os.PathLike[str]) -> Path:
+    """scikit-learn's 1,797 handwritten digits as grey 32 x 32 JPEGs: root/train/<digit>/ and
+    root/val/<digit>/.
+
+    Every fifth image of each digit is held out. The same bytes each time; a folder that holds them already is
+    left as it is. Raises UsageError when `root` holds something else.
+    """
+    root = Path(root)
+    if not _begin(root, {"digits": DIGIT_SIZE}):
+        return root
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    seen = np.zeros(10, int)
+    for number, (pixels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
+        part = "val" if seen[digit] % 5 == 4 else "train"
+        seen[digit] += 1
+        folder = root / part / str(digit)
+        folder.mkdir(parents=True, exist_ok=True)
+        small = Image.fromarray(np.rint(pixels * (255 / 16)).astype(np.uint8))
+        large = small.resize((DIGIT_SIZE, DIGIT_SIZE), Image.Resampling.BICUBIC)
+        large.save(folder / f"{number:04d}.jpg", quality=95)
+    _finish(root, {"digits": DIGIT_SIZE})
+    return root
+
+
+def write_photos(root: str | os.PathLike[str], count: int) -> Path:
+    """`count` random crops of scikit-learn's two photographs as 500 x 375 JPEGs, flat in `root`.
+
+    The same bytes each time; a folder that holds them already is left as it is. Raises UsageError when `root`
+    holds something else.
+    """
+    root = Path(root)
+    if not _begin(root, {"photos": count}):
+        return root
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
+    random = np.random.Generator(np.random.Philox(0))
+    for number in range(count):
+        photo = photos[number % len(photos)]
+        widest = min(photo.width, photo.height * PHOTO_SIZE[0] // PHOTO_SIZE[1])
+        width = int(widest * (0.6 + 0.4 * random.random()))
+        height = width * PHOTO_SIZE[1] // PHOTO_SIZE[0]
+        x = int((photo.width - width) * random.random())
+        y = int((photo.height - height) * random.random())
+        crop = photo.resize(PHOTO_SIZE, Image.Resampling.BICUBIC, box=(x, y, x + width, y + height))
+        crop.save(root / f"{number:06d}.jpg", quality=90)
+    _finish(root, {"photos": count})
+    return root
+
+
+def _begin(root: Path, content: dict[str, int]) -> bool:
+    """Make `root`; False when it holds `content` already. What an interrupted call left is written over."""
+    mark, unfinished = root / MARK, root / (MARK + ".unfinished")
+    if mark.is_file() and json.loads(mark.read_text()) == content:
+        return False
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"{root} is a file; give a folder for the sample images")
+    ours = unfinished.is_file() and json.loads(unfinished.read_text()) == content
+    if root.is_dir() and any(root.iterdir()) and not ours:
+        raise UsageError(
+            f"{root} is not empty and holds other files; give a new folder for the sample images"
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    unfinished.write_text(json.dumps(content))
+    return True
+
+
+def _finish(root: Path, content: dict[str, int]) -> None:
+    (root / MARK).write_text(json.dumps(content))
+    (root / (MARK + ".unfinished")).unlink()

@@ -1,0 +1,390 @@
+"""Walking a data folder and reading image headers in several processes: the work behind an index.
+
+An image folder is cut into chunks of names, tar shards are one task each. A task is a plain tuple and gives
+`Rows`, so that any process can do it; unchanged files are copied from the rows of an earlier index.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.headers import IMAGE_SUFFIXES, BadImage, image_size
+from mae_scale.errors import UsageError
+
+CHUNK_NAMES = 1000
+ONE_PROCESS_IMAGES, ONE_PROCESS_SHARDS = 5000, 1  # starting processes takes longer than this many
+COLUMNS = {
+    "label": np.int32,
+    "height": np.int32,
+    "width": np.int32,
+    "num_bytes": np.int64,
+    "mtime_ns": np.int64,
+    "offset": np.int64,
+    "shard": np.int32,
+}
+
+_LABEL = re.compile(rb"\s*(\d{1,9})\s*\Z")
+
+
+@dataclass
+class Bad:
+    """An unreadable file: its relative name, the reason, and the size and time at which it was so."""
+
+    name: str
+    reason: str
+    num_bytes: int
+    mtime_ns: int
+
+
+@dataclass
+class Rows:
+    """Images as columns: `names` are joined bytes, name i ends at `ends[i]`; other columns are COLUMNS."""
+
+    names: np.ndarray
+    ends: np.ndarray
+    columns: dict[str, np.ndarray]
+    bad: list[Bad] = field(default_factory=list)
+    read: int = 0  # how many were read anew
+    same: int = 0  # how many have the name and size of an earlier row
+
+    @classmethod
+    def of(
+        cls, names: list[bytes], values: list[tuple[int, ...]], bad: list[Bad], read: int, same: int = 0
+    ) -> Rows:
+        table = np.array(values, np.int64).reshape(len(values), len(COLUMNS))
+        columns = {name: table[:, k].astype(dtype) for k, (name, dtype) in enumerate(COLUMNS.items())}
+        ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(names), np.uint8), ends, columns, bad, read, same)
+
+    @classmethod
+    def joined(cls, parts: list[Rows]) -> Rows:
+        base = np.cumsum([0] + [len(part.names) for part in parts])
+        return cls(
+            np.concatenate([np.zeros(0, np.uint8)] + [part.names for part in parts]),
+            np.concatenate([np.zeros(0, np.int64)] + [part.ends + base[k] for k, part in enumerate(parts)]),
+            {
+                name: np.concatenate([np.zeros(0, dtype)] + [part.columns[name] for part in parts])
+                for name, dtype in COLUMNS.items()
+            },
+            [bad for part in parts for bad in part.bad],
+            sum(part.read for part in parts),
+            sum(part.same for part in parts),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def slice(self, first: int, last: int) -> Rows:
+        """Rows first..last-1, without the bad files."""
+        begin = int(self.ends[first - 1]) if first else 0
+        end = int(self.ends[last - 1]) if last else 0
+        columns = {name: column[first:last] for name, column in self.columns.items()}
+        return Rows(self.names[begin : max(begin, end)], self.ends[first:last] - begin, columns)
+
+    def name(self, row: int) -> bytes:
+        return self.names[int(self.ends[row - 1]) if row else 0 : int(self.ends[row])].tobytes()
+
+    def shard_name(self, shards: list[str], row: int) -> str:
+        """Name for people: relative path, or shard/member."""
+        shard = int(self.columns["shard"][row])
+        name = os.fsdecode(self.name(row))
+        return name if shard < 0 else f"{shards[shard]}/{name}"
+
+
+@dataclass
+class Listing:
+    """What lies in a data folder, nothing opened yet: images by chunk, or shards; by name, as bytes."""
+
+    root: Path
+    classes: list[str]
+    chunks: list[tuple[int, bytes]]  # (label, names joined by zero bytes)
+    shards: list[str]
+
+    @property
+    def num_images(self) -> int:
+        return sum(names.count(b"\0") + 1 for _, names in self.chunks)
+
+
+def list_folder(root: Path) -> Listing:
+    """List the images or tar shards under `root`, symbolic links followed, names that begin with a dot left
+    out.
+
+    Raises UsageError when it is missing, empty, cannot be listed, or holds images and shards together.
+    """
+    if not root.exists():
+        raise UsageError(
+            f"the data folder {root} does not exist; give an image folder or a folder of .tar shards"
+        )
+    if not root.is_dir():
+        raise UsageError(f"{root} is not a folder; give an image folder or a folder of .tar shards")
+    chunks: list[tuple[int, bytes]] = []
+    shards: list[str] = []
+    skipped = 0
+    entries = _entries(os.fsencode(root))
+    classes = [os.fsdecode(name) for name, is_folder in entries if is_folder]
+    labels = {name: label for label, name in enumerate(sorted(classes))}
+
+    def add(names: list[bytes], label: int) -> None:
+        for first in range(0, len(names), CHUNK_NAMES):
+            chunks.append((label, b"\0".join(names[first : first + CHUNK_NAMES])))
+
+    loose: list[bytes] = []
+    for name, is_folder in entries:
+        found = _walk(os.fsencode(root), name, frozenset()) if is_folder else iter([name])
+        images = []
+        for path in found:
+            if path.lower().endswith(tuple(os.fsencode(s) for s in IMAGE_SUFFIXES)):
+                images.append(path)
+            elif path.lower().endswith(b".tar"):
+                shards.append(os.fsdecode(path))
+            else:
+                skipped += 1
+        if is_folder:
+            add(loose, -1)
+            loose = []
+            add(images, labels[os.fsdecode(name)])
+        else:
+            loose += images
+    add(loose, -1)
+    if shards and chunks:
+        raise UsageError(
+            f"{root} holds both images and tar shards (such as {shards[0]}); give a folder of one kind"
+        )
+    if not shards and not chunks:
+        others = f", but {skipped} other file{'s' * (skipped != 1)}" if skipped else ""
+        raise UsageError(
+            f"no image in {root}{others}; expected {', '.join(IMAGE_SUFFIXES)} files, flat or in a "
+            "folder a class, or uncompressed .tar shards in WebDataset layout"
+        )
+    return Listing(root, sorted(classes) if chunks else [], chunks, shards)
+
+
+def _entries(folder: bytes) -> list[tuple[bytes, bool]]:
+    """(name, is a folder) of a folder's entries, in the order that their full paths have as bytes."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(b".")]
+    except OSError as error:
+        raise UsageError(
+            f"cannot list {os.fsdecode(folder)}: {error.strerror}; the whole data folder must be readable"
+        ) from None
+    return sorted(found, key=lambda entry: entry[0] + b"/" if entry[1] else entry[0])
+
+
+def _walk(root: bytes, folder: bytes, above: frozenset[tuple[int, int]]) -> Iterator[bytes]:
+    """Relative paths of all files below root/folder; a link to a folder above itself is not followed."""
+    status = os.stat(os.path.join(root, folder))
+    if (status.st_dev, status.st_ino) in above:
+        return
+    for name, is_folder in _entries(os.path.join(root, folder)):
+        path = folder + b"/" + name
+        if is_folder:
+            yield from _walk(root, path, above | {(status.st_dev, status.st_ino)})
+        else:
+            yield path
+
+
+def scan_names(task: tuple[str, int, bytes, Rows | None, list[Bad]]) -> Rows:
+    """Rows of a chunk of files: (root, label, names, earlier rows of these names, earlier bad files)."""
+    root, label, joined, known, known_bad = task
+    earlier = {known.name(row): row for row in range(len(known))} if known is not None else {}
+    bad_before = {bad.name: bad for bad in known_bad}
+    names, values, bad, read, same = [], [], [], 0, 0
+    for name in joined.split(b"\0"):
+        path = os.path.join(os.fsencode(root), name)
+        status = None
+        try:
+            status = os.stat(path)
+            row = earlier.get(name)
+            same += int(row is not None and known.columns["num_bytes"][row] == status.st_size)
+            before = bad_before.get(os.fsdecode(name))
+            if row is not None and _same(known, row, status):
+                height, width = int(known.columns["height"][row]), int(known.columns["width"][row])
+            elif before and (before.num_bytes, before.mtime_ns) == (status.st_size, status.st_mtime_ns):
+                bad.append(before)
+                continue
+            else:
+                read += 1
+                with open(path, "rb", buffering=0) as file:
+                    height, width = image_size(_reader(file.fileno(), 0, status.st_size), status.st_size)
+        except (BadImage, OSError) as error:
+            size, mtime_ns = (status.st_size, status.st_mtime_ns) if status else (-1, -1)
+            bad.append(Bad(os.fsdecode(name), reason_of(error), size, mtime_ns))
+            continue
+        names.append(name)
+        values.append((label, height, width, status.st_size, status.st_mtime_ns, 0, -1))
+    return Rows.of(names, values, bad, read, same)
+
+
+def _same(known: Rows, row: int, status: os.stat_result) -> bool:
+    return (
+        known.columns["num_bytes"][row] == status.st_size
+        and known.columns["mtime_ns"][row] == status.st_mtime_ns
+    )
+
+
+def scan_shard(task: tuple[str, int, str]) -> Rows:
+    """Rows of one shard: (root, shard number, relative path). Labels come from each key's `.cls` member."""
+    root, shard, relative = task
+    path = os.path.join(root, relative)
+    names, values, bad = [], [], []
+    labels: dict[str, int] = {}
+    keys: list[str] = []
+    try:
+        status = os.stat(path)
+        with tarfile.open(path, "r:") as archive, open(path, "rb", buffering=0) as file:
+            for member in _members(archive, relative, bad, status):
+                folder, _, base = member.name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                key, suffix = f"{folder}/{stem}", "." + suffix.lower()
+                read = _reader(file.fileno(), member.offset_data, member.size)
+                if suffix == ".cls":
+                    found = _LABEL.match(read(0, 32))
+                    if found:
+                        labels[key] = int(found[1])
+                    else:
+                        bad.append(_bad(relative, member.name, "its .cls is not a whole number", status))
+                elif suffix in IMAGE_SUFFIXES:
+                    try:
+                        if member.offset_data + member.size > status.st_size:
+                            raise BadImage("the shard ends before the image does")
+                        height, width = image_size(read, member.size)
+                    except BadImage as error:
+                        bad.append(_bad(relative, member.name, str(error), status))
+                        continue
+                    names.append(os.fsencode(member.name))
+                    keys.append(key)
+                    values.append(
+                        [-1, height, width, member.size, status.st_mtime_ns, member.offset_data, shard]
+                    )
+    except (OSError, tarfile.TarError) as error:
+        bad.append(Bad(relative, f"damaged shard ({reason_of(error)})", -1, -1))
+    for value, key in zip(values, keys, strict=True):
+        value[0] = labels.get(key, -1)
+    return Rows.of(names, values, bad, len(names))
+
+
+def _members(archive: tarfile.TarFile, relative: str, bad: list[Bad], status: os.stat_result):
+    """Regular members, as far as the archive can be read; damage is noted once."""
+    damage = None
+    try:
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # tarfile remembers every member; a shard has tens of thousands
+            if member.isreg():
+                yield member
+        if os.pread(archive.fileobj.fileno(), tarfile.BLOCKSIZE, archive.offset).strip(b"\0"):
+            damage = f"no tar header at byte {archive.offset}"  # where tarfile ends without a word
+    except tarfile.TarError as error:
+        damage = str(error)
+    if damage:
+        bad.append(Bad(relative, f"damaged shard ({damage})", status.st_size, status.st_mtime_ns))
+
+
+def _bad(shard: str, member: str, reason: str, status: os.stat_result) -> Bad:
+    return Bad(f"{shard}/{member}", reason, status.st_size, status.st_mtime_ns)
+
+
+def _reader(fd: int, base: int, size: int) -> Callable[[int, int], bytes]:
+    return lambda offset, length: os.pread(fd, max(0, min(length, size - offset)), base + offset)
+
+
+def reason_of(error: Exception) -> str:
+    """One line for people."""
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+
+
+def check_images(task: tuple[str, list[str], Rows, bool]) -> list[tuple[str, str]]:
+    """(name, reason) of images no longer as indexed: (root, shards, rows, whether to decode each too)."""
+    root, shards, rows, deep = task
+    found = []
+    for row in range(len(rows)):
+        shard, size, offset, height, width = (
+            int(rows.columns[name][row]) for name in ("shard", "num_bytes", "offset", "height", "width")
+        )
+        inside = rows.name(row) if shard < 0 else os.fsencode(shards[shard])
+        try:
+            with open(os.path.join(os.fsencode(root), inside), "rb", buffering=0) as file:
+                there = os.fstat(file.fileno()).st_size
+                if (shard < 0 and there != size) or there < offset + size:
+                    raise BadImage(f"{there} bytes, expected {offset + size} when it was indexed")
+                read = _reader(file.fileno(), offset, size)
+                if (now := image_size(read, size)) != (height, width):
+                    raise BadImage(f"{now[0]} x {now[1]} pixels, {height} x {width} when it was indexed")
+                if deep:
+                    _decode(read(0, size))
+        except (BadImage, OSError) as error:
+            found.append((rows.shard_name(shards, row), reason_of(error)))
+    return found
+
+
+def _decode(data: bytes) -> None:
+    """Raise BadImage when Pillow cannot decode every pixel."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and others on damaged data
+        raise BadImage(f"cannot be decoded: {reason_of(error)}") from None
+
+
+Progress = bool | Callable[[int, int], None]
+
+
+def run_tasks(
+    title: str, function: Callable, tasks: list, counts: list[int], workers: int | None, progress: Progress
+) -> list:
+    """Results of `function` over `tasks`, in order, from `workers` processes (default: one a core, at most
+    16).
+
+    `counts` are the images or shards of each task; `progress` shows a bar, or is called with (done, total).
+    """
+    done, total, results = 0, sum(counts), []
+
+    def collect(advance: Callable[[int, int], None]) -> None:
+        nonlocal done
+        for result, count in zip(_in_processes(function, tasks, workers), counts, strict=True):
+            results.append(result)
+            done += count
+            advance(done, total)
+
+    if callable(progress):
+        collect(progress)
+    elif progress and total > 1:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Bar(*columns, transient=True) as bar:
+            task = bar.add_task(title, total=total)
+            collect(lambda done, _: bar.update(task, completed=done))
+    else:
+        collect(lambda done, total: None)
+    return results
+
+
+def _in_processes(function: Callable, tasks: list, workers: int | None) -> Iterator:
+    if workers is None:
+        workers = min(
+            16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        yield from map(function, tasks)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield from pool.map(function, tasks)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -1,0 +1,15 @@
+"""The two errors a command turns into one line on stderr and an exit code."""
+
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 75
+
+
+class UsageError(Exception):
+    """Wrong usage, recipe or input: says what was found, what was expected and what to do. Exit code 2."""
+
+    exit_code = EXIT_USAGE
+
+
+class RunError(Exception):
+    """A run that cannot go on for a reason that is known and said. Exit code 1."""
+
+    exit_code = EXIT_FAILED

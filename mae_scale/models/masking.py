@@ -1,0 +1,112 @@
+"""Which patches are removed: random, block-wise and grid masking, as scores in NumPy.
+
+The model keeps the patches with the smallest scores. Each image's scores depend on nothing but the generator
+of its position in the global batch, so the same masks come out for any number of ranks and any micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from mae_scale.errors import UsageError
+
+KINDS = ("random", "block", "grid")
+
+# BEiT (Bao et al., arXiv 2106.08254, algorithm 1): at least 16 of 14x14 patches a block, aspect ratio
+# 0.3 to 1 / 0.3.
+_SMALLEST_BLOCK = 16 / 14**2
+_LOG_ASPECT = math.log(1 / 0.3)
+
+
+def kept_patches(patches: int, mask_ratio: float) -> int:
+    """How many of an image's patches stay visible; rounded down as in the authors' release.
+
+    Raises UsageError when that leaves no visible or no removed patch.
+    """
+    kept = int(patches * (1 - mask_ratio))
+    if not 0 < kept < patches:
+        raise UsageError(
+            f"mask_ratio {mask_ratio} leaves {kept} of {patches} patches visible: expected at least 1 and "
+            f"at most {patches - 1}; choose a ratio between 0 and {1 - 1 / patches:.4g}"
+        )
+    return kept
+
+
+def check_masking(kind: str, *, grid_size: int, mask_ratio: float) -> None:
+    """Raises UsageError when there is no such kind or it cannot remove that share of grid_size**2 patches."""
+    if kind not in KINDS:
+        raise UsageError(f"unknown masking {kind!r}: expected one of {', '.join(KINDS)}")
+    kept = kept_patches(grid_size**2, mask_ratio)
+    if kind == "grid" and _grid_step(grid_size, kept) is None:
+        fits = [f"{1 - 1 / s**2:.6g}" for s in range(2, grid_size + 1) if grid_size % s == 0]
+        raise UsageError(
+            f"grid masking cannot remove {mask_ratio:g} of {grid_size} x {grid_size} patches: it keeps one "
+            f"patch of each s x s square, so mask_ratio may be {', '.join(fits) or 'nothing on this grid'}"
+        )
+
+
+def mask_noise(
+    kind: str,
+    *,
+    grid_size: int,
+    mask_ratio: float,
+    generator_of: Callable[[int], np.random.Generator],
+    positions: np.ndarray,
+) -> np.ndarray:
+    """Scores float32 [len(positions), L], L = grid_size**2; the kept_patches(L, ratio) smallest stay visible.
+
+    random: uniform numbers in [0, 1). block, grid: 0 for patches that stay, 1 for those removed.
+    generator_of(position) is the generator of one image, named by its position in the global batch; it is
+    asked once for each of the positions int [n], and not at all for grid masking, which draws nothing.
+    Raises UsageError as `check_masking`.
+    """
+    check_masking(kind, grid_size=grid_size, mask_ratio=mask_ratio)
+    patches = grid_size**2
+    kept = kept_patches(patches, mask_ratio)
+    noise = np.empty((len(positions), patches), dtype=np.float32)
+    if kind == "grid":
+        noise[:] = _grid_scores(grid_size, kept)
+        return noise
+    for row, position in zip(noise, positions, strict=True):
+        generator = generator_of(int(position))
+        if kind == "random":
+            generator.random(dtype=np.float32, out=row)
+        else:
+            row[:] = _block_scores(generator, grid_size, patches - kept)
+    return noise
+
+
+def _grid_step(grid_size: int, kept: int) -> int | None:
+    """The side s of the squares of which one patch is kept, or None when no square tiling keeps that many."""
+    step = math.isqrt(grid_size**2 // kept)
+    return step if grid_size % step == 0 and (grid_size // step) ** 2 == kept else None
+
+
+def _grid_scores(grid_size: int, kept: int) -> np.ndarray:
+    """[L] with 0 at the upper left patch of each s x s square, 1 elsewhere."""
+    step = _grid_step(grid_size, kept)
+    scores = np.ones((grid_size, grid_size), dtype=np.float32)
+    scores[::step, ::step] = 0
+    return scores.reshape(-1)
+
+
+def _block_scores(generator: np.random.Generator, grid_size: int, removed: int) -> np.ndarray:
+    """[L] with exactly `removed` ones, drawn as rectangles (BEiT, algorithm 1); the last one is cut short."""
+    scores = np.zeros((grid_size, grid_size), dtype=np.float32)
+    smallest = max(1, round(_SMALLEST_BLOCK * grid_size**2))
+    missing = removed
+    while missing > 0:
+        share, aspect, top, left = generator.random(4).tolist()
+        area = smallest + share * max(0, missing - smallest)
+        aspect = math.exp((2 * aspect - 1) * _LOG_ASPECT)
+        height = min(grid_size, max(1, round(math.sqrt(area * aspect))))
+        width = min(grid_size, max(1, round(math.sqrt(area / aspect))))
+        top, left = int(top * (grid_size - height + 1)), int(left * (grid_size - width + 1))
+        block = scores[top : top + height, left : left + width]
+        rows, columns = np.nonzero(block == 0)
+        block[rows[:missing], columns[:missing]] = 1
+        missing -= min(missing, len(rows))
+    return scores.reshape(-1)

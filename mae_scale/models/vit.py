@@ -1,0 +1,193 @@
+"""The Vision Transformer encoder and what the decoder shares: sizes, patches, positions, initialisation.
+
+Sources: Dosovitskiy et al., arXiv 2010.11929 (ViT); He et al., arXiv 2111.06377 (masked autoencoder).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from mae_scale.errors import UsageError
+
+layer_norm = partial(nn.LayerNorm, eps=1e-6)
+
+
+@dataclass(frozen=True)
+class ViTSize:
+    """Patch side in pixels, width of a token, number of blocks, attention heads a block."""
+
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+
+
+SIZES = {
+    "vit_base_patch16": ViTSize(patch_size=16, width=768, depth=12, heads=12),
+    "vit_large_patch16": ViTSize(patch_size=16, width=1024, depth=24, heads=16),
+    "vit_huge_patch14": ViTSize(patch_size=14, width=1280, depth=32, heads=16),
+}
+
+
+def resolve_size(
+    name: str | None,
+    *,
+    patch_size: int | None = None,
+    width: int | None = None,
+    depth: int | None = None,
+    heads: int | None = None,
+) -> ViTSize:
+    """The size called `name`, the values given in place of its own; without a name all four must be given.
+
+    Raises UsageError for an unknown name, or naming the sizes that are missing.
+    """
+    given = {"patch_size": patch_size, "width": width, "depth": depth, "heads": heads}
+    if name is None:
+        missing = [key for key, value in given.items() if value is None]
+        if missing:
+            raise UsageError(
+                f"a model without a name needs {', '.join(missing)}: give them, "
+                f"or one of the names {', '.join(SIZES)}"
+            )
+        return ViTSize(**given)
+    if name not in SIZES:
+        raise UsageError(
+            f"unknown model name {name!r}: expected one of {', '.join(SIZES)}, or no name and sizes"
+        )
+    return ViTSize(
+        **{key: getattr(SIZES[name], key) if value is None else value for key, value in given.items()}
+    )
+
+
+def grid_of(image_size: int, patch_size: int) -> int:
+    """Patches along one side of the image. Raises UsageError when the patch does not divide the image."""
+    if patch_size < 1 or image_size < patch_size or image_size % patch_size:
+        raise UsageError(
+            f"image_size {image_size} px is not a multiple of patch_size {patch_size} px: "
+            f"the nearest that fits is {max(1, round(image_size / max(patch_size, 1))) * patch_size}"
+        )
+    return image_size // patch_size
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """[B, 3, H, W] -> [B, L, p*p*3]: patches row by row, a patch in the order (row, column, channel)."""
+    batch, channels, height, width = images.shape
+    h, w, p = height // patch_size, width // patch_size, patch_size
+    x = images.reshape(batch, channels, h, p, w, p).permute(0, 2, 4, 3, 5, 1)  # [B, h, w, p, p, 3]
+    return x.reshape(batch, h * w, p * p * channels)
+
+
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """[B, L, p*p*3] of a square image -> [B, 3, H, W]; the inverse of `patchify`."""
+    batch, length, dim = patches.shape
+    grid, p = round(length**0.5), patch_size
+    if grid * grid != length or dim % (p * p):
+        raise UsageError(f"patches {tuple(patches.shape)} are not a square image of {p} px patches")
+    x = patches.reshape(batch, grid, grid, p, p, dim // (p * p)).permute(
+        0, 5, 1, 3, 2, 4
+    )  # [B, 3, h, p, w, p]
+    return x.reshape(batch, -1, grid * p, grid * p)
+
+
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """tokens [B, L, C], index int64 [B, K] -> [B, K, C]: of each image the tokens that its index names."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def sincos_positions(width: int, grid: int) -> np.ndarray:
+    """Fixed 2-D sine-cosine positions, float32 [1 + grid * grid, width]; the first row (cls) is zero.
+
+    The first half of the width encodes the column, the second half the row, each as sines then cosines of
+    position / 10000^(i / (width / 4)). That order is the authors' release's (column first).
+    """
+    if width % 4:
+        raise UsageError(f"width {width} is not a multiple of 4, which sine-cosine positions need")
+    frequency = 1.0 / 10000 ** (np.arange(width // 4) / (width / 4))  # [D / 4]
+    angle = np.arange(grid)[:, None] * frequency  # [grid, D / 4]
+    line = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # [grid, D / 2]
+    column = np.tile(line, (grid, 1))  # [grid * grid, D / 2]
+    row = np.repeat(line, grid, axis=0)  # [grid * grid, D / 2]
+    patches = np.concatenate([column, row], axis=1)  # [grid * grid, D]
+    return np.concatenate([np.zeros((1, width)), patches]).astype(np.float32)
+
+
+def make_blocks(width: int, depth: int, heads: int) -> nn.ModuleList:
+    """`depth` pre-norm transformer blocks (timm's), MLP ratio 4, qkv bias, GELU, fused attention."""
+    if width % heads:
+        raise UsageError(f"width {width} is not a multiple of heads {heads}")
+    return nn.ModuleList(
+        Block(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth)
+    )
+
+
+def init_weights(module: nn.Module) -> None:
+    """Xavier-uniform linear weights, zero biases, unit norms; for `module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def parameter_count(model: nn.Module, *, positions: bool = False) -> int:
+    """Numbers that are trained; with `positions` also the fixed positions, which published counts include."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if positions:
+        count += sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith("pos_embed"))
+    return count
+
+
+class Encoder(nn.Module):
+    """ViT over the visible patches: cls token, fixed positions, pre-norm blocks, final norm.
+
+    The patch projection is a linear layer over a patch's p*p*3 numbers, so that chosen patches alone can be
+    embedded. Positions are computed, not learned and not stored: they follow from width and grid.
+    With `mask_tokens` removed patches enter as a learned token instead of not at all (the slow ablation).
+    """
+
+    def __init__(self, size: ViTSize, *, image_size: int, mask_tokens: bool = False):
+        super().__init__()
+        self.size, self.image_size = size, image_size
+        self.grid = grid_of(image_size, size.patch_size)
+        self.patch_embed = nn.Linear(size.patch_size**2 * 3, size.width)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, size.width))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, size.width)) if mask_tokens else None
+        positions = torch.tensor(sincos_positions(size.width, self.grid))  # [1 + L, D]
+        self.register_buffer("pos_embed", positions, persistent=False)
+        self.blocks = make_blocks(size.width, size.depth, size.heads)
+        self.norm = layer_norm(size.width)
+
+        self.apply(init_weights)
+        nn.init.normal_(self.cls_token, std=0.02)
+        if mask_tokens:
+            nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self, patches: Tensor, visible: Tensor | None = None, removed: Tensor | None = None
+    ) -> Tensor:
+        """patches [B, L, p*p*3] -> features [B, 1 + L, D], cls first, in the parameters' dtype.
+
+        With `visible` int64 [B, K] only these patches are read, projected and encoded: [B, 1 + K, D].
+        An encoder with mask tokens also takes `removed` [B, R]: its output is [B, 1 + K + R, D].
+        """
+        dtype = self.cls_token.dtype
+        positions = self.pos_embed[1:].to(dtype)  # [L, D]
+        if visible is not None:
+            patches = gather_tokens(patches, visible)  # [B, K, p*p*3]
+            positions = positions[visible]  # [B, K, D]
+        x = self.patch_embed(patches.to(dtype)) + positions  # [B, K, D]
+        if removed is not None and self.mask_token is not None:
+            masked = self.mask_token + self.pos_embed[1:].to(dtype)[removed]  # [B, R, D]
+            x = torch.cat([x, masked], dim=1)  # [B, K + R, D]
+        cls = self.cls_token.expand(x.shape[0], -1, -1)  # [B, 1, D]; its position is zero
+        x = torch.cat([cls, x], dim=1)  # [B, 1 + K, D]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)

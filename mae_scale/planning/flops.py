@@ -1,0 +1,127 @@
+"""How much arithmetic a model costs, from formulas, and how much of it a GPU could do.
+
+One multiply-add (MAC) is two FLOPs. Only matrix products are counted: linear layers, and in attention the two
+products of queries, keys and values. With N tokens of width D and an MLP four times as wide, a transformer
+block costs 12 N D^2 + 2 N^2 D MACs: 3 (query, key, value), 1 (projection) and 8 (MLP) products with
+D x D, and attention.
+"""
+
+from __future__ import annotations
+
+from mae_scale.errors import UsageError
+from mae_scale.models.masking import kept_patches
+from mae_scale.models.vit import grid_of, resolve_size
+
+WAYS = ("fast", "plain", "encoder_mask_tokens")
+
+_FVCORE_LAYER_NORM = 5  # fvcore counts five operations for each number a LayerNorm with affine terms takes
+
+# Dense peak of the tensor cores in TFLOP/s (bf16, fp16, accumulating in fp32), and of plain fp32, not TF32,
+# from NVIDIA's data sheets. The first name that the device's name contains wins: the longer ones come first.
+_PEAK_TFLOPS = (
+    ("B200", {"bf16": 2250.0, "fp16": 2250.0, "fp32": 75.0}),
+    ("H200", {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0}),
+    ("GH200", {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0}),
+    ("H100 PCIe", {"bf16": 756.0, "fp16": 756.0, "fp32": 51.0}),
+    ("H100 NVL", {"bf16": 835.0, "fp16": 835.0, "fp32": 60.0}),
+    ("H100", {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0}),
+    ("A100", {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5}),
+    ("A40", {"bf16": 149.7, "fp16": 149.7, "fp32": 37.4}),
+    ("A30", {"bf16": 165.0, "fp16": 165.0, "fp32": 10.3}),
+    ("L40S", {"bf16": 362.0, "fp16": 362.0, "fp32": 91.6}),
+    ("V100", {"fp16": 125.0, "fp32": 15.7}),
+    ("Tesla T4", {"fp16": 65.0, "fp32": 8.1}),
+)
+
+
+def _blocks_macs(tokens: int, width: int, depth: int) -> int:
+    return depth * (12 * tokens * width**2 + 2 * tokens**2 * width)
+
+
+def vit_forward_macs(
+    name: str | None = None,
+    *,
+    image_size: int = 224,
+    patch_size: int | None = None,
+    width: int | None = None,
+    depth: int | None = None,
+    num_classes: int = 0,
+    layer_norms: bool = False,
+) -> int:
+    """MACs of one image through the encoder with all its patches and the cls token.
+
+    num_classes adds a linear head on one pooled feature; `layer_norms` what fvcore counts for LayerNorms, the
+    last one after the pooling: published tables (17.58 G for ViT-B/16 with 1000 classes) are counted so.
+    """
+    size = resolve_size(name, patch_size=patch_size, width=width, depth=depth, heads=None if name else 1)
+    patches = grid_of(image_size, size.patch_size) ** 2
+    tokens = 1 + patches
+    macs = patches * 3 * size.patch_size**2 * size.width + _blocks_macs(tokens, size.width, size.depth)
+    macs += num_classes * size.width
+    if layer_norms:
+        macs += _FVCORE_LAYER_NORM * size.width * (2 * size.depth * tokens + 1)
+    return macs
+
+
+def mae_forward_flops(
+    name: str | None = None,
+    *,
+    image_size: int = 224,
+    patch_size: int | None = None,
+    width: int | None = None,
+    depth: int | None = None,
+    mask_ratio: float = 0.75,
+    decoder_width: int = 512,
+    decoder_depth: int = 8,
+    target_dim: int | None = None,
+    way: str = "fast",
+) -> int:
+    """FLOPs of one image through the masked autoencoder, forward, with the loss's prediction.
+
+    way: "fast", ours: visible patches are embedded, removed ones predicted. "plain", the authors' code: every
+    patch is embedded before most are dropped, every token predicted. "encoder_mask_tokens", the paper's
+    ablation: as fast, but the encoder works on all tokens. target_dim is p*p*3 when not given.
+    """
+    if way not in WAYS:
+        raise UsageError(f"unknown way {way!r}: expected one of {', '.join(WAYS)}")
+    size = resolve_size(name, patch_size=patch_size, width=width, depth=depth, heads=None if name else 1)
+    pixels = 3 * size.patch_size**2
+    patches = grid_of(image_size, size.patch_size) ** 2
+    kept = kept_patches(patches, mask_ratio)
+    embedded = patches if way == "plain" else kept
+    encoded = 1 + (patches if way == "encoder_mask_tokens" else kept)
+    predicted = 1 + patches if way == "plain" else patches - kept
+    macs = embedded * pixels * size.width
+    macs += _blocks_macs(encoded, size.width, size.depth)
+    macs += encoded * size.width * decoder_width
+    macs += _blocks_macs(1 + patches, decoder_width, decoder_depth)
+    macs += predicted * decoder_width * (pixels if target_dim is None else target_dim)
+    return 2 * macs
+
+
+def training_flops(forward_flops: int) -> int:
+    """FLOPs of a training step for one image: forward, and twice that for the two gradients of each product.
+
+    Recomputation by activation checkpointing is not counted, as is usual for MFU (Chowdhery et al.,
+    arXiv 2204.02311, appendix B).
+    """
+    return 3 * forward_flops
+
+
+def mfu(images_per_second: float, *, forward_flops: int, peak_flops_per_s: float, devices: int = 1) -> float:
+    """Model FLOPs utilisation: the share, 0 to 1, of the devices' peak that training at that rate uses.
+
+    images_per_second over all devices; forward_flops an image; peak_flops_per_s of one device.
+    """
+    return images_per_second * training_flops(forward_flops) / (peak_flops_per_s * devices)
+
+
+def peak_flops_per_s(device_name: str, precision: str = "bf16") -> float | None:
+    """A GPU's dense peak in FLOP/s by its `torch.cuda.get_device_name()`, for "bf16", "fp16" or "fp32".
+
+    None for a device that is not in the table, or has no units for that precision (bf16 on V100).
+    """
+    for name, tflops in _PEAK_TFLOPS:
+        if name in device_name:
+            return tflops[precision] * 1e12 if precision in tflops else None
+    return None

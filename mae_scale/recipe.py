@@ -1,0 +1,270 @@
+"""The recipe: what a run is. Typed sections, YAML, `section.key=value` overrides, and what makes two recipes the same run."""
+
+import difflib
+import hashlib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mae_scale.errors import UsageError
+
+
+class Section(BaseModel):
+    """A part of a recipe; keys that it does not know are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """The autoencoder. A name brings patch size, width, depth and heads; without one they must be given."""
+
+    name: str | None = "vit_large_patch16"
+    image_size: int = Field(224, gt=0, description="pixels a side")
+    patch_size: int | None = Field(None, gt=0)
+    width: int | None = Field(None, gt=0)
+    depth: int | None = Field(None, gt=0)
+    heads: int | None = Field(None, gt=0)
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    masking: Literal["random", "block", "grid"] = "random"
+    encoder_mask_tokens: bool = False
+    decoder_depth: int = Field(8, gt=0)
+    decoder_width: int = Field(512, gt=0)
+    decoder_heads: int = Field(16, gt=0)
+    target: Literal["pixels", "normalised_pixels", "pca"] = "normalised_pixels"
+
+
+class DataSection(Section):
+    """Where the images are and how a batch is made of them."""
+
+    root: Path | None = None
+    val_root: Path | None = None
+    index: Path | None = Field(None, description="index file; by default beside the data")
+    augmentation: Literal["random_resized_crop", "random_resized_crop_color_jitter", "fixed_crop", "none"] = (
+        "random_resized_crop"
+    )
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    threads: int = Field(4, gt=0, description="decoding threads a rank")
+    global_batch: int = Field(4096, gt=0)
+    on_bad_image: Literal["replace", "stop"] = "replace"
+    bad_image_limit: float = Field(0.001, ge=0, le=1, description="share of the images; above it the run stops")
+
+
+class OptimSection(Section):
+    """lr = base_lr x global_batch / 256."""
+
+    name: Literal["adamw"] = "adamw"
+    base_lr: float = Field(1.5e-4, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_grad_norm: float | None = Field(None, gt=0)
+
+
+class ScheduleSection(Section):
+    """Linear warm-up, then half-cycle cosine to 0 at the end of the last epoch; set every step."""
+
+    epochs: int = Field(800, gt=0)
+    warmup_epochs: int = Field(40, ge=0)
+    stop_after_steps: int | None = Field(None, gt=0, description="end early, the curve unchanged")
+
+
+class EngineSection(Section):
+    """How the run is spread over devices; never what is computed."""
+
+    backend: Literal["deepspeed", "fairscale"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: bool = Field(False, description="parameters and optimiser state in host memory (ZeRO 3)")
+    config: Path | None = Field(None, description="a DeepSpeed file of one's own, instead of ds_configs/")
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="bf16 with a GPU, else fp32")
+    micro_batch: int | None = Field(None, gt=0, description="images of a rank in one pass; else its whole share")
+    compile: bool | None = Field(None, description="compile the blocks; with a GPU yes (not under ZeRO 3), else no")
+    activation_checkpointing: Literal["none", "all", "offload"] | int = Field(
+        "none", description="none, all blocks, every n-th block, or all with their inputs in host memory"
+    )
+    collective_timeout_s: float = Field(600, gt=0)
+
+    @field_validator("activation_checkpointing")
+    @classmethod
+    def _at_least_every_second(cls, value):
+        if isinstance(value, int) and value < 1:
+            raise ValueError("every n-th block needs n of at least 1")
+        return value
+
+
+class CheckpointSection(Section):
+    """When checkpoints are written, and how many stay."""
+
+    every_steps: int | None = Field(None, gt=0)
+    every_epochs: int | None = Field(20, gt=0)
+    keep: int = Field(2, gt=0)
+
+
+class TrackingSection(Section):
+    """MLflow and the log."""
+
+    uri: str | None = Field(None, description="MLflow tracking URI; off: none")
+    experiment: str = "mae-scale"
+    run_name: str | None = None
+    log_every_steps: int = Field(20, gt=0)
+
+    @field_validator("uri", mode="before")
+    @classmethod
+    def _yaml_off(cls, value):
+        return "off" if value is False else value
+
+
+class Recipe(Section):
+    """A training run, whole."""
+
+    seed: int = Field(0, ge=0)
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    optim: OptimSection = OptimSection()
+    schedule: ScheduleSection = ScheduleSection()
+    engine: EngineSection = EngineSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate: base_lr x global_batch / 256 (the paper's linear scaling)."""
+        return self.optim.base_lr * self.data.global_batch / 256
+
+    def flat(self) -> dict[str, Any]:
+        """{"section.key": value} with every default resolved; paths as text."""
+        return _flatten(self.model_dump(mode="json"))
+
+    def digest(self) -> str:
+        """Of all that decides what is computed; the same for two starts of one run."""
+        return hashlib.sha256(json.dumps(_computed(self.flat()), sort_keys=True).encode()).hexdigest()[:16]
+
+    def save(self, path: Path) -> None:
+        """Write the recipe as YAML, every default resolved."""
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+# What may differ between one start of a run and the next, for it does not change what is computed.
+FREE_SECTIONS = ("engine.", "checkpoint.", "tracking.")
+FREE_KEYS = {"schedule.stop_after_steps", "data.threads", "data.device"}
+
+
+def differing_keys(old: Recipe, new: Recipe) -> list[str]:
+    """The keys that would change what is computed, each as "section.key: old -> new"."""
+    before, after = _computed(old.flat()), _computed(new.flat())
+    return [f"{k}: {before[k]} -> {after[k]}" for k in before if before[k] != after[k]]
+
+
+def _computed(flat: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in flat.items() if not k.startswith(FREE_SECTIONS) and k not in FREE_KEYS}
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def packaged_recipes() -> list[str]:
+    """Names of the recipes that come with the package, such as `pretrain/vit_huge_1600ep`."""
+    root = Path(str(resources.files("mae_scale.recipes")))
+    return sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """The recipe of a packaged name or a YAML file, with `section.key=value` overrides.
+
+    Raises UsageError for what cannot be found, read or understood, with the nearest known name or key.
+    """
+    tree = _load_tree(name_or_path, seen=())
+    for override in overrides:
+        _apply_override(tree, override)
+    return _validated(tree, name_or_path)
+
+
+def _load_tree(name_or_path: str, seen: tuple[str, ...]) -> dict:
+    path = _find(name_or_path)
+    if str(path) in seen:
+        raise UsageError(f"recipe {name_or_path}: `extends` goes round in a circle: {' -> '.join([*seen, str(path)])}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UsageError(f"recipe {path} cannot be read: {error.strerror}") from None
+    if not isinstance(tree, dict):
+        raise UsageError(f"recipe {path} holds {type(tree).__name__}, expected sections such as model: and data:")
+    base = tree.pop("extends", None)
+    return tree if base is None else _merge(_load_tree(str(base), (*seen, str(path))), tree)
+
+
+def _find(name_or_path: str) -> Path:
+    packaged = Path(str(resources.files("mae_scale.recipes"))) / f"{name_or_path}.yaml"
+    for path in (packaged, Path(name_or_path)):
+        if path.is_file():
+            return path
+    names = packaged_recipes()
+    near = difflib.get_close_matches(name_or_path, names, 1, 0.4)
+    raise UsageError(
+        f"recipe '{name_or_path}' is neither a file nor a packaged recipe"
+        + (f"; did you mean '{near[0]}'?" if near else "")
+        + f" (packaged: {', '.join(names)})"
+    )
+
+
+def _merge(base: dict, top: dict) -> dict:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(tree: dict, override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise UsageError(f"'{override}' is not an override; expected section.key=value, such as data.global_batch=1024")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UsageError(f"'{override}': '{section}' is not a section")
+    tree[last] = value
+
+
+def _validated(tree: dict, source: str) -> Recipe:
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(tuple(e["loc"]), e) for e in error.errors()]
+        raise UsageError(f"recipe {source}: " + "; ".join(dict.fromkeys(problems))) from None
+    if recipe.schedule.warmup_epochs >= recipe.schedule.epochs:
+        raise UsageError(
+            f"recipe {source}: schedule.warmup_epochs={recipe.schedule.warmup_epochs} leaves nothing of "
+            f"schedule.epochs={recipe.schedule.epochs}; expected fewer"
+        )
+    return recipe
+
+
+def _explain(loc: tuple, error: dict) -> str:
+    # A union's error names the member that failed after the key; the key alone is what the user wrote.
+    known = [*Recipe.model_fields, *(f"{s}.{k}" for s in Recipe.model_fields for k in _keys_of(s))]
+    key = ".".join(str(part) for part in loc[:2])
+    if error["type"] == "extra_forbidden":
+        last = {k.rpartition(".")[2]: k for k in known}
+        near = difflib.get_close_matches(key, known, 1, 0.7)
+        near = near or [last[k] for k in difflib.get_close_matches(key.rpartition(".")[2], last, 1, 0.7)]
+        return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
+    return f"{key}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _keys_of(section: str) -> list[str]:
+    annotation = Recipe.model_fields[section].annotation
+    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, Section) else []

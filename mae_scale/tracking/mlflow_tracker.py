@@ -1,0 +1,391 @@
+"""MLflow, told by a thread of rank 0 what metrics.jsonl holds: never in the step, nothing lost or twice.
+
+metrics.jsonl is what is true; MLflow is filled in from it. On every (re)connection the thread asks the
+server which steps of which metric it has, and sends the others: so too when a request was accepted but its
+answer was lost, and when a resumed run logs steps again that an earlier start had sent. Should a request that
+was given up arrive late after all, it carries the same key, step, time and value, which are one entry in
+MLflow's SQL store.
+"""
+
+import getpass
+import json
+import logging
+import os
+import re
+import threading
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Mapping
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+from mae_scale.errors import UsageError
+from mae_scale.tracking.metrics_log import parse_rows, read_metrics, write_atomically
+from mae_scale.tracking.uri import artifact_location, new_sqlite_file, redacted
+
+logger = logging.getLogger(__name__)
+
+METRICS_A_REQUEST = 1000  # MLflow's own limit, as are the lengths below
+NAME_LENGTH, PARAM_LENGTH, TAG_LENGTH = 250, 6000, 5000
+RUN_KEY_TAG = "mae_scale.run_key"
+# A request gives up soon and the thread tries again; a user's own values stay.
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+QUIETED = {"mlflow": logging.ERROR, "alembic": logging.WARNING, "urllib3.connectionpool": logging.ERROR}
+FIRST_WAIT_S, LONGEST_WAIT_S, CLOSING_WAIT_S = 1.0, 30.0, 0.5
+
+
+class MlflowTracker:
+    """One MLflow run for one training run, continued by the id in `out_dir`/mlflow.json. Rank 0 makes one.
+
+    All that speaks to MLflow happens in a daemon thread; `notify` and `log_artifact` return at once. A server
+    that is slow, down or gone costs one warning; what it missed is sent when it answers again, in this start
+    or a later one.
+    """
+
+    def __init__(
+        self,
+        out_dir: Path,
+        *,
+        uri: str,
+        experiment: str,
+        run_name: str | None,
+        params: Mapping[str, Any],
+        tags: Mapping[str, Any],
+    ):
+        """`params`: the flattened recipe; the first start's values stay, a later, other value becomes the tag
+        param.KEY. `tags`: of this start; None is left out. `run_name`: by default the folder's name.
+
+        Imports mlflow, which takes seconds, and does not wait for the server. Raises UsageError when mlflow
+        is not installed.
+        """
+        if util.find_spec("mlflow") is None:
+            raise UsageError(
+                "tracking needs mlflow: pip install mlflow, or switch it off with tracking.uri=off"
+            )
+        for name, default in ENVIRONMENT.items():
+            os.environ.setdefault(name, default)
+        import mlflow  # noqa: F401  (here and not in the thread: an import beside other imports can fail)
+
+        for name, level in QUIETED.items():
+            logging.getLogger(name).setLevel(level)
+        self.uri = uri
+        self._out_dir = Path(out_dir).absolute()
+        self._out_dir.mkdir(parents=True, exist_ok=True)
+        self._log_path = self._out_dir / "metrics.jsonl"
+        self._run_name = run_name or self._out_dir.name
+        self._params = {
+            _name(key): redacted(str(value))[:PARAM_LENGTH] for key, value in params.items() if str(value)
+        }
+        self._tags = {
+            _name(key): redacted(str(value))[:TAG_LENGTH] for key, value in tags.items() if value is not None
+        }
+        self._started_at = time.time()
+        self._state_lock = threading.Lock()
+        self._state = self._read_state()
+        self._state.update(uri=redacted(uri), experiment=experiment)
+        self._save_state()
+
+        self._client = None
+        self._connected = False
+        self._delivered: dict[str, set[int]] = defaultdict(set)  # metric name -> steps that MLflow has
+        self._log_inode, self._log_offset = None, 0
+        self._final_status: str | None = None
+        self._wake, self._closing, self._abandoned = (threading.Event() for _ in range(3))
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run's id; None until the server has answered for the first time."""
+        return self._state["run_id"]
+
+    def notify(self) -> None:
+        """metrics.jsonl has a new row."""
+        self._wake.set()
+
+    def log_artifact(self, path: Path, artifact_path: str | None = None) -> None:
+        """Send the file into the run's folder `artifact_path`, as it is when its turn comes.
+
+        What is not sent when the run ends is sent by its next start.
+        """
+        path = Path(path).absolute()
+        if path.is_relative_to(self._out_dir):
+            path = path.relative_to(self._out_dir)
+        with self._state_lock:
+            self._state["artifacts"].append({"path": str(path), "artifact_path": artifact_path})
+        self._save_state()
+        self._wake.set()
+
+    def close(self, status: str = "FINISHED", timeout_s: float = 20.0) -> None:
+        """Deliver what is left, set the run's status (FINISHED, FAILED or KILLED), stop; within `timeout_s`.
+
+        When that time is not enough, one warning says how much is undelivered and what delivers it.
+        """
+        if self._closing.is_set():
+            return
+        self._final_status = status
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            return
+        self._abandoned.set()
+        rows = sum(1 for row in read_metrics(self._log_path) if self._missing(row))
+        logger.warning(
+            "MLflow (%s) did not take everything within %g s: %d logged steps and %d files wait in %s, "
+            "and running the same command again delivers them",
+            redacted(self.uri),
+            timeout_s,
+            rows,
+            len(self._state["artifacts"]),
+            self._out_dir,
+        )
+
+    # The thread.
+
+    def _work(self) -> None:
+        failures, down, filled_in = 0, False, 0
+        wait_s: float | None = None
+        while not self._abandoned.is_set():
+            self._wake.clear()
+            closing = self._closing.is_set()
+            try:
+                if not self._connected:
+                    self._connect()
+                filled_in += self._send_rows()
+                if down:
+                    where = redacted(self.uri)
+                    logger.info("MLflow (%s) is back; %d logged steps filled in", where, filled_in)
+                failures, down, filled_in = 0, False, 0
+            except Exception as error:
+                # The first failure may be a dropped connection or a deleted run, which connecting anew mends.
+                failures += 1
+                self._connected = False
+                if failures > 1:
+                    if not down:
+                        logger.warning(
+                            "MLflow (%s) does not take metrics: %s. The run goes on; they wait in %s",
+                            redacted(self.uri),
+                            _reason(error),
+                            self._log_path,
+                        )
+                    down = True
+                    self._pause(min(FIRST_WAIT_S * 2 ** (failures - 2), LONGEST_WAIT_S))
+                continue
+            artifacts_left = self._send_artifacts(quietly=wait_s is not None)
+            wait_s = min(2 * (wait_s or FIRST_WAIT_S), LONGEST_WAIT_S) if artifacts_left else None
+            if not closing:
+                self._wake.wait(wait_s)
+            elif self._end_run() and not artifacts_left:
+                return
+            else:
+                self._pause(CLOSING_WAIT_S)
+
+    def _pause(self, seconds: float) -> None:
+        if self._closing.is_set():
+            self._abandoned.wait(CLOSING_WAIT_S)
+        else:
+            self._closing.wait(seconds)
+
+    def _connect(self) -> None:
+        """Find or make the run, bring its parameters and tags up to date, and ask which steps it has."""
+        from mlflow import MlflowClient
+        from mlflow.entities import Param, RunTag
+
+        new_sqlite_file(self.uri, MlflowClient)
+        self._client = client = MlflowClient(self.uri)
+        run = self._known_run() or self._new_run()
+        run_id = run.info.run_id
+        if run_id != self._state["run_id"]:
+            self._state["run_id"] = run_id
+            self._save_state()
+        if run.info.status != "RUNNING":
+            client.update_run(run_id, "RUNNING")
+        first = run.data.params
+        others = {
+            f"param.{key}"[:NAME_LENGTH]: value[:TAG_LENGTH]
+            for key, value in self._params.items()
+            if key in first and (value != first[key] or f"param.{key}" in run.data.tags)
+        }
+        client.log_batch(
+            run_id,
+            params=[Param(key, value) for key, value in self._params.items() if key not in first],
+            tags=[RunTag(key, value) for key, value in (self._tags | others).items()],
+        )
+        delivered = defaultdict(set)
+        for name in run.data.metrics:
+            delivered[name].update(metric.step for metric in client.get_metric_history(run_id, name))
+        self._delivered = delivered
+        self._log_offset = 0
+        self._connected = True
+
+    def _known_run(self):
+        """The run of mlflow.json, or one that a request without an answer has made, or None."""
+        from mlflow import MlflowException
+
+        run_id = self._state["run_id"]
+        if run_id is not None:
+            try:
+                run = self._client.get_run(run_id)
+                if run.info.lifecycle_stage == "active":
+                    return run
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+        experiment = self._client.get_experiment_by_name(self._state["experiment"])
+        if experiment is None:
+            return None
+        where = f"tags.`{RUN_KEY_TAG}` = '{self._state['key']}'"
+        found = self._client.search_runs([experiment.experiment_id], where, max_results=1)
+        return found[0] if found else None
+
+    def _new_run(self):
+        if self._state["run_id"] is not None:
+            logger.warning(
+                "MLflow (%s) no longer has run %s of %s; a new run takes its place, with all logged steps",
+                redacted(self.uri),
+                self._state["run_id"],
+                self._out_dir / "mlflow.json",
+            )
+        name = self._state["experiment"]
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is not None and experiment.lifecycle_stage != "active":
+            raise RuntimeError(f"experiment {name!r} is deleted there; restore it or set tracking.experiment")
+        if experiment is None:
+            # Two runs may make it at once: the second is refused, connects anew and finds it.
+            experiment_id = self._client.create_experiment(name, artifact_location(self.uri, self._out_dir))
+        else:
+            experiment_id = experiment.experiment_id
+        rows = read_metrics(self._log_path)
+        return self._client.create_run(
+            experiment_id,
+            start_time=int(1000 * (rows[0]["time"] if rows else self._started_at)),
+            tags={RUN_KEY_TAG: self._state["key"], "mlflow.user": _user()},
+            run_name=self._run_name,
+        )
+
+    def _send_rows(self) -> int:
+        """Send what metrics.jsonl has and MLflow lacks, whole rows a request; how many rows were sent."""
+        from mlflow.entities import Metric
+
+        batch: list[Metric] = []
+        rows_sent = 0
+
+        def send() -> None:
+            self._client.log_batch(self._state["run_id"], metrics=batch)
+            for metric in batch:
+                self._delivered[metric.key].add(metric.step)
+            batch.clear()
+
+        for row in self._new_rows():
+            missing = self._missing(row)
+            if batch and len(batch) + len(missing) > METRICS_A_REQUEST:
+                send()
+            time_ms = int(1000 * row["time"])
+            batch.extend(Metric(name, value, time_ms, row["step"]) for name, value in missing.items())
+            rows_sent += bool(missing)
+        if batch:
+            send()
+        return rows_sent
+
+    def _missing(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """The row's metrics, the epoch with them, that MLflow is not known to have at its step."""
+        step = row["step"]
+        return {
+            _name(name): float(value)
+            for name, value in row.items()
+            if name not in ("step", "time") and isinstance(value, int | float)
+            if step not in self._delivered.get(_name(name), ())
+        }
+
+    def _new_rows(self) -> list[dict[str, Any]]:
+        """The rows since the last call; all of them after connecting, or when the file was replaced."""
+        try:
+            with open(self._log_path, "rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_ino != self._log_inode or status.st_size < self._log_offset:
+                    self._log_inode, self._log_offset = status.st_ino, 0
+                file.seek(self._log_offset)
+                content = file.read()
+        except FileNotFoundError:
+            return []
+        self._log_offset += content.rfind(b"\n") + 1
+        return [row for _, row in parse_rows(content) if row is not None]
+
+    def _send_artifacts(self, *, quietly: bool) -> bool:
+        """Send the files that wait, in order; whether some are left because sending failed."""
+        while self._state["artifacts"]:
+            entry = self._state["artifacts"][0]
+            path = self._out_dir / entry["path"]
+            try:
+                if path.exists():
+                    self._client.log_artifact(self._state["run_id"], str(path), entry["artifact_path"])
+                else:
+                    logger.warning("%s is no longer there, so MLflow does not get it", path)
+            except Exception as error:
+                if not quietly:
+                    where = redacted(self.uri)
+                    logger.warning("MLflow (%s) does not take %s yet: %s", where, path, _reason(error))
+                return True
+            with self._state_lock:
+                self._state["artifacts"].pop(0)
+            self._save_state()
+        return False
+
+    def _end_run(self) -> bool:
+        try:
+            self._client.set_terminated(self._state["run_id"], self._final_status)
+        except Exception:
+            self._connected = False
+            return False
+        return True
+
+    # mlflow.json.
+
+    def _read_state(self) -> dict[str, Any]:
+        path = self._out_dir / "mlflow.json"
+        state = {"uri": None, "experiment": None, "run_id": None, "key": uuid.uuid4().hex, "artifacts": []}
+        try:
+            state.update(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            pass
+        except ValueError:
+            logger.warning("%s is damaged; the run gets a new MLflow run", path)
+        return state
+
+    def _save_state(self) -> None:
+        path = self._out_dir / "mlflow.json"
+        try:
+            with self._state_lock:
+                write_atomically(path, json.dumps(self._state, indent=1).encode() + b"\n")
+        except OSError as error:
+            logger.warning("%s could not be written: %s", path, error)
+
+
+def _name(key: str) -> str:
+    """`key` with the characters and the length that MLflow allows in a name."""
+    return re.sub(r"[^\w./\- :]", "_", key)[:NAME_LENGTH]
+
+
+def _reason(error: Exception) -> str:
+    """One short line; of the layers of a connection's errors, what the operating system said."""
+    text = str(error).strip()
+    for phrase in ("Connection refused", "timed out", "name resolution", "Name or service not known"):
+        if phrase in text:
+            return phrase
+    first_line = text.splitlines()[0] if text else ""
+    return redacted(f"{type(error).__name__}: {first_line[:200]}".removesuffix(": "))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name, as in some containers
+        return str(os.getuid())

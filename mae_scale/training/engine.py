@@ -1,0 +1,139 @@
+"""The DeepSpeed engine: ZeRO, precision, offload, accumulation. The one file that imports deepspeed."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mae_scale.recipe import Recipe
+from mae_scale.training.distributed import extensions_folder
+from mae_scale.training.optimizers import adamw_options, parameter_groups, set_learning_rate
+
+CHECKPOINT_TAG = "engine"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimiser step of this rank."""
+
+    loss: torch.Tensor
+    """[] float32 on the device: the mean over this rank's micro-batches."""
+    grad_norm: Callable[[], float]
+    """The L2 norm of the whole unclipped gradient; reading it may wait for the device."""
+
+
+class DeepSpeedEngine:
+    """An objective under DeepSpeed.
+
+    An objective is a module whose forward takes the tensors of a micro-batch and returns its mean loss, and whose
+    `never_decayed` names parameters that have no weight decay.
+    """
+
+    def __init__(self, objective: nn.Module, recipe: Recipe, config: dict, device: torch.device):
+        deepspeed = _deepspeed()
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+        objective.to(device)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(objective, recipe.optim.weight_decay, objective.never_decayed),
+            **adamw_options(recipe.optim),
+        )
+        self.name = f"deepspeed ZeRO {config['zero_optimization'].get('stage', 0)}"
+        self.config = config
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=objective, optimizer=optimizer, config=config, dist_init_required=False
+        )
+
+    @property
+    def objective(self) -> nn.Module:
+        return self._engine.module
+
+    def train_step(self, micro_batches: Iterable[tuple[torch.Tensor, ...]], lr: float) -> StepResult:
+        """One update from `accumulation` micro-batches at learning rate lr."""
+        engine, losses = self._engine, []
+        engine.train()
+        set_learning_rate(self._optimizer, lr)
+        norm: Callable[[], float] = engine.get_global_grad_norm
+        for tensors in micro_batches:
+            loss = engine(*tensors)
+            engine.backward(loss)
+            if engine.is_gradient_accumulation_boundary() and self._keeps_whole_gradients():
+                # Here DeepSpeed gives no norm and drops the gradients in step(): take it in between.
+                whole = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+                norm = whole.item
+            engine.step()
+            losses.append(loss.detach().float())
+        return StepResult(torch.stack(losses).mean(), lambda: float(norm()))
+
+    def save(self, folder: Path) -> None:
+        """Every rank writes its part of the state below folder."""
+        self._engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Every rank reads its part of what save() wrote with the same number of ranks and the same stage."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+        if path is None:
+            raise FileNotFoundError(f"{folder}: DeepSpeed found no checkpoint to load")
+
+    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """The objective's parameters and buffers in float32 on the host of rank 0 (elsewhere None). All ranks call it."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        first = torch.distributed.get_rank() == 0
+        state = {}
+        for name, parameter in self._engine.module.named_parameters():
+            full = safe_get_full_fp32_param(parameter)
+            if first:
+                state[name] = (parameter if full is None else full).detach().float().cpu().clone()
+        if not first:
+            return None
+        persistent = self._engine.module.state_dict().keys() - state.keys()
+        buffers = dict(self._engine.module.named_buffers())
+        return state | {n: buffers[n].detach().cpu().clone() for n in persistent if n in buffers}
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+    def _keeps_whole_gradients(self) -> bool:
+        return self._engine.zero_optimization_stage() == 0 and self._engine.optimizer is self._engine.basic_optimizer
+
+
+def build_helpers() -> None:
+    """Compile what DeepSpeed builds at first use on this machine, once: a killed build's lock would hang the next.
+
+    Safe to call from several processes; the second call returns at once.
+    """
+    if torch.cuda.is_available():
+        return
+    folder = extensions_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "mae-scale.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Under our own lock, which dies with its holder, nobody builds: any lock file found here is a leftover.
+        for leftover in folder.rglob("lock"):
+            leftover.unlink()
+        _deepspeed()
+        from deepspeed.ops.op_builder import get_default_compute_capabilities  # noqa: F401  (loads the builders)
+        from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+        with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
+            ShareMemCommBuilder().load(verbose=False)
+
+
+def _deepspeed():
+    """DeepSpeed, imported late (it takes seconds) and quiet."""
+    extensions_folder()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed

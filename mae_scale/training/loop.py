@@ -1,0 +1,202 @@
+"""The one loop of every job: where we stand, data, model, engine, steps, end."""
+
+import json
+import logging
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_pipeline.index import Index
+from data_pipeline.loader import ImageLoader
+from data_pipeline.order import steps_per_epoch
+from mae_scale.checkpoints.store import list_checkpoints, read_manifest, save_checkpoint
+from mae_scale.errors import RunError, UsageError
+from mae_scale.recipe import Recipe
+from mae_scale.tracking.run import Tracking
+from mae_scale.training.distributed import Ranks
+from mae_scale.training.ds_config import BatchLayout
+from mae_scale.training.schedules import learning_rate
+
+log = logging.getLogger("mae_scale")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run is given; everything else is a function of the step."""
+
+    recipe: Recipe
+    out: Path
+    ranks: Ranks
+    device: torch.device
+    layout: BatchLayout
+    index: Index
+    facts: dict
+    """What a checkpoint's manifest says about the run beside the step."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.index), self.recipe.data.global_batch)
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole schedule."""
+        return self.recipe.schedule.epochs * self.steps_per_epoch
+
+    @property
+    def last_step(self) -> int:
+        """The update after which this start ends."""
+        return min(self.total_steps, self.recipe.schedule.stop_after_steps or self.total_steps)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of update number `step`, from 0."""
+        schedule = self.recipe.schedule
+        return learning_rate(
+            step,
+            peak_lr=self.recipe.lr,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=schedule.epochs,
+            warmup_epochs=schedule.warmup_epochs,
+        )
+
+
+def resume(run: Run, engine) -> int:
+    """Load the newest checkpoint of the run, if there is one; the number of updates done.
+
+    Raises UsageError when this start does not fit it.
+    """
+    found = list_checkpoints(run.checkpoints)
+    if not found:
+        return 0
+    step, folder = found[-1]
+    manifest = read_manifest(folder)
+    for key, meaning in (("world_size", "ranks"), ("engine", "the engine"), ("index", "the images")):
+        if manifest[key] != run.facts[key]:
+            raise UsageError(
+                f"checkpoint {folder} was written with {meaning} {manifest[key]}, this start has {run.facts[key]}; "
+                f"start it as before, or with another --out"
+            )
+    engine.load(folder)
+    return step
+
+
+def train(
+    run: Run, engine, tensors_of: Callable, loader: ImageLoader, start: int, tracking: Tracking
+) -> None:
+    """Updates start+1 ... run.last_step, with log lines and checkpoints on the way. All ranks call it.
+
+    tensors_of(batch, device) gives what the engine's objective takes.
+    """
+    clock = _Clock(run)
+    batches = iter(loader)
+    for step in range(start, run.last_step):
+        lr = run.learning_rate(step)
+        result = engine.train_step(_inputs(batches, run, tensors_of, clock), lr)
+        done = step + 1
+        if _due(done, run.recipe.tracking.log_every_steps) or done in (start + 1, run.last_step):
+            metrics = _metrics(run, result, loader, lr, clock, done)
+            tracking.log(done, done / run.steps_per_epoch, metrics)
+            if not math.isfinite(metrics["train/loss"]):
+                raise RunError(
+                    f"the loss is {metrics['train/loss']} at step {done}; the newest checkpoint is "
+                    f"{_newest(run)}; a smaller optim.base_lr, optim.clip_grad_norm, or bf16 instead of fp16 helps"
+                )
+        if _checkpoint_due(run, done):
+            save_checkpoint(engine, run.checkpoints, done, run.facts, run.recipe.checkpoint.keep)
+            clock.restart(done)
+
+
+def _inputs(batches: Iterator, run: Run, tensors_of: Callable, clock: "_Clock"):
+    """The tensors of one step's micro-batches, the time spent waiting for them measured."""
+    for _ in range(run.layout.accumulation):
+        waiting = time.perf_counter()
+        batch = next(batches)
+        clock.data_wait_s += time.perf_counter() - waiting
+        yield tensors_of(batch, run.device)
+
+
+class _Clock:
+    """Seconds and steps since the last log line."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self.restart(None)
+
+    def restart(self, done: int | None) -> None:
+        """Begin to measure at a step; None: at the first one, which is not timed by itself."""
+        self.began, self.from_step, self.data_wait_s = time.perf_counter(), done, 0.0
+
+    def rates(self, done: int) -> dict[str, float]:
+        """perf/... since the last call; call after the device is known to have finished step `done`."""
+        if self.from_step is None:
+            self.from_step = done - 1
+        steps = max(1, done - self.from_step)
+        step_time = (time.perf_counter() - self.began) / steps
+        rates = {
+            "perf/images_per_second": self._run.recipe.data.global_batch / step_time,
+            "perf/step_time_s": step_time,
+            "perf/data_wait_s": self.data_wait_s / steps,
+        }
+        self.restart(done)
+        return rates
+
+
+def _metrics(run: Run, result, loader: ImageLoader, lr: float, clock: _Clock, done: int) -> dict[str, float]:
+    """One log line. Here, and only here, the host waits for the device."""
+    shared = torch.stack(
+        [result.loss, torch.tensor(float(len(loader.bad_images)), device=run.device, dtype=torch.float32)]
+    )
+    torch.distributed.all_reduce(shared)
+    loss, bad_images = shared.tolist()
+    rates = clock.rates(done)
+    metrics = {
+        "train/loss": loss / run.ranks.world_size,
+        "train/lr": lr,
+        "train/grad_norm": result.grad_norm(),
+        **rates,
+        "memory/peak_gib": _peak_gib(run.device),
+        "data/bad_images": int(bad_images),
+    }
+    if run.facts.get("flops_per_image") and run.facts.get("peak_flops"):
+        achieved = run.facts["flops_per_image"] * rates["perf/images_per_second"] / run.ranks.world_size
+        metrics["perf/mfu"] = achieved / run.facts["peak_flops"]
+    return metrics
+
+
+def _peak_gib(device: torch.device) -> float:
+    """Most memory held so far: by torch on the GPU, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _due(done: int, every: int | None) -> bool:
+    return bool(every) and done % every == 0
+
+
+def _checkpoint_due(run: Run, done: int) -> bool:
+    checkpoint = run.recipe.checkpoint
+    epochs = checkpoint.every_epochs
+    return (
+        done == run.last_step
+        or _due(done, checkpoint.every_steps)
+        or _due(done, epochs and epochs * run.steps_per_epoch)
+    )
+
+
+def _newest(run: Run) -> str:
+    found = list_checkpoints(run.checkpoints)
+    return str(found[-1][1]) if found else "none"
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Pretty JSON with a newline at the end."""
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

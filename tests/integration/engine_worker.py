@@ -1,0 +1,86 @@
+"""One rank of the engine comparison: trains the same small autoencoder under each case and writes the losses.
+
+Run by tests/integration/test_engines.py under torchrun: CASES.json OUT.json.
+Each case: {"overrides": [...], "micro_batch": n}; STEPS steps on synthetic images, the same global batches for all.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from mae_scale.objectives.reconstruct import Reconstruct
+from mae_scale.recipe import load_recipe
+from mae_scale.training.assemble import build_model, scale_out
+from mae_scale.training.distributed import process_group, ranks_from_environment
+from mae_scale.training.ds_config import batch_layout, refuse_wrong_combinations
+
+STEPS, GLOBAL_BATCH = 20, 16
+TINY = [
+    "model.name=null",
+    "model.image_size=16",
+    "model.patch_size=4",
+    "model.width=32",
+    "model.depth=3",
+    "model.heads=2",
+    "model.decoder_width=16",
+    "model.decoder_depth=1",
+    "model.decoder_heads=2",
+    f"data.global_batch={GLOBAL_BATCH}",
+    "data.root=unused",
+    "schedule.epochs=2",
+    "schedule.warmup_epochs=1",
+]
+
+
+def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images [16, 3, 16, 16] and mask noise [16, 16] of a step."""
+    random = torch.Generator().manual_seed(step)
+    return torch.randn(GLOBAL_BATCH, 3, 16, 16, generator=random), torch.rand(GLOBAL_BATCH, 16, generator=random)
+
+
+def rate(step: int) -> float:
+    return 1e-3 * min(1.0, (step + 1) / 5)
+
+
+def tiny_objective(overrides: list[str]) -> tuple[Reconstruct, object]:
+    recipe = load_recipe("demo", [*TINY, *overrides])
+    torch.manual_seed(recipe.seed)
+    return Reconstruct(build_model(recipe), seed=recipe.seed), recipe
+
+
+def run_case(overrides: list[str], ranks, device) -> dict:
+    objective, recipe = tiny_objective(overrides)
+    refuse_wrong_combinations(recipe, gpu=device.type == "cuda")
+    layout = batch_layout(recipe, ranks.world_size)
+    engine = scale_out(objective, recipe, layout, device)
+    losses, norms = [], []
+    share = GLOBAL_BATCH // ranks.world_size
+    for step in range(STEPS):
+        mine = [t[ranks.rank * share : (ranks.rank + 1) * share].to(device) for t in global_batch(step)]
+        micro_batches = zip(*(t.split(layout.micro_batch) for t in mine), strict=True)
+        result = engine.train_step(micro_batches, rate(step))
+        loss = result.loss / ranks.world_size
+        torch.distributed.all_reduce(loss)
+        losses.append(loss.item())
+        norms.append(result.grad_norm())
+    state = engine.full_state_dict()
+    weights = {name: t.double().sum().item() for name, t in state.items()} if state else None
+    engine.close()
+    return {"losses": losses, "norms": norms, "weights": weights}
+
+
+def main() -> None:
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    ranks = ranks_from_environment()
+    results = {}
+    with process_group(ranks, 120) as device:
+        for name, overrides in cases.items():
+            results[name] = run_case(overrides, ranks, device)
+    if ranks.is_first:
+        out.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

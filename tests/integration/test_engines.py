@@ -1,0 +1,155 @@
+"""Every way of scaling gives the losses of a plain one-process torch loop: two ranks, float32, 20 steps."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mae_scale.training.optimizers import parameter_groups
+from tests.integration.engine_worker import STEPS, global_batch, rate, tiny_objective
+
+WORKER = Path(__file__).with_name("engine_worker.py")
+CLIPPED = "optim.clip_grad_norm=0.5"
+CASES = {
+    "ZeRO 0": ["engine.zero_stage=0"],
+    "ZeRO 1": ["engine.zero_stage=1"],
+    "ZeRO 2": ["engine.zero_stage=2"],
+    "ZeRO 3": ["engine.config={zero3}"],
+    "ZeRO 3 as packaged": ["engine.zero_stage=3"],
+    "ZeRO 3 offload": ["engine.config={zero3_offload}"],
+    "ZeRO 3 offload as packaged": ["engine.zero_stage=3", "engine.offload=true"],
+    "FairScale OSS": ["engine.backend=fairscale", "engine.zero_stage=1"],
+    "FairScale OSS, accumulation 4": ["engine.backend=fairscale", "engine.zero_stage=1", "engine.micro_batch=2"],
+    **{
+        f"ZeRO {stage}, accumulation 4": [f"engine.{config}", "engine.micro_batch=2"]
+        for stage, config in {
+            0: "zero_stage=0",
+            1: "zero_stage=1",
+            2: "zero_stage=2",
+            3: "config={zero3}",
+        }.items()
+    },
+    **{
+        f"ZeRO {stage}, checkpointing {policy}": [f"engine.{config}", f"engine.activation_checkpointing={policy}"]
+        for stage, config in {2: "zero_stage=2", 3: "config={zero3}"}.items()
+        for policy in ("all", "2", "offload")
+    },
+    "FairScale OSS, checkpointing offload": [
+        "engine.backend=fairscale",
+        "engine.zero_stage=1",
+        "engine.activation_checkpointing=offload",
+    ],
+    "ZeRO 0 clipped": ["engine.zero_stage=0", CLIPPED],
+    "ZeRO 2 clipped": ["engine.zero_stage=2", CLIPPED],
+    "ZeRO 3 clipped": ["engine.config={zero3}", CLIPPED, "engine.micro_batch=4"],
+    "FairScale OSS clipped": ["engine.backend=fairscale", "engine.zero_stage=1", CLIPPED],
+}
+ONE_RANK = {name: CASES[name] for name in ("ZeRO 0", "ZeRO 1", "ZeRO 2, accumulation 4", "ZeRO 3", "FairScale OSS")}
+BF16 = {f"ZeRO {stage}": [f"engine.zero_stage={stage}", "engine.precision=bf16"] for stage in (0, 1, 2, 3)} | {
+    "FairScale OSS": ["engine.backend=fairscale", "engine.zero_stage=1", "engine.precision=bf16"]
+}
+COMPILED = {
+    "ZeRO 1": ["engine.zero_stage=1", "engine.compile=true"],
+    "ZeRO 2, checkpointing": ["engine.zero_stage=2", "engine.compile=true", "engine.activation_checkpointing=all"],
+}
+
+
+@pytest.fixture(scope="session")
+def run_cases(tmp_path_factory):
+    """Run cases under torchrun with some ranks; returns {case: losses, norms, weights}."""
+
+    def run(cases: dict, nproc: int) -> dict:
+        folder = tmp_path_factory.mktemp("engines")
+        files = {}
+        for name in ("zero3", "zero3_offload"):
+            # A copy that a user has edited: without it the smallest parameters would not be sharded at all.
+            config = json.loads(resources.files("ds_configs").joinpath(f"{name}.json").read_text())
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+            files[name] = folder / f"{name}.json"
+            files[name].write_text(json.dumps(config))
+        filled = {name: [o.format(**files) for o in overrides] for name, overrides in cases.items()}
+        (folder / "cases.json").write_text(json.dumps(filled))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+        done = subprocess.run(
+            [*command, str(WORKER), str(folder / "cases.json"), str(folder / "out.json")],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.getcwd()},
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stderr[-6000:]
+        return json.loads((folder / "out.json").read_text())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def two_ranks(run_cases):
+    return run_cases(CASES, 2)
+
+
+@pytest.fixture(scope="session")
+def plain():
+    """The plain loop: the whole global batch at once, torch.optim.AdamW; {clip: (losses, norms, weights)}."""
+    return {clip: plain_loop(clip) for clip in (None, 0.5)}
+
+
+def plain_loop(clip: float | None) -> dict:
+    objective, recipe = tiny_objective([])
+    groups = parameter_groups(objective, recipe.optim.weight_decay, objective.never_decayed)
+    optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas)
+    losses, norms = [], []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        optimizer.zero_grad()
+        loss = objective(*global_batch(step))
+        loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(objective.parameters(), clip or float("inf")).item())
+        optimizer.step()
+        losses.append(loss.item())
+    weights = {name: t.double().sum().item() for name, t in objective.state_dict().items()}
+    return {"losses": losses, "norms": norms, "weights": weights}
+
+
+def largest_difference(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_on_two_ranks_are_the_plain_loops(case, two_ranks, plain):
+    reference = plain[0.5 if CLIPPED in CASES[case] else None]
+    assert largest_difference(two_ranks[case]["losses"], reference["losses"]) < 1e-6
+    assert two_ranks[case]["norms"] == pytest.approx(reference["norms"], rel=1e-4)
+    assert two_ranks[case]["weights"] == pytest.approx(reference["weights"], abs=1e-3)
+
+
+def test_the_plain_loop_learns_and_clipping_changes_it(plain):
+    losses, clipped = plain[None]["losses"], plain[0.5]["losses"]
+    assert losses[-1] < losses[0]
+    assert largest_difference(losses, clipped) > 1e-5
+
+
+def test_losses_on_one_rank_are_the_plain_loops(run_cases, plain):
+    results = run_cases(ONE_RANK, 1)
+    for case in ONE_RANK:
+        assert largest_difference(results[case]["losses"], plain[None]["losses"]) < 1e-6, case
+
+
+def test_bf16_follows_float32_on_every_engine(run_cases, plain):
+    results = run_cases(BF16, 2)
+    for case in BF16:
+        difference = largest_difference(results[case]["losses"], plain[None]["losses"])
+        assert 0 < difference < 0.03, (case, difference)
+
+
+def test_compiled_blocks_give_the_plain_losses(run_cases, plain):
+    results = run_cases(COMPILED, 2)
+    for case in COMPILED:
+        assert largest_difference(results[case]["losses"], plain[None]["losses"]) < 1e-6, case
