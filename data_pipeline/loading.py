@@ -160,8 +160,8 @@ class Loading:
         if len(self.bad_images) > self.allowed:
             raise RunError(
                 f"{len(self.bad_images)} images turned bad after indexing, more than data.bad_image_limit "
-                f"allows ({self.limit:g} of {len(self.index)} images: {self.allowed}); restore them, or delete the "
-                f"index so that they are left out: {self._list()}"
+                f"allows ({self.limit:g} of {len(self.index)} images: {self.allowed}); restore them, or "
+                f"delete the index so that they are left out: {self._list()}"
             )
 
     def _list(self) -> str:

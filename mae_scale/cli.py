@@ -27,7 +27,9 @@ Overrides = Annotated[
 
 @app.command()
 def pretrain(
-    recipe: Annotated[str, typer.Argument(help="A packaged name, such as pretrain/vit_huge_1600ep, or a path.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A packaged name, such as pretrain/vit_huge_1600ep, or a path.")
+    ],
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="Output folder; a run found there goes on.")] = ...,
     nproc: Annotated[int, typer.Option(min=1, help="Local ranks to start when no launcher has.")] = 1,
@@ -54,8 +56,7 @@ def pretrain(
         job.pretrain(loaded, out)
         return
     # Here, once and with a progress bar; the ranks then find the index fresh.
-    out.mkdir(parents=True, exist_ok=True)
-    job.open_images(loaded, out)
+    job.prepare(loaded, out)
     code = launch_local_ranks(nproc, ["pretrain", recipe, *overrides, "--out", str(out)])
     if code:
         raise typer.Exit(code)
@@ -120,10 +121,13 @@ def data_verify(
     from data_pipeline.index import open_index, verify
 
     found = open_index(root, index)
-    bad = [*found.bad, *verify(found, deep=deep)]
+    bad = [*found.unreadable, *verify(found, deep=deep)]
     for name, reason in bad:
         typer.echo(f"{name}: {reason}")
-    typer.echo(f"{len(found) + len(found.bad)} images, {len(bad)} bad" + ("" if deep else " (headers and ends only; --deep decodes)"))
+    typer.echo(
+        f"{len(found) + len(found.bad)} images, {len(bad)} bad"
+        + ("" if deep else " (headers and ends only; --deep decodes)")
+    )
     if bad:
         raise typer.Exit(EXIT_FAILED)
 

@@ -22,17 +22,18 @@ def build() -> None:
 
 def report() -> None:
     """Print the report."""
+    import torch
     from rich.console import Console
     from rich.table import Table
-
-    import torch
 
     from mae_scale.training.distributed import extensions_folder
 
     table = Table("what", "found", "what it means", box=None, title_justify="left")
     table.add_row("Python", platform.python_version(), "")
     for package in PACKAGES:
-        table.add_row(package, _version(package), "" if importlib.util.find_spec(package) else "missing: pip install it")
+        table.add_row(
+            package, _version(package), "" if importlib.util.find_spec(package) else "missing: pip install it"
+        )
     dali = [d for d in distributions() if d.metadata["Name"].startswith("nvidia-dali")]
     table.add_row(
         "DALI",
@@ -41,7 +42,9 @@ def report() -> None:
     )
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     for number, gpu in enumerate(gpus):
-        table.add_row(f"GPU {number}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB", "bf16, DALI decodes on it")
+        table.add_row(
+            f"GPU {number}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB", "bf16, DALI decodes on it"
+        )
     if not gpus:
         table.add_row("GPU", "none", "fp32 on the CPU, DALI decodes on the CPU, ranks talk through Gloo")
     elif torch.distributed.is_nccl_available():
@@ -49,11 +52,19 @@ def report() -> None:
     cores = len(os.sched_getaffinity(0))
     table.add_row("CPU cores", str(cores), f"--nproc 2 gives each rank {max(1, cores // 2)} thread(s)")
     compiler = shutil.which("g++")
-    table.add_row("C++ compiler", compiler or "missing", "" if compiler else "apt-get install g++ (DeepSpeed's helpers)")
+    table.add_row(
+        "C++ compiler", compiler or "missing", "" if compiler else "apt-get install g++ (DeepSpeed's helpers)"
+    )
     built = sorted(p.stem for p in extensions_folder().rglob("*.so")) if extensions_folder().exists() else []
-    table.add_row("DeepSpeed helpers", ", ".join(built) or "not built", "" if built or gpus else "mae-scale doctor --build")
+    table.add_row(
+        "DeepSpeed helpers",
+        ", ".join(built) or "not built",
+        "" if built or gpus else "mae-scale doctor --build",
+    )
     uri = os.environ.get("MLFLOW_TRACKING_URI")
-    table.add_row("MLflow", uri or "no MLFLOW_TRACKING_URI", "used" if uri else "SQLite file beside the output folder")
+    table.add_row(
+        "MLflow", uri or "no MLFLOW_TRACKING_URI", "used" if uri else "SQLite file beside the output folder"
+    )
     Console().print(table)
 
 

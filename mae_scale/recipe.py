@@ -50,7 +50,9 @@ class DataSection(Section):
     threads: int = Field(4, gt=0, description="decoding threads a rank")
     global_batch: int = Field(4096, gt=0)
     on_bad_image: Literal["replace", "stop"] = "replace"
-    bad_image_limit: float = Field(0.001, ge=0, le=1, description="share of the images; above it the run stops")
+    bad_image_limit: float = Field(
+        0.001, ge=0, le=1, description="share of the images; above it the run stops"
+    )
 
 
 class OptimSection(Section):
@@ -79,8 +81,12 @@ class EngineSection(Section):
     offload: bool = Field(False, description="parameters and optimiser state in host memory (ZeRO 3)")
     config: Path | None = Field(None, description="a DeepSpeed file of one's own, instead of ds_configs/")
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="bf16 with a GPU, else fp32")
-    micro_batch: int | None = Field(None, gt=0, description="images of a rank in one pass; else its whole share")
-    compile: bool | None = Field(None, description="compile the blocks; with a GPU yes (not under ZeRO 3), else no")
+    micro_batch: int | None = Field(
+        None, gt=0, description="images of a rank in one pass; else its whole share"
+    )
+    compile: bool | None = Field(
+        None, description="compile the blocks; with a GPU yes (not under ZeRO 3), else no"
+    )
     activation_checkpointing: Literal["none", "all", "offload"] | int = Field(
         "none", description="none, all blocks, every n-th block, or all with their inputs in host memory"
     )
@@ -188,7 +194,9 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
 def _load_tree(name_or_path: str, seen: tuple[str, ...]) -> dict:
     path = _find(name_or_path)
     if str(path) in seen:
-        raise UsageError(f"recipe {name_or_path}: `extends` goes round in a circle: {' -> '.join([*seen, str(path)])}")
+        raise UsageError(
+            f"recipe {name_or_path}: `extends` goes round in a circle: {' -> '.join([*seen, str(path)])}"
+        )
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -196,7 +204,9 @@ def _load_tree(name_or_path: str, seen: tuple[str, ...]) -> dict:
     except OSError as error:
         raise UsageError(f"recipe {path} cannot be read: {error.strerror}") from None
     if not isinstance(tree, dict):
-        raise UsageError(f"recipe {path} holds {type(tree).__name__}, expected sections such as model: and data:")
+        raise UsageError(
+            f"recipe {path} holds {type(tree).__name__}, expected sections such as model: and data:"
+        )
     base = tree.pop("extends", None)
     return tree if base is None else _merge(_load_tree(str(base), (*seen, str(path))), tree)
 
@@ -226,7 +236,9 @@ def _merge(base: dict, top: dict) -> dict:
 def _apply_override(tree: dict, override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key:
-        raise UsageError(f"'{override}' is not an override; expected section.key=value, such as data.global_batch=1024")
+        raise UsageError(
+            f"'{override}' is not an override; expected section.key=value, such as data.global_batch=1024"
+        )
     try:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
@@ -267,4 +279,8 @@ def _explain(loc: tuple, error: dict) -> str:
 
 def _keys_of(section: str) -> list[str]:
     annotation = Recipe.model_fields[section].annotation
-    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, Section) else []
+    return (
+        list(annotation.model_fields)
+        if isinstance(annotation, type) and issubclass(annotation, Section)
+        else []
+    )

@@ -1,8 +1,8 @@
 """Checkpoints of a run: written beside their place, listed in a manifest, renamed into it, pruned.
 
-    DIR/checkpoints/step_00001250/
-        engine/...       what each rank's engine wrote
-        manifest.json    files and sizes, step, world size, engine, recipe digest, versions; written last
+DIR/checkpoints/step_00001250/
+    engine/...       what each rank's engine wrote
+    manifest.json    files and sizes, step, world size, engine, recipe digest, versions; written last
 """
 
 import json

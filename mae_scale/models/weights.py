@@ -148,7 +148,7 @@ def read_weights(path: str | Path) -> StateDict:
         with torch.serialization.safe_globals(
             [argparse.Namespace]
         ):  # the release keeps its arguments beside "model"
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=False)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise UsageError(

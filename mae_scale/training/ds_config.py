@@ -87,7 +87,9 @@ def deepspeed_config(recipe: Recipe, layout: BatchLayout, *, gpu: bool) -> dict:
             zero[place]["pin_memory"] = gpu
     for forbidden in ("optimizer", "scheduler"):
         if forbidden in config:
-            raise UsageError(f"{source} has a section '{forbidden}'; the recipe decides it (optim, schedule): remove it")
+            raise UsageError(
+                f"{source} has a section '{forbidden}'; the recipe decides it (optim, schedule): remove it"
+            )
     left = [key for key, value in _leaves(config) if value == "auto"]
     if left:
         raise UsageError(f'{source}: nothing decides {", ".join(left)}, which is "auto"; give a value')
@@ -175,7 +177,9 @@ def _read_template(recipe: Recipe) -> tuple[dict, str]:
     except ValueError as error:
         raise UsageError(f"engine.config={path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
-        raise UsageError(f"engine.config={path} holds a {type(config).__name__}, expected an object of DeepSpeed's keys")
+        raise UsageError(
+            f"engine.config={path} holds a {type(config).__name__}, expected an object of DeepSpeed's keys"
+        )
     return config, f"engine.config={path}"
 
 

@@ -65,7 +65,9 @@ class DeepSpeedEngine:
             engine.backward(loss)
             if engine.is_gradient_accumulation_boundary() and self._keeps_whole_gradients():
                 # Here DeepSpeed gives no norm and drops the gradients in step(): take it in between.
-                whole = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+                whole = nn.utils.get_total_norm(
+                    [p.grad for p in engine.module.parameters() if p.grad is not None]
+                )
                 norm = whole.item
             engine.step()
             losses.append(loss.detach().float())
@@ -101,7 +103,10 @@ class DeepSpeedEngine:
         self._engine.destroy()
 
     def _keeps_whole_gradients(self) -> bool:
-        return self._engine.zero_optimization_stage() == 0 and self._engine.optimizer is self._engine.basic_optimizer
+        return (
+            self._engine.zero_optimization_stage() == 0
+            and self._engine.optimizer is self._engine.basic_optimizer
+        )
 
 
 def build_helpers() -> None:

@@ -40,7 +40,9 @@ class FairScaleEngine:
 
             self._model = nn.parallel.DistributedDataParallel(objective)
             self._optimizer = OSS(
-                parameter_groups(objective, decay, never), optim=torch.optim.AdamW, **adamw_options(recipe.optim)
+                parameter_groups(objective, decay, never),
+                optim=torch.optim.AdamW,
+                **adamw_options(recipe.optim),
             )
 
     def train_step(self, micro_batches: Iterable[tuple[torch.Tensor, ...]], lr: float) -> StepResult:
@@ -83,7 +85,11 @@ class FairScaleEngine:
         if self._sharded:
             self._model.load_local_state_dict(part["model"])
         else:
-            whole = part if rank == 0 else torch.load(folder / "rank_00000.pt", map_location="cpu", weights_only=True)
+            whole = (
+                part
+                if rank == 0
+                else torch.load(folder / "rank_00000.pt", map_location="cpu", weights_only=True)
+            )
             self.objective.load_state_dict(whole["model"])
         self._own_optimizer().load_state_dict(part["optimizer"])
 

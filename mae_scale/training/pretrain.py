@@ -1,96 +1,119 @@
-"""The pre-training job: recipe -> index -> model, objective, engine -> loop -> weights and figures."""
+"""The pre-training job: recipe -> images -> model, objective, engine -> loop -> weights and figures."""
 
-import logging
 import os
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from data_pipeline.augmentations import augmentation
 from data_pipeline.index import Index, load_index, open_index
 from data_pipeline.loader import ImageLoader
-from mae_scale import __version__
-from mae_scale.checkpoints.export import export_weights
+from data_pipeline.pipelines import decoding_device
+from mae_scale.checkpoints.export import export_weights, plain_model
+from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.errors import UsageError
-from mae_scale.models.mae import build_mae
-from mae_scale.models.targets import PcaCoefficients
+from mae_scale.models.vit import patchify
 from mae_scale.objectives.reconstruct import Reconstruct
-from mae_scale.planning.flops import PEAK_FLOPS, mae_training_flops
+from mae_scale.planning.flops import mae_forward_flops, peak_flops_per_s, training_flops
 from mae_scale.recipe import Recipe, differing_keys, load_recipe
-from mae_scale.tracking.mlflow_tracker import tracking_uri
+from mae_scale.tracking.figures import loss_curve_figure, reconstruction_figure
+from mae_scale.tracking.metrics_log import read_metrics
 from mae_scale.tracking.run import Tracking
-from mae_scale.training.activation_checkpointing import checkpoint_activations
-from mae_scale.training.compilation import compile_blocks
+from mae_scale.tracking.uri import tracking_uri
+from mae_scale.training.assemble import build_model, scale_out
 from mae_scale.training.distributed import process_group, ranks_from_environment
 from mae_scale.training.ds_config import (
-    BatchLayout,
     batch_layout,
-    compiles,
     deepspeed_config,
     precision_of,
     refuse_wrong_combinations,
-    zero_stage_of,
 )
-from mae_scale.training.loop import Run, resume, train
+from mae_scale.training.loop import Run, resume, train, write_json
 
-log = logging.getLogger("mae_scale")
+FIGURE_IMAGES = 12
+PCA_IMAGES = 256
 
 
 def check(recipe: Recipe, out: Path, world_size: int) -> None:
     """Everything that can be refused before a rank is started; UsageError says what to do."""
     gpu = torch.cuda.is_available()
     if recipe.data.root is None:
-        raise UsageError("data.root is not set; add data.root=/path/to/train (a folder of images or of tar shards)")
-    if recipe.engine.backend == "deepspeed":
-        deepspeed_config(recipe, batch_layout(recipe, world_size), gpu=gpu)
+        raise UsageError(
+            "data.root is not set; add data.root=/path/to/train (a folder of images or of tar shards)"
+        )
     refuse_wrong_combinations(recipe, gpu=gpu)
+    layout = batch_layout(recipe, world_size)
+    if recipe.engine.backend == "deepspeed":
+        deepspeed_config(recipe, layout, gpu=gpu)
+    decoding_device(recipe.data.device)
+    tracking_uri(recipe.tracking.uri, out)
     with torch.device("meta"):
         build_model(recipe)
-    _check_output_folder(recipe, out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file, expected a folder (or a name for a new one)")
+    if (out / "recipe.yaml").exists():
+        different = differing_keys(load_recipe(str(out / "recipe.yaml")), recipe)
+        if different:
+            raise UsageError(
+                f"--out {out} holds a run of another recipe ({'; '.join(different)}); "
+                f"start it with its own recipe, or choose another --out"
+            )
+
+
+def prepare(recipe: Recipe, out: Path) -> None:
+    """Once a start, before the ranks meet: the output folder, with the recipe and the index of the run's images.
+
+    The index stays what it was at the run's first start, so that a resumed run goes on in the same order; what
+    has turned bad since is replaced and counted by the loader.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / "index.npz").exists():
+            open_index(recipe.data.root, recipe.data.index).save(out / "index.npz")
+        recipe.save(out / "recipe.yaml")
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written to: {error.strerror}") from None
 
 
 def pretrain(recipe: Recipe, out: Path) -> None:
     """Run the job as this process's rank, from where the output folder stands to the end."""
     ranks = ranks_from_environment()
-    gpu = torch.cuda.is_available()
     layout = batch_layout(recipe, ranks.world_size)
     if ranks.is_first:
-        out.mkdir(parents=True, exist_ok=True)
-        recipe.save(out / "recipe.yaml")
-        open_images(recipe, out)
+        prepare(recipe, out)
     with process_group(ranks, recipe.engine.collective_timeout_s) as device:
         torch.distributed.barrier()
-        index = load_index(index_path(recipe, out))
+        index = load_index(out / "index.npz", recipe.data.root)
         torch.manual_seed(recipe.seed)
         objective = Reconstruct(build_model(recipe), seed=recipe.seed)
         if recipe.model.target == "pca":
             fit_target(objective, recipe, index)
         engine = scale_out(objective, recipe, layout, device)
-        run = Run(recipe, out, ranks, device, layout, index, facts(recipe, engine, index, layout, device))
+        run = Run(recipe, out, ranks, device, layout, index, facts(recipe, engine, index, ranks, device))
         start = resume(run, engine)
-        with Tracking(run, start, tags(run, engine), engine.config) as tracking:
-            tracking.begin(engine.name, start)
-            with image_loader(run, start) as loader:
-                train(run, engine, objective.tensors, loader, start, tracking)
+        with Tracking(
+            recipe,
+            out,
+            speaks=ranks.is_first,
+            start=start,
+            total_steps=run.last_step,
+            steps_per_epoch=run.steps_per_epoch,
+            tags=tags(run),
+        ) as tracking:
+            tracking.console.message(headline(run, engine, start))
+            if ranks.is_first:
+                write_json(out / "engine.json", engine.config)
+                tracking.artifact(out / "recipe.yaml")
+                tracking.artifact(out / "engine.json")
+            if start < run.last_step:
+                with image_loader(run, start) as loader:
+                    train(run, engine, objective.tensors, loader, start, tracking)
             finish(run, engine, tracking)
         engine.close()
-
-
-def index_path(recipe: Recipe, out: Path) -> Path:
-    """The index file: data.index, else beside the data, else (data that cannot be written to) in the output folder."""
-    root = recipe.data.root
-    if recipe.data.index is not None:
-        return recipe.data.index
-    beside = root / ".mae_scale_index.npz"
-    return beside if beside.exists() or os.access(root, os.W_OK) else out / "index.npz"
-
-
-def open_images(recipe: Recipe, out: Path) -> Index:
-    """The up-to-date index of the training images, built or refreshed where needed; says what is left out."""
-    return open_index(recipe.data.root, index_path(recipe, out))
 
 
 def image_loader(run: Run, start: int) -> ImageLoader:
@@ -115,13 +138,140 @@ def image_loader(run: Run, start: int) -> ImageLoader:
     )
 
 
-def _check_output_folder(recipe: Recipe, out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file, expected a folder (or a name for a new one)")
-    if (out / "recipe.yaml").exists():
-        different = differing_keys(load_recipe(str(out / "recipe.yaml")), recipe)
-        if different:
-            raise UsageError(
-                f"--out {out} holds a run of another recipe ({'; '.join(different)}); "
-                f"start it with its own recipe, or choose another --out"
-            )
+def fit_target(objective: Reconstruct, recipe: Recipe, index: Index) -> None:
+    """Fit the PCA target on the patches of the run's first images; the same on every rank and at every start."""
+    images = some_images(index, PCA_IMAGES, recipe, recipe.data.augmentation)
+    patches = patchify(images, objective.model.patch_size)
+    objective.model.target.fit(patches.flatten(0, 1))
+
+
+def some_images(index: Index, count: int, recipe: Recipe, kind: str) -> torch.Tensor:
+    """Up to `count` images [N, 3, S, S] float32 drawn by the recipe's seed, decoded on the CPU."""
+    count = min(count, len(index))
+    with ImageLoader(
+        index,
+        augmentation(kind),
+        image_size=recipe.model.image_size,
+        global_batch=count,
+        micro_batch=count,
+        seed=recipe.seed,
+        device="cpu",
+        stop_step=1,
+    ) as loader:
+        return next(iter(loader)).images
+
+
+def facts(recipe: Recipe, engine, index: Index, ranks, device: torch.device) -> dict:
+    """What a checkpoint's manifest says of the run, and what its rates are measured against."""
+    model = recipe.model
+    forward = mae_forward_flops(
+        model.name,
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+        width=model.width,
+        depth=model.depth,
+        mask_ratio=model.mask_ratio,
+        decoder_width=model.decoder_width,
+        decoder_depth=model.decoder_depth,
+        way="encoder_mask_tokens" if model.encoder_mask_tokens else "fast",
+    )
+    gpu = device.type == "cuda"
+    peak = peak_flops_per_s(torch.cuda.get_device_name(device), precision_of(recipe, gpu)) if gpu else None
+    return {
+        "world_size": ranks.world_size,
+        "engine": engine.name,
+        "recipe": recipe.digest(),
+        "index": index.digest(),
+        "versions": {name: _version(name) for name in ("mae-scale", "torch", "deepspeed", "fairscale")},
+        "flops_per_image": training_flops(forward),
+        "peak_flops": peak,
+    }
+
+
+def tags(run: Run) -> dict[str, str | int | None]:
+    """MLflow tags of this start."""
+    environment = os.environ
+    return {
+        "git_commit": _git_commit(),
+        "host": platform.node(),
+        "world_size": run.ranks.world_size,
+        "engine": run.facts["engine"],
+        "zero_stage": run.facts["engine"].rpartition(" ")[2] if "ZeRO" in run.facts["engine"] else None,
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu",
+        "slurm_job_id": environment.get("SLURM_JOB_ID"),
+        "slurm_array_job_id": environment.get("SLURM_ARRAY_JOB_ID"),
+        "slurm_restart_count": environment.get("SLURM_RESTART_COUNT"),
+        "slurm_nodes": environment.get("SLURM_JOB_NUM_NODES"),
+        "unreadable_images": len(run.index.bad),
+    }
+
+
+def headline(run: Run, engine, start: int) -> str:
+    """Two lines on what this start will do."""
+    layout, schedule = run.layout, run.recipe.schedule
+    whence = f"going on from step {start}" if start else "from the beginning"
+    if start == run.last_step:
+        whence = f"all {start} steps are done"
+    return (
+        f"{run.index.summary()}; {run.steps_per_epoch} steps an epoch, {schedule.epochs} epochs, "
+        f"{run.total_steps} steps; {whence}\n"
+        f"{engine.name}, {layout.world_size} rank(s) on {run.device.type} x {layout.micro_batch} images "
+        f"x {layout.accumulation} = global batch {layout.global_batch}; peak lr {run.recipe.lr:.3g}"
+    )
+
+
+def finish(run: Run, engine, tracking: Tracking) -> None:
+    """The loss curve; and when the schedule is done, weights and reconstructions. All ranks call it."""
+    first, figures = run.ranks.is_first, run.out / "figures"
+    if first:
+        loss_curve_figure(read_metrics(run.out / "metrics.jsonl"), figures / "loss_curve.png")
+        tracking.artifact(figures / "loss_curve.png", "figures")
+    weights = run.out / "export" / "model.safetensors"
+    if run.last_step == run.total_steps and not _agreed(weights.exists()):
+        state = engine.full_state_dict()
+        if first:
+            model = plain_model(build_model(run.recipe), state)
+            draw_reconstructions(model, run, figures / "reconstructions.png")
+            tracking.artifact(figures / "reconstructions.png", "figures")
+            export_weights(model, weights)
+    torch.distributed.barrier()
+    if first:
+        newest = list_checkpoints(run.checkpoints)[-1][1]
+        done = f"weights in {weights}" if weights.exists() else f"stopped early, checkpoint in {newest}"
+        tracking.console.message(f"done: {done}; figures in {figures}")
+
+
+def draw_reconstructions(model, run: Run, path: Path) -> None:
+    """Original, masked and reconstructed: some validation images (training images without data.val_root)."""
+    recipe = run.recipe
+    root = recipe.data.val_root
+    index = run.index if root is None else open_index(root, progress=False)
+    images = some_images(index, FIGURE_IMAGES, recipe, "evaluation")
+    noise = Reconstruct(model, seed=recipe.seed).noise("figure", 0, np.arange(len(images)))
+    with torch.inference_mode():
+        output = model(images, noise)
+        patches = patchify(images, model.patch_size)
+        pixels = model.target.to_pixels(output.prediction, patches)
+    reconstruction_figure(images, output.mask, pixels, path, patch_size=model.patch_size)
+
+
+def _agreed(flag: bool) -> bool:
+    """Rank 0's answer, for all: ranks may see a shared folder at different times."""
+    answer = [flag]
+    torch.distributed.broadcast_object_list(answer)
+    return answer[0]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, where it runs from a repository."""
+    done = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
+    )
+    return done.stdout.strip() or None if done.returncode == 0 else None

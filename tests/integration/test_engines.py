@@ -25,7 +25,11 @@ CASES = {
     "ZeRO 3 offload": ["engine.config={zero3_offload}"],
     "ZeRO 3 offload as packaged": ["engine.zero_stage=3", "engine.offload=true"],
     "FairScale OSS": ["engine.backend=fairscale", "engine.zero_stage=1"],
-    "FairScale OSS, accumulation 4": ["engine.backend=fairscale", "engine.zero_stage=1", "engine.micro_batch=2"],
+    "FairScale OSS, accumulation 4": [
+        "engine.backend=fairscale",
+        "engine.zero_stage=1",
+        "engine.micro_batch=2",
+    ],
     **{
         f"ZeRO {stage}, accumulation 4": [f"engine.{config}", "engine.micro_batch=2"]
         for stage, config in {
@@ -36,7 +40,10 @@ CASES = {
         }.items()
     },
     **{
-        f"ZeRO {stage}, checkpointing {policy}": [f"engine.{config}", f"engine.activation_checkpointing={policy}"]
+        f"ZeRO {stage}, checkpointing {policy}": [
+            f"engine.{config}",
+            f"engine.activation_checkpointing={policy}",
+        ]
         for stage, config in {2: "zero_stage=2", 3: "config={zero3}"}.items()
         for policy in ("all", "2", "offload")
     },
@@ -50,13 +57,19 @@ CASES = {
     "ZeRO 3 clipped": ["engine.config={zero3}", CLIPPED, "engine.micro_batch=4"],
     "FairScale OSS clipped": ["engine.backend=fairscale", "engine.zero_stage=1", CLIPPED],
 }
-ONE_RANK = {name: CASES[name] for name in ("ZeRO 0", "ZeRO 1", "ZeRO 2, accumulation 4", "ZeRO 3", "FairScale OSS")}
-BF16 = {f"ZeRO {stage}": [f"engine.zero_stage={stage}", "engine.precision=bf16"] for stage in (0, 1, 2, 3)} | {
-    "FairScale OSS": ["engine.backend=fairscale", "engine.zero_stage=1", "engine.precision=bf16"]
+ONE_RANK = {
+    name: CASES[name] for name in ("ZeRO 0", "ZeRO 1", "ZeRO 2, accumulation 4", "ZeRO 3", "FairScale OSS")
 }
+BF16 = {
+    f"ZeRO {stage}": [f"engine.zero_stage={stage}", "engine.precision=bf16"] for stage in (0, 1, 2, 3)
+} | {"FairScale OSS": ["engine.backend=fairscale", "engine.zero_stage=1", "engine.precision=bf16"]}
 COMPILED = {
     "ZeRO 1": ["engine.zero_stage=1", "engine.compile=true"],
-    "ZeRO 2, checkpointing": ["engine.zero_stage=2", "engine.compile=true", "engine.activation_checkpointing=all"],
+    "ZeRO 2, checkpointing": [
+        "engine.zero_stage=2",
+        "engine.compile=true",
+        "engine.activation_checkpointing=all",
+    ],
 }
 
 

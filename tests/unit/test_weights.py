@@ -196,9 +196,10 @@ class _Hostile:
 
 def test_a_hostile_pickle_is_refused_and_not_run(tmp_path):
     mark = tmp_path / "mark"
-    for writer, name in ((torch.save, "zip.pth"), (pickle.dump, "plain.pth")):
+    writers = ((torch.save, "zip.pth", {}), (pickle.dump, "plain.pth", {"protocol": 2}))
+    for writer, name, protocol in writers:
         with open(tmp_path / name, "wb") as file:
-            writer({"model": {"cls_token": _Hostile(str(mark))}}, file)
+            writer({"model": {"cls_token": _Hostile(str(mark))}}, file, **protocol)
         with pytest.raises(UsageError, match="refused"):
             read_weights(tmp_path / name)
     assert not mark.exists()

@@ -1,0 +1,71 @@
+"""All that a run says of itself, on rank 0: the terminal, metrics.jsonl and MLflow. Other ranks say nothing."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mae_scale.recipe import Recipe
+from mae_scale.tracking.console import Console, NullConsole
+from mae_scale.tracking.metrics_log import MetricsLog
+from mae_scale.tracking.mlflow_tracker import MlflowTracker
+from mae_scale.tracking.uri import tracking_uri
+
+
+class Tracking:
+    """One place to log to, as a context manager; with `speaks` False (every rank but 0) it does nothing."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        *,
+        speaks: bool,
+        start: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        tags: Mapping[str, Any],
+    ):
+        """start: the updates already done; total_steps: after this many this start ends."""
+        self._log = self._mlflow = None
+        self.console = NullConsole()
+        if not speaks:
+            return
+        self.console = Console(total_steps, steps_per_epoch=steps_per_epoch, first_step=start, label="step")
+        self._log = MetricsLog(out / "metrics.jsonl", start)
+        uri = tracking_uri(recipe.tracking.uri, out)
+        if uri is not None:
+            self._mlflow = MlflowTracker(
+                out,
+                uri=uri,
+                experiment=recipe.tracking.experiment,
+                run_name=recipe.tracking.run_name,
+                params=recipe.flat(),
+                tags=tags,
+            )
+
+    def log(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
+        """Log a step; returns without waiting for MLflow."""
+        if self._log is not None:
+            self._log.append(step, epoch, metrics)
+            self.console.update(step, metrics)
+        if self._mlflow is not None:
+            self._mlflow.notify()
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Send a file to MLflow, when its turn comes."""
+        if self._mlflow is not None:
+            self._mlflow.log_artifact(path, folder)
+
+    def __enter__(self) -> "Tracking":
+        self.console.__enter__()
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self._log is not None:
+            self._log.close()
+        if self._mlflow is not None:
+            status = "FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED"
+            self._mlflow.close(status)
+        self.console.__exit__(kind, error, traceback)
+        sys.stdout.flush()

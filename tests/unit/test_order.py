@@ -1,0 +1,232 @@
+"""Order and crops are pure functions of (seed, step, position); crops are distributed as torchvision's."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import ks_2samp
+from torchvision.transforms import RandomResizedCrop
+
+from data_pipeline.augmentations import augmentation, jitter_slots
+from data_pipeline.order import (
+    epoch_permutation,
+    generator,
+    plan_batch,
+    plan_evaluation,
+    random_resized_crops,
+    steps_per_epoch,
+)
+from mae_scale.errors import UsageError
+
+RANDOM_RESIZED = augmentation("random_resized_crop")
+PERMUTATION = [1, 0, 4, 9, 8, 7, 3, 2, 5, 6]
+SAMPLE_IDS = [53, 54, 36, 24]
+CROPS = [[168, 91, 272, 245], [154, 81, 316, 410], [0, 9, 58, 66], [7, 1, 219, 258]]
+FLIPS = [0, 0, 1, 1]
+
+
+class Sizes:
+    """An index of `count` images, random heights and widths if none are given."""
+
+    def __init__(self, count=103, height=None, width=None):
+        random = np.random.default_rng(0)
+        self.height, self.width = (
+            (np.full(count, side) if side else random.integers(20, 600, count)).astype(np.int32)
+            for side in (height, width)
+        )
+
+    def __len__(self):
+        return len(self.height)
+
+
+def columns(plan) -> bytes:
+    return b"".join(np.ascontiguousarray(column).tobytes() for column in vars(plan).values())
+
+
+def test_generator_depends_on_every_part_of_its_key_and_on_nothing_else():
+    first = generator(1, "mask", 2, 3).random(8)
+    generator(1, "mask", 2, 3).random(1000)
+    assert np.array_equal(first, generator(1, "mask", 2, 3).random(8))
+    others = [(2, "mask", 2, 3), (1, "crop", 2, 3), (1, "mask", 3, 3), (1, "mask", 2, 4), (1, "mask", 3, 2)]
+    draws = {tuple(generator(*key).random(8)) for key in others}
+    assert len(draws | {tuple(first)}) == 6
+    assert len({tuple(generator(0, 5, 10**12 + k, 2**40).random(4)) for k in range(50)}) == 50
+
+
+def test_order_and_crops_are_the_same_in_every_version():
+    """Saved runs rely on these numbers: a change here breaks resuming."""
+    assert epoch_permutation(0, 0, 10).tolist() == PERMUTATION
+    plan = plan_batch(Sizes(), RANDOM_RESIZED, seed=7, step=40, global_batch=4)
+    assert plan.sample_ids.tolist() == SAMPLE_IDS
+    assert plan.crops.tolist() == CROPS
+    assert plan.flips.tolist() == FLIPS
+
+
+def test_every_image_is_seen_exactly_once_an_epoch_but_for_the_remainder():
+    index = Sizes(103)
+    steps = steps_per_epoch(103, 16)
+    assert steps == 6
+    left_out = []
+    for epoch in range(3):
+        seen = np.concatenate(
+            [
+                plan_batch(index, RANDOM_RESIZED, seed=5, step=epoch * steps + k, global_batch=16).sample_ids
+                for k in range(steps)
+            ]
+        )
+        assert len(set(seen)) == len(seen) == 96
+        left_out.append(frozenset(range(103)) - set(seen.tolist()))
+    assert len(set(left_out)) == 3
+
+
+def test_permutation_is_one_and_differs_by_seed_and_epoch():
+    orders = [epoch_permutation(seed, epoch, 1000) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(np.array_equal(np.sort(order), np.arange(1000)) for order in orders)
+    assert len({order.tobytes() for order in orders}) == 4
+
+
+def test_too_few_images_for_one_global_batch_is_a_clear_error():
+    with pytest.raises(UsageError, match=r"data\.global_batch is 128, but there are 100 images"):
+        steps_per_epoch(100, 128)
+
+
+@pytest.mark.parametrize("name", ["random_resized_crop_color_jitter", "fixed_crop", "none"])
+def test_any_part_of_a_global_batch_is_the_part_of_the_whole(name):
+    index = Sizes()
+    common = {"seed": 3, "step": 17, "global_batch": 24}
+    whole = plan_batch(index, augmentation(name), **common)
+    for positions in (slice(0, 12), slice(12, 24), slice(7, 8), np.array([20, 3])):
+        assert columns(plan_batch(index, augmentation(name), positions=positions, **common)) == columns(
+            whole[positions]
+        )
+
+
+def test_the_same_image_at_another_step_or_position_is_cropped_anew():
+    index = Sizes(64, 300, 400)
+    plans = [
+        plan_batch(index, RANDOM_RESIZED, seed=0, step=step, global_batch=32, sample_ids=np.zeros(32, int))
+        for step in range(4)
+    ]
+    crops = np.concatenate([plan.crops for plan in plans])
+    assert len({tuple(crop) for crop in crops}) > 120
+    flips = np.concatenate([plan.flips for plan in plans])
+    assert 0.3 < flips.mean() < 0.7
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (100, 40), (600, 130), (32, 32)])
+def test_crops_are_distributed_as_torchvisions(height, width):
+    count = 4000
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(count)], float
+    )
+    draws = generator(0, "test", 0).random((count, 40))
+    ours = random_resized_crops(
+        draws, np.full(count, height), np.full(count, width), (0.2, 1.0), (3 / 4, 4 / 3)
+    ).astype(float)
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, 0] + ours[:, 2] <= height).all()
+    assert (ours[:, 1] + ours[:, 3] <= width).all()
+    for quantity in (
+        lambda c: c[:, 0],
+        lambda c: c[:, 1],
+        lambda c: c[:, 2],
+        lambda c: c[:, 3],
+        lambda c: c[:, 2] * c[:, 3],
+        lambda c: c[:, 3] / c[:, 2],
+        lambda c: c[:, 0] + c[:, 2] / 2,
+    ):
+        assert ks_2samp(quantity(ours), quantity(theirs)).pvalue > 0.001
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 3000), (3000, 10), (1, 1), (7, 900)])
+def test_an_image_that_no_attempt_fits_falls_back_as_torchvision_does(height, width):
+    image = torch.empty(3, height, width)
+    theirs = RandomResizedCrop.get_params(image, [0.9, 1.0], [3 / 4, 4 / 3])
+    draws = np.full((1, 40), 0.999)
+    ours = random_resized_crops(draws, np.array([height]), np.array([width]), (0.9, 1.0), (3 / 4, 4 / 3))
+    assert tuple(ours[0]) == theirs
+
+
+def test_fixed_crops_have_one_size_and_every_offset():
+    count = 2000
+    plan = plan_batch(
+        Sizes(count, 256, 512),
+        augmentation("fixed_crop"),
+        seed=0,
+        step=0,
+        global_batch=count,
+        image_size=224,
+    )
+    sides = plan.regions[:, 2:] - plan.regions[:, :2]
+    assert np.array_equal(sides, np.full((count, 2), 224, np.float32))
+    assert set(plan.regions[:, 0]) == set(range(33))
+    assert (plan.regions[:, 1].min(), plan.regions[:, 1].max()) == (0, 288)
+
+
+def test_no_augmentation_draws_nothing():
+    plans = [
+        plan_batch(Sizes(), augmentation("none"), seed=s, step=s, global_batch=8, sample_ids=np.arange(8))
+        for s in (0, 1)
+    ]
+    assert np.array_equal(plans[0].regions, plans[1].regions)
+    assert not plans[0].flips.any()
+
+
+def test_unknown_augmentation_is_a_clear_error():
+    with pytest.raises(
+        UsageError, match="unknown augmentation 'cutout'; expected one of random_resized_crop,"
+    ):
+        augmentation("cutout")
+
+
+def test_colour_jitter_draws_its_range_in_every_order():
+    jitter = augmentation("random_resized_crop_color_jitter")
+    plan = plan_batch(Sizes(600), jitter, seed=0, step=0, global_batch=600)
+    assert 0.6 <= plan.jitter.min() < 0.61
+    assert 1.39 < plan.jitter.max() <= 1.4
+    assert len({tuple(order) for order in plan.jitter_order}) == 6
+
+
+def test_jitter_slots_keep_the_order():
+    factors = np.array([[0.5, 2.0, 1.5]] * 6)
+    orders = np.array([[0, 1, 2], [1, 0, 2], [0, 2, 1], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
+    levels, _ = jitter_slots(factors, orders)
+    used = [[(slot, float(a)) for slot, (a, _) in enumerate(image) if a != 1] for image in levels]
+    assert used == [
+        [(0, 0.5), (1, 2.0)],
+        [(0, 2.0), (1, 0.5)],
+        [(0, 0.5), (3, 2.0)],
+        [(0, 2.0), (3, 0.5)],
+        [(2, 0.5), (3, 2.0)],
+        [(2, 2.0), (3, 0.5)],
+    ]
+    assert [float(b) for image in levels for a, b in image if a == 2.0] == [-1.0] * 6
+
+
+def test_evaluation_gives_every_image_once_and_marks_the_filling():
+    index = Sizes(23)
+    seen = []
+    for batch in range(3):
+        for rank in range(2):
+            plan = plan_evaluation(
+                index,
+                augmentation("evaluation"),
+                batch=batch,
+                global_batch=8,
+                positions=slice(4 * rank, 4 * rank + 4),
+            )
+            assert len(plan) == 4
+            seen += plan.sample_ids[plan.valid].tolist()
+    assert seen == list(range(23))
+
+
+def test_planning_a_global_batch_of_4096_takes_milliseconds():
+    index = Sizes(5000)
+    plan_batch(index, RANDOM_RESIZED, seed=0, step=0, global_batch=4096)
+    start = time.process_time()
+    for _ in range(5):
+        plan_batch(index, RANDOM_RESIZED, seed=0, step=0, global_batch=4096, positions=slice(0, 64))
+    assert (time.process_time() - start) / 5 < 0.1
