@@ -169,14 +169,10 @@ def load_index(path: str | os.PathLike[str], root: str | os.PathLike[str] | None
         raise UsageError(f"index {path} cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path} is no whole index ({error}); delete it, it is built again") from None
-    return Index(
-        Path(root or about["root"]), rows, about["classes"], about["shard_names"], about["shard_bytes"]
-    )
+    return Index(Path(root or about["root"]), rows, about["classes"], about["shard_names"], about["shard_bytes"])
 
 
-def build_index(
-    root: str | os.PathLike[str], *, workers: int | None = None, progress: Progress = True
-) -> Index:
+def build_index(root: str | os.PathLike[str], *, workers: int | None = None, progress: Progress = True) -> Index:
     """Index every image under `root` (an image folder, flat or with a folder a class, or tar shards).
 
     `workers` processes read the headers (default: one a core); `progress` shows a bar, or is called with
@@ -227,8 +223,7 @@ def verify(
     """
     bounds = [*range(0, len(index), CHUNK_NAMES), len(index)]
     tasks = [
-        (str(index.root), index.shard_names, index.rows.slice(first, last), deep)
-        for first, last in pairwise(bounds)
+        (str(index.root), index.shard_names, index.rows.slice(first, last), deep) for first, last in pairwise(bounds)
     ]
     counts = [len(rows) for _, _, rows, _ in tasks]
     if workers is None and len(index) <= (ONE_PROCESS_IMAGES // 20 if deep else ONE_PROCESS_IMAGES):
@@ -259,14 +254,10 @@ def _write(index: Index, file: Path, given: bool) -> None:
     except OSError as error:
         if given:
             raise UsageError(f"cannot write the index {file}: {error.strerror or error}") from None
-        log.warning(
-            "the index is not kept: %s (%s); give data.index a path that can be written", file, error.strerror
-        )
+        log.warning("the index is not kept: %s (%s); give data.index a path that can be written", file, error.strerror)
 
 
-def _scan(
-    root: Path, known: Index | None, workers: int | None, progress: Progress, file: Path | None = None
-) -> Index:
+def _scan(root: Path, known: Index | None, workers: int | None, progress: Progress, file: Path | None = None) -> Index:
     listing = list_folder(root)
     if known is not None and (known.kind == "shards") != bool(listing.shards):
         raise _other_data(known, file)
@@ -279,9 +270,7 @@ def _scan(
         raise UsageError(f"no readable image in {root}: {len(index.bad):,} files are bad ({shown})")
     if index.rows.read and index.bad:
         name, reason = index.unreadable[0]
-        log.warning(
-            "%s: %d unreadable files are left out, such as %s (%s)", root, len(index.bad), name, reason
-        )
+        log.warning("%s: %d unreadable files are left out, such as %s (%s)", root, len(index.bad), name, reason)
     return index
 
 

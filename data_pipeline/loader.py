@@ -79,16 +79,20 @@ class _Loader:
         return self._loading.bad_images
 
     def _stream(self, plans: Iterator[tuple[int, BatchPlan]]) -> Iterator[Batch]:
-        self.close()
+        self._end_stream()
         stream = Stream(self._loading.batches(plans), self._prefetch)
-        closing = self._closing = weakref.finalize(self, stream.close)  # also when the interpreter ends
+        closing = self._closing = weakref.finalize(self, stream.close)
         try:
             yield from stream
         finally:
             closing()
 
     def close(self) -> None:
-        """End the background thread; iterating starts a new one."""
+        """End the background thread and let go of DALI's memory; iterating starts anew."""
+        self._end_stream()
+        self._loading.decoder.close()
+
+    def _end_stream(self) -> None:
         if self._closing is not None:
             self._closing()
 
@@ -212,9 +216,7 @@ def accumulation(global_batch: int, micro_batch: int, world_size: int) -> int:
     fits = [f"data.global_batch={max(1, round(global_batch / unit)) * unit}"]
     if global_batch % world_size == 0:
         share = global_batch // world_size
-        fits.insert(
-            0, f"engine.micro_batch={max(m for m in range(1, min(micro_batch, share) + 1) if share % m == 0)}"
-        )
+        fits.insert(0, f"engine.micro_batch={max(m for m in range(1, min(micro_batch, share) + 1) if share % m == 0)}")
     ranks = max(r for r in range(1, world_size + 1) if global_batch % r == 0)
     if ranks != world_size:
         fits.append(f"{ranks} ranks")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -113,15 +115,11 @@ class Loading:
                 except BadImage as error:
                     put_another(row, error)
             if len(replaced) == before:
-                raise RunError(
-                    f"step {step}: a batch {failure}, although each of its images alone can"
-                ) from failure
+                raise RunError(f"step {step}: a batch {failure}, although each of its images alone can") from failure
             try:
                 images = self.decoder.decode(encoded, plan)
             except BadImage as again:
-                raise RunError(
-                    f"step {step}: a batch {again}, although each of its images alone can"
-                ) from again
+                raise RunError(f"step {step}: a batch {again}, although each of its images alone can") from again
         valid = plan.valid.copy()
         if self.invalidate:
             valid[list(replaced)] = False
@@ -129,9 +127,7 @@ class Loading:
         tensors = to_torch(images, labels, self.decoder.device_id)
         return Batch(*tensors, plan.sample_ids, plan.positions, valid, step, len(replaced))
 
-    def _neighbour(
-        self, reader: ByteReader, step: int, plan: BatchPlan, row: int
-    ) -> tuple[np.ndarray, BatchPlan]:
+    def _neighbour(self, reader: ByteReader, step: int, plan: BatchPlan, row: int) -> tuple[np.ndarray, BatchPlan]:
         """The bytes of the next readable image, and the plan with it in the place of the bad one."""
         bad = int(plan.sample_ids[row])
         for ahead in range(1, len(self.index)):
@@ -199,6 +195,11 @@ class Stream:
             target=_produce, args=(batches, self._queue, self._stop), name="mae-scale-loader", daemon=True
         )
         self._thread.start()
+        if not _running:
+            # Functions registered last run first: DALI, imported by now, must not end its pipelines under a thread.
+            atexit.unregister(_close_all)
+            atexit.register(_close_all)
+        _running.add(self)
 
     def __iter__(self) -> Iterator[Batch]:
         while not self._stop.is_set():
@@ -222,6 +223,15 @@ class Stream:
         self._stop.set()
         if self._thread is not threading.current_thread():
             self._thread.join()
+        _running.discard(self)
+
+
+_running: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for stream in list(_running):
+        stream.close()
 
 
 def _produce(batches: Iterator[Batch], into: queue.Queue, stop: threading.Event) -> None:

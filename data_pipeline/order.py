@@ -75,8 +75,7 @@ def steps_per_epoch(num_images: int, global_batch: int) -> int:
     steps = num_images // global_batch
     if steps == 0:
         raise UsageError(
-            f"data.global_batch is {global_batch}, but there are {num_images} images; "
-            f"it must be at most {num_images}"
+            f"data.global_batch is {global_batch}, but there are {num_images} images; it must be at most {num_images}"
         )
     return steps
 

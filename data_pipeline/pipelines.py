@@ -148,7 +148,5 @@ def _reason(message: str) -> str:
     """The line of DALI's message that says what happened."""
     _, _, rest = message.rpartition("encountered:")
     lines = [line.strip() for line in rest.splitlines()]
-    lines = [
-        line for line in lines if line and not line.startswith(("Current pipeline object", "C++ context"))
-    ]
+    lines = [line for line in lines if line and not line.startswith(("Current pipeline object", "C++ context"))]
     return lines[0].rstrip(" :") if lines else "DALI gives no reason"

@@ -78,9 +78,7 @@ def _begin(root: Path, content: dict[str, int]) -> bool:
         raise UsageError(f"{root} is a file; give a folder for the sample images")
     ours = unfinished.is_file() and json.loads(unfinished.read_text()) == content
     if root.is_dir() and any(root.iterdir()) and not ours:
-        raise UsageError(
-            f"{root} is not empty and holds other files; give a new folder for the sample images"
-        )
+        raise UsageError(f"{root} is not empty and holds other files; give a new folder for the sample images")
     root.mkdir(parents=True, exist_ok=True)
     unfinished.write_text(json.dumps(content))
     return True

@@ -58,9 +58,7 @@ class Rows:
     same: int = 0  # how many have the name and size of an earlier row
 
     @classmethod
-    def of(
-        cls, names: list[bytes], values: list[tuple[int, ...]], bad: list[Bad], read: int, same: int = 0
-    ) -> Rows:
+    def of(cls, names: list[bytes], values: list[tuple[int, ...]], bad: list[Bad], read: int, same: int = 0) -> Rows:
         table = np.array(values, np.int64).reshape(len(values), len(COLUMNS))
         columns = {name: table[:, k].astype(dtype) for k, (name, dtype) in enumerate(COLUMNS.items())}
         ends = np.cumsum([len(name) for name in names], dtype=np.int64)
@@ -122,9 +120,7 @@ def list_folder(root: Path) -> Listing:
     Raises UsageError when it is missing, empty, cannot be listed, or holds images and shards together.
     """
     if not root.exists():
-        raise UsageError(
-            f"the data folder {root} does not exist; give an image folder or a folder of .tar shards"
-        )
+        raise UsageError(f"the data folder {root} does not exist; give an image folder or a folder of .tar shards")
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder; give an image folder or a folder of .tar shards")
     chunks: list[tuple[int, bytes]] = []
@@ -157,9 +153,7 @@ def list_folder(root: Path) -> Listing:
             loose += images
     add(loose, -1)
     if shards and chunks:
-        raise UsageError(
-            f"{root} holds both images and tar shards (such as {shards[0]}); give a folder of one kind"
-        )
+        raise UsageError(f"{root} holds both images and tar shards (such as {shards[0]}); give a folder of one kind")
     if not shards and not chunks:
         others = f", but {skipped} other file{'s' * (skipped != 1)}" if skipped else ""
         raise UsageError(
@@ -227,10 +221,7 @@ def scan_names(task: tuple[str, int, bytes, Rows | None, list[Bad]]) -> Rows:
 
 
 def _same(known: Rows, row: int, status: os.stat_result) -> bool:
-    return (
-        known.columns["num_bytes"][row] == status.st_size
-        and known.columns["mtime_ns"][row] == status.st_mtime_ns
-    )
+    return known.columns["num_bytes"][row] == status.st_size and known.columns["mtime_ns"][row] == status.st_mtime_ns
 
 
 def scan_shard(task: tuple[str, int, str]) -> Rows:
@@ -264,9 +255,7 @@ def scan_shard(task: tuple[str, int, str]) -> Rows:
                         continue
                     names.append(os.fsencode(member.name))
                     keys.append(key)
-                    values.append(
-                        [-1, height, width, member.size, status.st_mtime_ns, member.offset_data, shard]
-                    )
+                    values.append([-1, height, width, member.size, status.st_mtime_ns, member.offset_data, shard])
     except (OSError, tarfile.TarError) as error:
         bad.append(Bad(relative, f"damaged shard ({reason_of(error)})", -1, -1))
     for value, key in zip(values, keys, strict=True):
@@ -375,9 +364,7 @@ def run_tasks(
 
 def _in_processes(function: Callable, tasks: list, workers: int | None) -> Iterator:
     if workers is None:
-        workers = min(
-            16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
+        workers = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     workers = min(workers, len(tasks))
     if workers <= 1:
         yield from map(function, tasks)

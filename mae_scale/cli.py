@@ -27,9 +27,7 @@ Overrides = Annotated[
 
 @app.command()
 def pretrain(
-    recipe: Annotated[
-        str, typer.Argument(help="A packaged name, such as pretrain/vit_huge_1600ep, or a path.")
-    ],
+    recipe: Annotated[str, typer.Argument(help="A packaged name, such as pretrain/vit_huge_1600ep, or a path.")],
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="Output folder; a run found there goes on.")] = ...,
     nproc: Annotated[int, typer.Option(min=1, help="Local ranks to start when no launcher has.")] = 1,

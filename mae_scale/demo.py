@@ -28,9 +28,7 @@ def run_demo(out: Path, seed: int) -> None:
     write_digits(digits)
     console.print(f"{digits}: scikit-learn's handwritten digits, 32 px JPEGs, train and val, ten classes")
 
-    console.rule(
-        f"2. Pre-training: {RANKS} ranks, ZeRO-2, DALI, activation checkpointing, MLflow", align="left"
-    )
+    console.rule(f"2. Pre-training: {RANKS} ranks, ZeRO-2, DALI, activation checkpointing, MLflow", align="left")
     command = [
         sys.executable,
         "-m",
@@ -87,10 +85,7 @@ def probe(recipe: Recipe, weights: Path | None) -> float:
     for draw in range(LABEL_DRAWS):
         random = np.random.default_rng(draw)
         chosen = np.concatenate(
-            [
-                random.choice(np.flatnonzero(train_y == c), LABELS_A_CLASS, replace=False)
-                for c in np.unique(train_y)
-            ]
+            [random.choice(np.flatnonzero(train_y == c), LABELS_A_CLASS, replace=False) for c in np.unique(train_y)]
         )
         classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
         classifier.fit(train_x[chosen], train_y[chosen])
@@ -113,9 +108,7 @@ def features(recipe: Recipe, root: Path, weights: Path | None) -> tuple[np.ndarr
         load_official(model, read_weights(weights))
     pooled, labels = [], []
     with (
-        EvaluationLoader(
-            open_index(root), image_size=recipe.model.image_size, batch_size=64, device="cpu"
-        ) as loader,
+        EvaluationLoader(open_index(root), image_size=recipe.model.image_size, batch_size=64, device="cpu") as loader,
         torch.inference_mode(),
     ):
         for batch in loader:

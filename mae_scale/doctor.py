@@ -42,9 +42,7 @@ def report() -> None:
     )
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     for number, gpu in enumerate(gpus):
-        table.add_row(
-            f"GPU {number}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB", "bf16, DALI decodes on it"
-        )
+        table.add_row(f"GPU {number}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB", "bf16, DALI decodes on it")
     if not gpus:
         table.add_row("GPU", "none", "fp32 on the CPU, DALI decodes on the CPU, ranks talk through Gloo")
     elif torch.distributed.is_nccl_available():
@@ -62,9 +60,7 @@ def report() -> None:
         "" if built or gpus else "mae-scale doctor --build",
     )
     uri = os.environ.get("MLFLOW_TRACKING_URI")
-    table.add_row(
-        "MLflow", uri or "no MLFLOW_TRACKING_URI", "used" if uri else "SQLite file beside the output folder"
-    )
+    table.add_row("MLflow", uri or "no MLFLOW_TRACKING_URI", "used" if uri else "SQLite file beside the output folder")
     Console().print(table)
 
 

@@ -1,4 +1,4 @@
-"""The recipe: what a run is. Typed sections, YAML, `section.key=value` overrides, and what makes two recipes the same run."""
+"""The recipe: what a run is. Typed sections, YAML, `section.key=value` overrides, and when two recipes are one run."""
 
 import difflib
 import hashlib
@@ -50,9 +50,7 @@ class DataSection(Section):
     threads: int = Field(4, gt=0, description="decoding threads a rank")
     global_batch: int = Field(4096, gt=0)
     on_bad_image: Literal["replace", "stop"] = "replace"
-    bad_image_limit: float = Field(
-        0.001, ge=0, le=1, description="share of the images; above it the run stops"
-    )
+    bad_image_limit: float = Field(0.001, ge=0, le=1, description="share of the images; above it the run stops")
 
 
 class OptimSection(Section):
@@ -81,12 +79,8 @@ class EngineSection(Section):
     offload: bool = Field(False, description="parameters and optimiser state in host memory (ZeRO 3)")
     config: Path | None = Field(None, description="a DeepSpeed file of one's own, instead of ds_configs/")
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="bf16 with a GPU, else fp32")
-    micro_batch: int | None = Field(
-        None, gt=0, description="images of a rank in one pass; else its whole share"
-    )
-    compile: bool | None = Field(
-        None, description="compile the blocks; with a GPU yes (not under ZeRO 3), else no"
-    )
+    micro_batch: int | None = Field(None, gt=0, description="images of a rank in one pass; else its whole share")
+    compile: bool | None = Field(None, description="compile the blocks; with a GPU yes (not under ZeRO 3), else no")
     activation_checkpointing: Literal["none", "all", "offload"] | int = Field(
         "none", description="none, all blocks, every n-th block, or all with their inputs in host memory"
     )
@@ -194,9 +188,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
 def _load_tree(name_or_path: str, seen: tuple[str, ...]) -> dict:
     path = _find(name_or_path)
     if str(path) in seen:
-        raise UsageError(
-            f"recipe {name_or_path}: `extends` goes round in a circle: {' -> '.join([*seen, str(path)])}"
-        )
+        raise UsageError(f"recipe {name_or_path}: `extends` goes round in a circle: {' -> '.join([*seen, str(path)])}")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -204,9 +196,7 @@ def _load_tree(name_or_path: str, seen: tuple[str, ...]) -> dict:
     except OSError as error:
         raise UsageError(f"recipe {path} cannot be read: {error.strerror}") from None
     if not isinstance(tree, dict):
-        raise UsageError(
-            f"recipe {path} holds {type(tree).__name__}, expected sections such as model: and data:"
-        )
+        raise UsageError(f"recipe {path} holds {type(tree).__name__}, expected sections such as model: and data:")
     base = tree.pop("extends", None)
     return tree if base is None else _merge(_load_tree(str(base), (*seen, str(path))), tree)
 
@@ -236,9 +226,7 @@ def _merge(base: dict, top: dict) -> dict:
 def _apply_override(tree: dict, override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key:
-        raise UsageError(
-            f"'{override}' is not an override; expected section.key=value, such as data.global_batch=1024"
-        )
+        raise UsageError(f"'{override}' is not an override; expected section.key=value, such as data.global_batch=1024")
     try:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
@@ -255,8 +243,14 @@ def _validated(tree: dict, source: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(tuple(e["loc"]), e) for e in error.errors()]
-        raise UsageError(f"recipe {source}: " + "; ".join(dict.fromkeys(problems))) from None
+        # A union has one error a member; the key alone, the first two parts, is what the user wrote.
+        problems: dict[str, list[str]] = {}
+        for e in error.errors():
+            key = ".".join(str(part) for part in e["loc"][:2])
+            problems.setdefault(_subject(key, e), []).append(_reason(e))
+        raise UsageError(
+            f"recipe {source}: " + "; ".join(what + " or ".join(dict.fromkeys(why)) for what, why in problems.items())
+        ) from None
     if recipe.schedule.warmup_epochs >= recipe.schedule.epochs:
         raise UsageError(
             f"recipe {source}: schedule.warmup_epochs={recipe.schedule.warmup_epochs} leaves nothing of "
@@ -265,22 +259,23 @@ def _validated(tree: dict, source: str) -> Recipe:
     return recipe
 
 
-def _explain(loc: tuple, error: dict) -> str:
-    # A union's error names the member that failed after the key; the key alone is what the user wrote.
-    known = [*Recipe.model_fields, *(f"{s}.{k}" for s in Recipe.model_fields for k in _keys_of(s))]
-    key = ".".join(str(part) for part in loc[:2])
-    if error["type"] == "extra_forbidden":
-        last = {k.rpartition(".")[2]: k for k in known}
-        near = difflib.get_close_matches(key, known, 1, 0.7)
-        near = near or [last[k] for k in difflib.get_close_matches(key.rpartition(".")[2], last, 1, 0.7)]
-        return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
-    return f"{key}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+def _subject(key: str, error: dict) -> str:
+    if error["type"] != "extra_forbidden":
+        return f"{key}={error['input']!r}: "
+    section, _, last = key.rpartition(".")
+    near = [f"{section}.{k}" for k in difflib.get_close_matches(last, _keys_of(section), 1, 0.4)] if section else []
+    known = {name: name for name in Recipe.model_fields} | {
+        k: f"{s}.{k}" for s in Recipe.model_fields for k in _keys_of(s)
+    }
+    near = near or [known[k] for k in difflib.get_close_matches(last, known, 1, 0.6)]
+    return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
+
+
+def _reason(error: dict) -> str:
+    return "" if error["type"] == "extra_forbidden" else error["msg"][0].lower() + error["msg"][1:]
 
 
 def _keys_of(section: str) -> list[str]:
-    annotation = Recipe.model_fields[section].annotation
-    return (
-        list(annotation.model_fields)
-        if isinstance(annotation, type) and issubclass(annotation, Section)
-        else []
-    )
+    field = Recipe.model_fields.get(section)
+    annotation = field and field.annotation
+    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, Section) else []

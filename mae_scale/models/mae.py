@@ -35,15 +35,11 @@ class Decoder(nn.Module):
     [cls, visible, removed] and need not be put back in image order.
     """
 
-    def __init__(
-        self, *, encoder_width: int, width: int, depth: int, heads: int, grid: int, mask_tokens: bool = True
-    ):
+    def __init__(self, *, encoder_width: int, width: int, depth: int, heads: int, grid: int, mask_tokens: bool = True):
         super().__init__()
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if mask_tokens else None
-        self.register_buffer(
-            "pos_embed", torch.tensor(sincos_positions(width, grid)), persistent=False
-        )  # [1 + L, E]
+        self.register_buffer("pos_embed", torch.tensor(sincos_positions(width, grid)), persistent=False)  # [1 + L, E]
         self.blocks = make_blocks(width, depth, heads)
         self.norm = layer_norm(width)
 

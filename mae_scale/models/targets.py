@@ -140,9 +140,7 @@ def fit_pca(patches: np.ndarray | Tensor, k: int = 96) -> tuple[Tensor, Tensor]:
     """
     x = torch.as_tensor(patches).detach().to("cpu", torch.float64)  # [n, P]
     if x.ndim != 2 or min(x.shape) < k:
-        raise UsageError(
-            f"patches of shape {tuple(x.shape)} cannot give {k} components: expected [n, P], both >= {k}"
-        )
+        raise UsageError(f"patches of shape {tuple(x.shape)} cannot give {k} components: expected [n, P], both >= {k}")
     mean = x.mean(dim=0)  # [P]
     covariance = (x - mean).T @ (x - mean)  # [P, P]
     components = torch.linalg.eigh(covariance).eigenvectors.T.flip(0)[:k]  # [k, P], largest first

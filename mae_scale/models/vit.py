@@ -52,17 +52,12 @@ def resolve_size(
         missing = [key for key, value in given.items() if value is None]
         if missing:
             raise UsageError(
-                f"a model without a name needs {', '.join(missing)}: give them, "
-                f"or one of the names {', '.join(SIZES)}"
+                f"a model without a name needs {', '.join(missing)}: give them, or one of the names {', '.join(SIZES)}"
             )
         return ViTSize(**given)
     if name not in SIZES:
-        raise UsageError(
-            f"unknown model name {name!r}: expected one of {', '.join(SIZES)}, or no name and sizes"
-        )
-    return ViTSize(
-        **{key: getattr(SIZES[name], key) if value is None else value for key, value in given.items()}
-    )
+        raise UsageError(f"unknown model name {name!r}: expected one of {', '.join(SIZES)}, or no name and sizes")
+    return ViTSize(**{key: getattr(SIZES[name], key) if value is None else value for key, value in given.items()})
 
 
 def grid_of(image_size: int, patch_size: int) -> int:
@@ -89,9 +84,7 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     grid, p = round(length**0.5), patch_size
     if grid * grid != length or dim % (p * p):
         raise UsageError(f"patches {tuple(patches.shape)} are not a square image of {p} px patches")
-    x = patches.reshape(batch, grid, grid, p, p, dim // (p * p)).permute(
-        0, 5, 1, 3, 2, 4
-    )  # [B, 3, h, p, w, p]
+    x = patches.reshape(batch, grid, grid, p, p, dim // (p * p)).permute(0, 5, 1, 3, 2, 4)  # [B, 3, h, p, w, p]
     return x.reshape(batch, -1, grid * p, grid * p)
 
 
@@ -121,9 +114,7 @@ def make_blocks(width: int, depth: int, heads: int) -> nn.ModuleList:
     """`depth` pre-norm transformer blocks (timm's), MLP ratio 4, qkv bias, GELU, fused attention."""
     if width % heads:
         raise UsageError(f"width {width} is not a multiple of heads {heads}")
-    return nn.ModuleList(
-        Block(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth)
-    )
+    return nn.ModuleList(Block(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth))
 
 
 def init_weights(module: nn.Module) -> None:
@@ -169,9 +160,7 @@ class Encoder(nn.Module):
         if mask_tokens:
             nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(
-        self, patches: Tensor, visible: Tensor | None = None, removed: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, patches: Tensor, visible: Tensor | None = None, removed: Tensor | None = None) -> Tensor:
         """patches [B, L, p*p*3] -> features [B, 1 + L, D], cls first, in the parameters' dtype.
 
         With `visible` int64 [B, K] only these patches are read, projected and encoded: [B, 1 + K, D].

@@ -145,10 +145,8 @@ def read_weights(path: str | Path) -> StateDict:
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{path} is not a whole safetensors file ({error}): fetch it again") from error
     try:
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # the release keeps its arguments beside "model"
-            content = torch.load(path, map_location="cpu", weights_only=False)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the release keeps its arguments beside "model"
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise UsageError(
@@ -159,11 +157,7 @@ def read_weights(path: str | Path) -> StateDict:
         raise UsageError(f"{path} is not a whole torch file ({error}): fetch it again") from error
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
-    if (
-        not isinstance(content, dict)
-        or not all(isinstance(v, Tensor) for v in content.values())
-        or not content
-    ):
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()) or not content:
         found = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__
         raise UsageError(f'{path} holds {found}: expected tensors by name, alone or under "model"')
     return content
@@ -191,9 +185,7 @@ def _load(model: MaskedAutoencoder | Encoder, given: StateDict, layout: str) -> 
                 "learned, resized or unset positions do not fit a masked autoencoder"
             )
     native = _from_release({key: value for key, value in given.items() if key not in positions})
-    own = {
-        key if whole else "encoder." + key: value for key, value in model.state_dict(keep_vars=True).items()
-    }
+    own = {key if whole else "encoder." + key: value for key, value in model.state_dict(keep_vars=True).items()}
     with torch.no_grad():
         for key, value in native.items():
             own[key].copy_(value)
@@ -256,9 +248,7 @@ def _from_release(state: StateDict) -> StateDict:
     back = tuple((to, ours) for ours, to in _RELEASE)
     native = {_rename(key, back): value for key, value in state.items()}
     weight = native["encoder.patch_embed.weight"]  # [D, 3, p, p]
-    native["encoder.patch_embed.weight"] = weight.permute(0, 2, 3, 1).reshape(
-        weight.shape[0], -1
-    )  # [D, p*p*3]
+    native["encoder.patch_embed.weight"] = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)  # [D, p*p*3]
     return native
 
 

@@ -91,6 +91,7 @@ def launch_local_ranks(nproc: int, arguments: list[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     config = LaunchConfig(
+        run_id=str(os.getpid()),
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=nproc,

@@ -38,7 +38,8 @@ class DeepSpeedEngine:
 
     def __init__(self, objective: nn.Module, recipe: Recipe, config: dict, device: torch.device):
         deepspeed = _deepspeed()
-        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+        with _quiet():
+            deepspeed.init_distributed(dist_init_required=False, verbose=False)
         objective.to(device)
         optimizer = torch.optim.AdamW(
             parameter_groups(objective, recipe.optim.weight_decay, objective.never_decayed),
@@ -65,9 +66,7 @@ class DeepSpeedEngine:
             engine.backward(loss)
             if engine.is_gradient_accumulation_boundary() and self._keeps_whole_gradients():
                 # Here DeepSpeed gives no norm and drops the gradients in step(): take it in between.
-                whole = nn.utils.get_total_norm(
-                    [p.grad for p in engine.module.parameters() if p.grad is not None]
-                )
+                whole = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
                 norm = whole.item
             engine.step()
             losses.append(loss.detach().float())
@@ -84,7 +83,7 @@ class DeepSpeedEngine:
             raise FileNotFoundError(f"{folder}: DeepSpeed found no checkpoint to load")
 
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
-        """The objective's parameters and buffers in float32 on the host of rank 0 (elsewhere None). All ranks call it."""
+        """The objective's state in float32 on the host of rank 0 (elsewhere None). All ranks call it."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         first = torch.distributed.get_rank() == 0
@@ -103,10 +102,7 @@ class DeepSpeedEngine:
         self._engine.destroy()
 
     def _keeps_whole_gradients(self) -> bool:
-        return (
-            self._engine.zero_optimization_stage() == 0
-            and self._engine.optimizer is self._engine.basic_optimizer
-        )
+        return self._engine.zero_optimization_stage() == 0 and self._engine.optimizer is self._engine.basic_optimizer
 
 
 def build_helpers() -> None:
@@ -124,10 +120,9 @@ def build_helpers() -> None:
         for leftover in folder.rglob("lock"):
             leftover.unlink()
         _deepspeed()
-        from deepspeed.ops.op_builder import get_default_compute_capabilities  # noqa: F401  (loads the builders)
         from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-        with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
+        with _quiet():
             ShareMemCommBuilder().load(verbose=False)
 
 
@@ -137,8 +132,16 @@ def _deepspeed():
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    for talkative in ("DeepSpeed", "torch.utils.cpp_extension"):
+        logging.getLogger(talkative).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without the lines that DeepSpeed prints, not logs, while it starts."""
+    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
+        yield

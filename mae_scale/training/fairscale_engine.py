@@ -85,16 +85,12 @@ class FairScaleEngine:
         if self._sharded:
             self._model.load_local_state_dict(part["model"])
         else:
-            whole = (
-                part
-                if rank == 0
-                else torch.load(folder / "rank_00000.pt", map_location="cpu", weights_only=True)
-            )
+            whole = part if rank == 0 else torch.load(folder / "rank_00000.pt", map_location="cpu", weights_only=True)
             self.objective.load_state_dict(whole["model"])
         self._own_optimizer().load_state_dict(part["optimizer"])
 
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
-        """The objective's parameters and buffers in float32 on the host of rank 0 (elsewhere None). All ranks call it."""
+        """The objective's state in float32 on the host of rank 0 (elsewhere None). All ranks call it."""
         state = self._model.state_dict() if self._sharded else self.objective.state_dict()
         if torch.distributed.get_rank() != 0:
             return None

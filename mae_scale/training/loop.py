@@ -16,6 +16,7 @@ from data_pipeline.loader import ImageLoader
 from data_pipeline.order import steps_per_epoch
 from mae_scale.checkpoints.store import list_checkpoints, read_manifest, save_checkpoint
 from mae_scale.errors import RunError, UsageError
+from mae_scale.planning.flops import mfu
 from mae_scale.recipe import Recipe
 from mae_scale.tracking.run import Tracking
 from mae_scale.training.distributed import Ranks
@@ -37,6 +38,10 @@ class Run:
     index: Index
     facts: dict
     """What a checkpoint's manifest says about the run beside the step."""
+    forward_flops: int
+    """Of one image."""
+    peak_flops: float | None
+    """What the device could do a second in the run's precision, where that is known."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -78,7 +83,7 @@ def resume(run: Run, engine) -> int:
         return 0
     step, folder = found[-1]
     manifest = read_manifest(folder)
-    for key, meaning in (("world_size", "ranks"), ("engine", "the engine"), ("index", "the images")):
+    for key, meaning in (("world_size", "world size"), ("engine", "engine"), ("index", "image index")):
         if manifest[key] != run.facts[key]:
             raise UsageError(
                 f"checkpoint {folder} was written with {meaning} {manifest[key]}, this start has {run.facts[key]}; "
@@ -88,9 +93,7 @@ def resume(run: Run, engine) -> int:
     return step
 
 
-def train(
-    run: Run, engine, tensors_of: Callable, loader: ImageLoader, start: int, tracking: Tracking
-) -> None:
+def train(run: Run, engine, tensors_of: Callable, loader: ImageLoader, start: int, tracking: Tracking) -> None:
     """Updates start+1 ... run.last_step, with log lines and checkpoints on the way. All ranks call it.
 
     tensors_of(batch, device) gives what the engine's objective takes.
@@ -165,9 +168,13 @@ def _metrics(run: Run, result, loader: ImageLoader, lr: float, clock: _Clock, do
         "memory/peak_gib": _peak_gib(run.device),
         "data/bad_images": int(bad_images),
     }
-    if run.facts.get("flops_per_image") and run.facts.get("peak_flops"):
-        achieved = run.facts["flops_per_image"] * rates["perf/images_per_second"] / run.ranks.world_size
-        metrics["perf/mfu"] = achieved / run.facts["peak_flops"]
+    if run.peak_flops:
+        metrics["perf/mfu"] = mfu(
+            rates["perf/images_per_second"],
+            forward_flops=run.forward_flops,
+            peak_flops_per_s=run.peak_flops,
+            devices=run.ranks.world_size,
+        )
     return metrics
 
 

@@ -18,7 +18,7 @@ from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.errors import UsageError
 from mae_scale.models.vit import patchify
 from mae_scale.objectives.reconstruct import Reconstruct
-from mae_scale.planning.flops import mae_forward_flops, peak_flops_per_s, training_flops
+from mae_scale.planning.flops import mae_forward_flops, peak_flops_per_s
 from mae_scale.recipe import Recipe, differing_keys, load_recipe
 from mae_scale.tracking.figures import loss_curve_figure, reconstruction_figure
 from mae_scale.tracking.metrics_log import read_metrics
@@ -42,9 +42,7 @@ def check(recipe: Recipe, out: Path, world_size: int) -> None:
     """Everything that can be refused before a rank is started; UsageError says what to do."""
     gpu = torch.cuda.is_available()
     if recipe.data.root is None:
-        raise UsageError(
-            "data.root is not set; add data.root=/path/to/train (a folder of images or of tar shards)"
-        )
+        raise UsageError("data.root is not set; add data.root=/path/to/train (a folder of images or of tar shards)")
     refuse_wrong_combinations(recipe, gpu=gpu)
     layout = batch_layout(recipe, world_size)
     if recipe.engine.backend == "deepspeed":
@@ -93,7 +91,18 @@ def pretrain(recipe: Recipe, out: Path) -> None:
         if recipe.model.target == "pca":
             fit_target(objective, recipe, index)
         engine = scale_out(objective, recipe, layout, device)
-        run = Run(recipe, out, ranks, device, layout, index, facts(recipe, engine, index, ranks, device))
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        run = Run(
+            recipe,
+            out,
+            ranks,
+            device,
+            layout,
+            index,
+            facts(recipe, engine, index, ranks.world_size),
+            forward_flops(recipe),
+            peak_flops_per_s(gpu, precision_of(recipe, gpu=True)) if gpu else None,
+        )
         start = resume(run, engine)
         with Tracking(
             recipe,
@@ -161,10 +170,21 @@ def some_images(index: Index, count: int, recipe: Recipe, kind: str) -> torch.Te
         return next(iter(loader)).images
 
 
-def facts(recipe: Recipe, engine, index: Index, ranks, device: torch.device) -> dict:
-    """What a checkpoint's manifest says of the run, and what its rates are measured against."""
+def facts(recipe: Recipe, engine, index: Index, world_size: int) -> dict:
+    """What a checkpoint's manifest says of the run."""
+    return {
+        "world_size": world_size,
+        "engine": engine.name,
+        "recipe": recipe.digest(),
+        "index": index.digest(),
+        "versions": {name: _version(name) for name in ("mae-scale", "torch", "deepspeed", "fairscale")},
+    }
+
+
+def forward_flops(recipe: Recipe) -> int:
+    """Of one image, the way the recipe's model computes."""
     model = recipe.model
-    forward = mae_forward_flops(
+    return mae_forward_flops(
         model.name,
         image_size=model.image_size,
         patch_size=model.patch_size,
@@ -175,17 +195,6 @@ def facts(recipe: Recipe, engine, index: Index, ranks, device: torch.device) -> 
         decoder_depth=model.decoder_depth,
         way="encoder_mask_tokens" if model.encoder_mask_tokens else "fast",
     )
-    gpu = device.type == "cuda"
-    peak = peak_flops_per_s(torch.cuda.get_device_name(device), precision_of(recipe, gpu)) if gpu else None
-    return {
-        "world_size": ranks.world_size,
-        "engine": engine.name,
-        "recipe": recipe.digest(),
-        "index": index.digest(),
-        "versions": {name: _version(name) for name in ("mae-scale", "torch", "deepspeed", "fairscale")},
-        "flops_per_image": training_flops(forward),
-        "peak_flops": peak,
-    }
 
 
 def tags(run: Run) -> dict[str, str | int | None]:

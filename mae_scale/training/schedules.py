@@ -3,9 +3,7 @@
 import math
 
 
-def learning_rate(
-    step: int, *, peak_lr: float, steps_per_epoch: int, epochs: int, warmup_epochs: int
-) -> float:
+def learning_rate(step: int, *, peak_lr: float, steps_per_epoch: int, epochs: int, warmup_epochs: int) -> float:
     """The rate for update number `step` (from 0): linear warm-up, then half-cycle cosine to 0 (He et al., table 8).
 
     With e = step / steps_per_epoch: peak * e / warmup_epochs while e < warmup_epochs, then

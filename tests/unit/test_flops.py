@@ -58,9 +58,7 @@ def test_the_plain_way_equals_what_hugging_face_computes():
 def test_other_sizes_and_targets_are_counted():
     sizes = {"patch_size": 8, "width": 32, "depth": 2, "decoder_width": 16, "decoder_depth": 1}
     with torch.device("meta"):
-        model = build_mae(
-            None, image_size=64, heads=2, decoder_heads=2, mask_ratio=0.6, target="pixels", **sizes
-        )
+        model = build_mae(None, image_size=64, heads=2, decoder_heads=2, mask_ratio=0.6, target="pixels", **sizes)
         total = counted(model, torch.empty(1, 3, 64, 64), torch.empty(1, 64))
     assert total == mae_forward_flops(image_size=64, mask_ratio=0.6, **sizes)
     smaller = mae_forward_flops(image_size=64, mask_ratio=0.6, target_dim=96, **sizes)

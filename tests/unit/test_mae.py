@@ -138,9 +138,7 @@ def test_parameter_counts_are_the_published_ones(name, encoder_with_head, whole)
     with torch.device("meta"):
         model = build_mae(name)
     head = 1000 * (model.encoder.size.width + 1)
-    assert (parameter_count(model.encoder, positions=True) + head) / 1e6 == pytest.approx(
-        encoder_with_head, abs=5e-3
-    )
+    assert (parameter_count(model.encoder, positions=True) + head) / 1e6 == pytest.approx(encoder_with_head, abs=5e-3)
     assert parameter_count(model, positions=True) / 1e6 == pytest.approx(whole, abs=5e-3)
     assert len(model.blocks) == model.encoder.size.depth + 8
 
@@ -155,9 +153,7 @@ class _NoSynchronisation(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    "variant", [{}, {"encoder_mask_tokens": True}, {"target": "pixels"}, {"target": "pca"}]
-)
+@pytest.mark.parametrize("variant", [{}, {"encoder_mask_tokens": True}, {"target": "pixels"}, {"target": "pca"}])
 def test_a_training_step_never_waits_for_the_device(variant):
     model = small_mae(**variant)
     images, noise = batch(model)
@@ -201,9 +197,7 @@ def test_a_removed_patch_cannot_influence_the_encoder(encoder_mask_tokens):
 def test_removed_patches_are_not_embedded_and_visible_ones_not_predicted_until_asked():
     model = small_mae()
     embedded, predicted = [], []
-    model.encoder.patch_embed.register_forward_hook(
-        lambda m, args, out: embedded.append(tuple(args[0].shape))
-    )
+    model.encoder.patch_embed.register_forward_hook(lambda m, args, out: embedded.append(tuple(args[0].shape)))
     model.head.register_forward_hook(lambda m, args, out: predicted.append(tuple(args[0].shape)))
     out = model(*batch(model))
     assert embedded == [(4, 4, 768)]

@@ -79,9 +79,7 @@ def test_random_masks_are_uniform():
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_images_mask_depends_on_its_position_alone(kind):
     whole = mask_noise(kind, grid_size=8, mask_ratio=0.75, generator_of=generator_of, positions=np.arange(12))
-    part = mask_noise(
-        kind, grid_size=8, mask_ratio=0.75, generator_of=generator_of, positions=np.array([9, 2, 5])
-    )
+    part = mask_noise(kind, grid_size=8, mask_ratio=0.75, generator_of=generator_of, positions=np.array([9, 2, 5]))
     assert np.array_equal(part, whole[[9, 2, 5]])
 
 
