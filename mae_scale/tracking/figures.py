@@ -102,9 +102,7 @@ def _unpatchify(patches: np.ndarray, grid: tuple[int, int], patch_size: int) -> 
     """[N, L, p*p*C] to [N, H, W, C]."""
     rows, columns = grid
     blocks = patches.reshape(len(patches), rows, columns, patch_size, patch_size, -1)
-    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(
-        len(patches), rows * patch_size, columns * patch_size, -1
-    )
+    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(len(patches), rows * patch_size, columns * patch_size, -1)
 
 
 def _array(value) -> np.ndarray:

@@ -37,6 +37,13 @@ ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+CONNECTION_ERRORS = (
+    "Connection refused",
+    "Connection aborted",
+    "timed out",
+    "name resolution",
+    "Name or service not known",
+)
 QUIETED = {"mlflow": logging.ERROR, "alembic": logging.WARNING, "urllib3.connectionpool": logging.ERROR}
 FIRST_WAIT_S, LONGEST_WAIT_S, CLOSING_WAIT_S = 1.0, 30.0, 0.5
 
@@ -66,9 +73,7 @@ class MlflowTracker:
         is not installed.
         """
         if util.find_spec("mlflow") is None:
-            raise UsageError(
-                "tracking needs mlflow: pip install mlflow, or switch it off with tracking.uri=off"
-            )
+            raise UsageError("tracking needs mlflow: pip install mlflow, or switch it off with tracking.uri=off")
         for name, default in ENVIRONMENT.items():
             os.environ.setdefault(name, default)
         import mlflow  # noqa: F401  (here and not in the thread: an import beside other imports can fail)
@@ -80,12 +85,8 @@ class MlflowTracker:
         self._out_dir.mkdir(parents=True, exist_ok=True)
         self._log_path = self._out_dir / "metrics.jsonl"
         self._run_name = run_name or self._out_dir.name
-        self._params = {
-            _name(key): redacted(str(value))[:PARAM_LENGTH] for key, value in params.items() if str(value)
-        }
-        self._tags = {
-            _name(key): redacted(str(value))[:TAG_LENGTH] for key, value in tags.items() if value is not None
-        }
+        self._params = {_name(key): redacted(str(value))[:PARAM_LENGTH] for key, value in params.items() if str(value)}
+        self._tags = {_name(key): redacted(str(value))[:TAG_LENGTH] for key, value in tags.items() if value is not None}
         self._started_at = time.time()
         self._state_lock = threading.Lock()
         self._state = self._read_state()
@@ -377,7 +378,7 @@ def _name(key: str) -> str:
 def _reason(error: Exception) -> str:
     """One short line; of the layers of a connection's errors, what the operating system said."""
     text = str(error).strip()
-    for phrase in ("Connection refused", "timed out", "name resolution", "Name or service not known"):
+    for phrase in CONNECTION_ERRORS:
         if phrase in text:
             return phrase
     first_line = text.splitlines()[0] if text else ""

@@ -37,9 +37,7 @@ TINY = [
 def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Images [16, 3, 16, 16] and mask noise [16, 16] of a step."""
     random = torch.Generator().manual_seed(step)
-    return torch.randn(GLOBAL_BATCH, 3, 16, 16, generator=random), torch.rand(
-        GLOBAL_BATCH, 16, generator=random
-    )
+    return torch.randn(GLOBAL_BATCH, 3, 16, 16, generator=random), torch.rand(GLOBAL_BATCH, 16, generator=random)
 
 
 def rate(step: int) -> float:

@@ -57,12 +57,10 @@ CASES = {
     "ZeRO 3 clipped": ["engine.config={zero3}", CLIPPED, "engine.micro_batch=4"],
     "FairScale OSS clipped": ["engine.backend=fairscale", "engine.zero_stage=1", CLIPPED],
 }
-ONE_RANK = {
-    name: CASES[name] for name in ("ZeRO 0", "ZeRO 1", "ZeRO 2, accumulation 4", "ZeRO 3", "FairScale OSS")
+ONE_RANK = {name: CASES[name] for name in ("ZeRO 0", "ZeRO 1", "ZeRO 2, accumulation 4", "ZeRO 3", "FairScale OSS")}
+BF16 = {f"ZeRO {stage}": [f"engine.zero_stage={stage}", "engine.precision=bf16"] for stage in (0, 1, 2, 3)} | {
+    "FairScale OSS": ["engine.backend=fairscale", "engine.zero_stage=1", "engine.precision=bf16"]
 }
-BF16 = {
-    f"ZeRO {stage}": [f"engine.zero_stage={stage}", "engine.precision=bf16"] for stage in (0, 1, 2, 3)
-} | {"FairScale OSS": ["engine.backend=fairscale", "engine.zero_stage=1", "engine.precision=bf16"]}
 COMPILED = {
     "ZeRO 1": ["engine.zero_stage=1", "engine.compile=true"],
     "ZeRO 2, checkpointing": [

@@ -34,9 +34,7 @@ def drawn(monkeypatch):
     """What the figure is made of, before it is drawn."""
     caught = []
     draw = figures._draw_bands
-    monkeypatch.setattr(
-        figures, "_draw_bands", lambda pictures, path: (caught.extend(pictures), draw(pictures, path))
-    )
+    monkeypatch.setattr(figures, "_draw_bands", lambda pictures, path: (caught.extend(pictures), draw(pictures, path)))
     return caught
 
 

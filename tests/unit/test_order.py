@@ -119,9 +119,7 @@ def test_crops_are_distributed_as_torchvisions(height, width):
     count = 4000
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
-    theirs = np.array(
-        [RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(count)], float
-    )
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(count)], float)
     draws = generator(0, "test", 0).random((count, 40))
     ours = random_resized_crops(
         draws, np.full(count, height), np.full(count, width), (0.2, 1.0), (3 / 4, 4 / 3)
@@ -176,9 +174,7 @@ def test_no_augmentation_draws_nothing():
 
 
 def test_unknown_augmentation_is_a_clear_error():
-    with pytest.raises(
-        UsageError, match="unknown augmentation 'cutout'; expected one of random_resized_crop,"
-    ):
+    with pytest.raises(UsageError, match="unknown augmentation 'cutout'; expected one of random_resized_crop,"):
         augmentation("cutout")
 
 

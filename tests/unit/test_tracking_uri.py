@@ -25,9 +25,7 @@ def test_tracking_can_be_switched_off_in_spite_of_the_environment(tmp_path, monk
     assert tracking_uri(off, tmp_path) is None
 
 
-@pytest.mark.parametrize(
-    "uri", ["/some/mlruns", "mlruns", "file:///some/mlruns", "localhost:5000", "htp://host"]
-)
+@pytest.mark.parametrize("uri", ["/some/mlruns", "mlruns", "file:///some/mlruns", "localhost:5000", "htp://host"])
 def test_uri_that_mlflow_cannot_track_to_is_refused_before_training(tmp_path, uri):
     with pytest.raises(UsageError, match="http://host:port"):
         tracking_uri(uri, tmp_path)
@@ -35,9 +33,7 @@ def test_uri_that_mlflow_cannot_track_to_is_refused_before_training(tmp_path, ur
 
 def test_files_of_a_bare_database_are_beside_it_and_a_server_decides_itself(tmp_path):
     assert artifact_location("sqlite:////data/mlflow.db", tmp_path) == "file:///data/mlartifacts"
-    assert artifact_location("postgresql+psycopg2://host/db", tmp_path / "run") == (
-        (tmp_path / "mlartifacts").as_uri()
-    )
+    assert artifact_location("postgresql+psycopg2://host/db", tmp_path / "run") == ((tmp_path / "mlartifacts").as_uri())
     assert artifact_location("http://tracking:5000", tmp_path) is None
 
 

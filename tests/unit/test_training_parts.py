@@ -1,0 +1,160 @@
+"""Learning rate, parameter groups, batch layout and DeepSpeed files: the pure parts of training."""
+
+import json
+import math
+
+import pytest
+import torch
+from timm.scheduler import CosineLRScheduler
+
+from mae_scale.errors import UsageError
+from mae_scale.models.mae import build_mae
+from mae_scale.recipe import load_recipe
+from mae_scale.training.ds_config import batch_layout, compiles, deepspeed_config, refuse_wrong_combinations
+from mae_scale.training.optimizers import parameter_groups
+from mae_scale.training.schedules import learning_rate
+
+STEPS_PER_EPOCH = 1_281_167 // 4096
+
+
+def test_the_whole_1600_epoch_curve_is_the_papers():
+    recipe = load_recipe("pretrain/vit_huge_1600ep")
+    options = {"peak_lr": recipe.lr, "steps_per_epoch": STEPS_PER_EPOCH, "epochs": 1600, "warmup_epochs": 40}
+    steps = range(1600 * STEPS_PER_EPOCH)
+    curve = torch.tensor([learning_rate(step, **options) for step in steps], dtype=torch.float64)
+    warm = 40 * STEPS_PER_EPOCH
+    # timm's scheduler as an independent peer.
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.lr)
+    peer = CosineLRScheduler(
+        optimizer, t_initial=1560 * STEPS_PER_EPOCH, warmup_t=warm, warmup_prefix=True, t_in_epochs=False
+    )
+    expected = torch.tensor([peer._get_lr(step)[0] for step in steps], dtype=torch.float64)
+    assert torch.allclose(curve, expected, rtol=1e-9, atol=1e-15)
+    assert curve[0] == 0
+    assert curve.argmax() == warm
+    assert curve[-1] < 1e-10
+
+
+def test_the_rate_is_set_every_step_and_reaches_zero_exactly_after_the_last():
+    options = {"peak_lr": 1.0, "steps_per_epoch": 7, "epochs": 10, "warmup_epochs": 2}
+    assert learning_rate(1, **options) == pytest.approx(1 / 14)
+    assert learning_rate(14, **options) == 1.0
+    assert learning_rate(42, **options) == pytest.approx(0.5)
+    assert learning_rate(70, **options) == pytest.approx(0, abs=1e-15)
+    assert learning_rate(0, peak_lr=1.0, steps_per_epoch=7, epochs=1, warmup_epochs=0) == 1.0
+
+
+def test_biases_norms_and_tokens_are_not_decayed_and_everything_else_is():
+    model = build_mae(
+        None,
+        image_size=16,
+        patch_size=4,
+        width=32,
+        depth=2,
+        heads=2,
+        decoder_width=16,
+        decoder_depth=1,
+        decoder_heads=2,
+    )
+    never = {name.rpartition(".")[2] for name in model.no_weight_decay()}
+    decayed, plain = parameter_groups(model, 0.05, never)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert {names[id(p)] for p in plain["params"]} == {
+        n for n in names.values() if n.endswith(("bias", "cls_token", "mask_token")) or "norm" in n
+    }
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+
+
+def test_the_batch_layout_follows_from_the_global_batch():
+    recipe = load_recipe("pretrain/vit_huge_1600ep")
+    for ranks, accumulation in ((128, 1), (64, 2), (8, 16)):
+        layout = batch_layout(recipe, ranks)
+        assert (layout.micro_batch, layout.accumulation) == (32, accumulation)
+        assert layout.world_size * layout.micro_batch * layout.accumulation == 4096
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "message"),
+    [
+        ([], 3, "4095 or 4098 would fit, with this batch 1, 2, 4 or 8 ranks"),
+        (["engine.micro_batch=48"], 64, "engine.micro_batch=8, 16, 32 or 64 would fit"),
+        (["engine.micro_batch=32"], 256, "share of 16 images"),
+    ],
+)
+def test_a_mismatch_says_what_would_fit(overrides, ranks, message):
+    with pytest.raises(UsageError) as error:
+        batch_layout(load_recipe("pretrain/vit_huge_1600ep", overrides), ranks)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpu", "reason"),
+    [
+        (["engine.precision=fp16"], False, "fp16 needs a GPU"),
+        (["engine.zero_stage=3", "engine.compile=true"], True, "loses gradients"),
+        (["engine.compile=true", "engine.activation_checkpointing=offload"], True, "uncompiled"),
+        (["engine.offload=true"], True, "needs engine.zero_stage=3"),
+        (["engine.backend=fairscale", "engine.zero_stage=2"], True, "wrong gradients"),
+        (["engine.backend=fairscale", "engine.zero_stage=3"], False, "needs a GPU"),
+        (["engine.backend=fairscale", "engine.zero_stage=1", "engine.precision=fp16"], True, "bf16"),
+        (["engine.backend=fairscale", "engine.zero_stage=1", "engine.offload=true"], True, "offload"),
+        (["data.device=gpu"], False, "no GPU is visible"),
+    ],
+)
+def test_what_is_wrong_without_an_error_is_refused_with_the_reason(overrides, gpu, reason):
+    with pytest.raises(UsageError, match=reason):
+        refuse_wrong_combinations(load_recipe("demo", overrides), gpu=gpu)
+
+
+def test_compiling_zero_3_is_refused_through_a_file_of_ones_own_too(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    with pytest.raises(UsageError, match="loses gradients"):
+        refuse_wrong_combinations(load_recipe("demo", [f"engine.config={path}", "engine.compile=true"]), gpu=True)
+    assert not compiles(load_recipe("demo", [f"engine.config={path}"]), 3, gpu=True)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_packaged_deepspeed_files_are_filled_in_completely(stage, precision):
+    recipe = load_recipe(
+        "demo", [f"engine.zero_stage={stage}", f"engine.precision={precision}", "engine.micro_batch=16"]
+    )
+    config = deepspeed_config(recipe, batch_layout(recipe, 2), gpu=True)
+    assert "auto" not in json.dumps(config)
+    assert config["zero_optimization"]["stage"] == stage
+    assert (config["bf16"]["enabled"], config["fp16"]["enabled"]) == (precision == "bf16", precision == "fp16")
+    assert config["fp16"]["loss_scale"] == 0
+    assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (128, 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "holds a list"),
+        ('{"train_batch_size": 64}', 'train_batch_size=64, the recipe makes it 128; write "auto"'),
+        ('{"optimizer": {"type": "Adam"}}', "section 'optimizer'"),
+        ('{"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}', "nothing decides"),
+    ],
+)
+def test_a_deepspeed_file_that_contradicts_the_recipe_is_refused(tmp_path, content, message):
+    path = tmp_path / "mine.json"
+    path.write_text(content)
+    recipe = load_recipe("demo", [f"engine.config={path}"])
+    with pytest.raises(UsageError) as error:
+        deepspeed_config(recipe, batch_layout(recipe, 2), gpu=False)
+    assert message in str(error.value)
+
+
+def test_a_missing_deepspeed_file_is_named(tmp_path):
+    recipe = load_recipe("demo", [f"engine.config={tmp_path}/no.json"])
+    with pytest.raises(UsageError, match=r"no\.json cannot be read"):
+        deepspeed_config(recipe, batch_layout(recipe, 1), gpu=False)
+
+
+def test_the_peak_is_at_the_end_of_warm_up():
+    rates = [learning_rate(s, peak_lr=2.0, steps_per_epoch=10, epochs=20, warmup_epochs=5) for s in range(200)]
+    assert math.isclose(max(rates), 2.0)
+    assert rates.index(max(rates)) == 50
