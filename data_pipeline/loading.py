@@ -73,6 +73,7 @@ class Loading:
         self.allowed = max(1, int(limit * len(index)))
         self.limit = limit
         self.bad_images: dict[str, str] = {}
+        self._stream: torch.cuda.Stream | None = None
 
     def batches(self, plans: Iterator[tuple[int, BatchPlan]]) -> Iterator[Batch]:
         """One batch a (step, plan); the bytes of the next plan are read while this one's are decoded."""
@@ -124,7 +125,9 @@ class Loading:
         if self.invalidate:
             valid[list(replaced)] = False
         labels = self.index.label[plan.sample_ids].astype(np.int64)
-        tensors = to_torch(images, labels, self.decoder.device_id)
+        if self.decoder.device_id is not None and self._stream is None:
+            self._stream = torch.cuda.Stream(self.decoder.device_id)  # one: the allocator keeps memory by stream
+        tensors = to_torch(images, labels, self._stream)
         return Batch(*tensors, plan.sample_ids, plan.positions, valid, step, len(replaced))
 
     def _neighbour(self, reader: ByteReader, step: int, plan: BatchPlan, row: int) -> tuple[np.ndarray, BatchPlan]:
@@ -166,20 +169,19 @@ class Loading:
         return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
 
 
-def to_torch(images, labels: np.ndarray, device_id: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def to_torch(images, labels: np.ndarray, stream: torch.cuda.Stream | None) -> tuple[torch.Tensor, torch.Tensor]:
     """DALI's dense float32 tensor list and int64 labels as torch tensors, complete when this returns.
 
     On the CPU nothing is copied: DALI's default executor leaves an output to whoever refers to it. On the GPU
-    the copy is made and waited for on a stream of its own; the consumer's stream is recorded in `Stream`.
+    the copy is made and waited for on `stream`; the consumer's stream is recorded in `Stream`.
     """
-    if device_id is None:
+    if stream is None:
         tensors = torch.from_dlpack(images.as_tensor()), torch.from_numpy(labels)
         return tuple(t.pin_memory() for t in tensors) if torch.cuda.is_available() else tensors
-    stream = torch.cuda.Stream(device_id)
-    with torch.cuda.device(device_id), torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):
         tensors = (
             torch.from_dlpack(images.as_tensor()).clone(),
-            torch.from_numpy(labels).to(f"cuda:{device_id}"),
+            torch.from_numpy(labels).to(stream.device),
         )
     stream.synchronize()
     return tensors

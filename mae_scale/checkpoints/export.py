@@ -11,13 +11,15 @@ from mae_scale.models.weights import to_official
 
 
 def export_weights(model: MaskedAutoencoder, path: Path) -> None:
-    """Write a plain model's weights in the layout of the authors' release (with decoder), float32 safetensors.
+    """Write a plain model's weights in the layout of the authors' release, float32 safetensors.
 
+    With the decoder, unless it has no mask token (an encoder that takes the mask tokens itself).
     The file appears under its name only when it is whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".partial")
-    state = {name: tensor.detach().float().contiguous() for name, tensor in to_official(model).items()}
+    official = to_official(model, decoder=not model.encoder_mask_tokens)
+    state = {name: tensor.detach().float().contiguous() for name, tensor in official.items()}
     save_file(state, beside, metadata={"format": "pt", "layout": "official"})
     with open(beside, "rb") as file:
         os.fsync(file.fileno())

@@ -52,6 +52,11 @@ class Tracking:
         if self._mlflow is not None:
             self._mlflow.notify()
 
+    def sync(self) -> None:
+        """Wait until what was logged is on the disk; before a checkpoint that counts on it."""
+        if self._log is not None:
+            self._log.sync()
+
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Send a file to MLflow, when its turn comes."""
         if self._mlflow is not None:

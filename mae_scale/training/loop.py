@@ -113,6 +113,7 @@ def train(run: Run, engine, tensors_of: Callable, loader: ImageLoader, start: in
                     f"{_newest(run)}; a smaller optim.base_lr, optim.clip_grad_norm, or bf16 instead of fp16 helps"
                 )
         if _checkpoint_due(run, done):
+            tracking.sync()
             save_checkpoint(engine, run.checkpoints, done, run.facts, run.recipe.checkpoint.keep)
             clock.restart(done)
 

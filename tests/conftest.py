@@ -1,0 +1,37 @@
+"""Shared fixtures: the digits as JPEGs, and the command as a user calls it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.samples import write_digits
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """scikit-learn's digits: train/ and val/, ten classes."""
+    root = tmp_path_factory.mktemp("data") / "digits"
+    write_digits(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def mae_scale():
+    """Call `mae-scale ARGUMENTS`; the finished process, with text output."""
+
+    def call(*arguments, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MLFLOW_", "RANK"))}
+        return subprocess.run(
+            [sys.executable, "-m", "mae_scale", *map(str, arguments)],
+            env={**clean, "COLUMNS": "120", **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return call
