@@ -78,6 +78,15 @@ class _Loader:
         """Name to reason of the images that this rank has found bad so far."""
         return self._loading.bad_images
 
+    def check_bad_images(self, found: dict[str, str]) -> None:
+        """Raise RunError when these, the bad images of all ranks, are more than the limit; it is the same for all."""
+        self._loading.check(found)
+
+    @property
+    def allowed_bad_images(self) -> int:
+        """Up to so many images may turn bad."""
+        return self._loading.allowed
+
     def _stream(self, plans: Iterator[tuple[int, BatchPlan]]) -> Iterator[Batch]:
         self._end_stream()
         stream = Stream(self._loading.batches(plans), self._prefetch)

@@ -146,7 +146,7 @@ class Loading:
             for name, column in columns.items():
                 column[row] = getattr(one, name)[0]
             return encoded, replace(plan, **columns)
-        raise RunError(f"no image of {self.index.root} can be read any more: {self._list()}")
+        raise RunError(f"no image of {self.index.root} can be read any more: {_listed(self.bad_images)}")
 
     def _note(self, image: int, error: BadImage) -> None:
         name = self.index.name(image)
@@ -156,17 +156,22 @@ class Loading:
         if self.on_bad_image == "stop":
             raise RunError(f"bad image {self.index.root}/{name}: {error}; data.on_bad_image is 'stop'")
         log.warning("bad image %s/%s: %s; another takes its place", self.index.root, name, error)
-        if len(self.bad_images) > self.allowed:
+        self.check(self.bad_images)
+
+    def check(self, found: dict[str, str]) -> None:
+        """Raise RunError, with the list, when more images were found bad than the limit allows."""
+        if len(found) > self.allowed:
             raise RunError(
-                f"{len(self.bad_images)} images turned bad after indexing, more than data.bad_image_limit "
-                f"allows ({self.limit:g} of {len(self.index)} images: {self.allowed}); restore them, or "
-                f"delete the index so that they are left out: {self._list()}"
+                f"{len(found)} images turned bad after indexing, more than data.bad_image_limit allows "
+                f"({self.limit:g} of {len(self.index)} images: {self.allowed}); restore them, or start a new run "
+                f"(another --out), whose index leaves them out: {_listed(found)}"
             )
 
-    def _list(self) -> str:
-        shown = [f"{name} ({reason})" for name, reason in list(self.bad_images.items())[:SHOWN]]
-        more = len(self.bad_images) - len(shown)
-        return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
+
+def _listed(found: dict[str, str]) -> str:
+    shown = [f"{name} ({reason})" for name, reason in list(found.items())[:SHOWN]]
+    more = len(found) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
 
 
 def to_torch(images, labels: np.ndarray, stream: torch.cuda.Stream | None) -> tuple[torch.Tensor, torch.Tensor]:

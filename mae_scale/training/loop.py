@@ -124,11 +124,12 @@ def _inputs(batches: Iterator, run: Run, tensors_of: Callable, clock: "_Clock"):
         waiting = time.perf_counter()
         batch = next(batches)
         clock.data_wait_s += time.perf_counter() - waiting
+        clock.replaced += batch.replaced
         yield tensors_of(batch, run.device)
 
 
 class _Clock:
-    """Seconds and steps since the last log line."""
+    """Seconds, steps and bad images since the last log line."""
 
     def __init__(self, run: Run):
         self._run = run
@@ -136,7 +137,7 @@ class _Clock:
 
     def restart(self, done: int | None) -> None:
         """Begin to measure at a step; None: at the first one, which is not timed by itself."""
-        self.began, self.from_step, self.data_wait_s = time.perf_counter(), done, 0.0
+        self.began, self.from_step, self.data_wait_s, self.replaced = time.perf_counter(), done, 0.0, 0
 
     def rates(self, done: int) -> dict[str, float]:
         """perf/... since the last call; call after the device is known to have finished step `done`."""
@@ -155,11 +156,15 @@ class _Clock:
 
 def _metrics(run: Run, result, loader: ImageLoader, lr: float, clock: _Clock, done: int) -> dict[str, float]:
     """One log line. Here, and only here, the host waits for the device."""
-    shared = torch.stack(
-        [result.loss, torch.tensor(float(len(loader.bad_images)), device=run.device, dtype=torch.float32)]
-    )
+    counts = torch.tensor([len(loader.bad_images), clock.replaced], device=run.device, dtype=torch.float32)
+    shared = torch.cat([result.loss.reshape(1), counts])
     torch.distributed.all_reduce(shared)
-    loss, bad_images = shared.tolist()
+    loss, bad_images, replaced = shared.tolist()
+    if bad_images > loader.allowed_bad_images:
+        # Each rank has counted its own, and one may be another's too: look at the names.
+        found = [None] * run.ranks.world_size
+        torch.distributed.all_gather_object(found, loader.bad_images)
+        loader.check_bad_images({name: reason for part in found for name, reason in part.items()})
     rates = clock.rates(done)
     metrics = {
         "train/loss": loss / run.ranks.world_size,
@@ -167,7 +172,7 @@ def _metrics(run: Run, result, loader: ImageLoader, lr: float, clock: _Clock, do
         "train/grad_norm": result.grad_norm(),
         **rates,
         "memory/peak_gib": _peak_gib(run.device),
-        "data/bad_images": int(bad_images),
+        "data/replaced_images": int(replaced),
     }
     if run.peak_flops:
         metrics["perf/mfu"] = mfu(

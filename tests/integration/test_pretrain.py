@@ -8,6 +8,7 @@ from mlflow import MlflowClient
 from PIL import Image
 from safetensors import safe_open
 
+from data_pipeline.order import epoch_permutation
 from mae_scale import cli
 from mae_scale.tracking.metrics_log import read_metrics
 
@@ -48,7 +49,7 @@ def test_a_run_logs_every_step_and_learns(uninterrupted):
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert rows[-1]["train/loss"] < rows[0]["train/loss"]
     names = {"train/loss", "train/lr", "train/grad_norm", "perf/images_per_second", "perf/step_time_s"}
-    names |= {"perf/data_wait_s", "memory/peak_gib", "data/bad_images", "step", "epoch", "time"}
+    names |= {"perf/data_wait_s", "memory/peak_gib", "data/replaced_images", "step", "epoch", "time"}
     assert names <= rows[0].keys()
     assert rows[0]["train/lr"] == 0
     assert max(row["train/lr"] for row in rows) == pytest.approx(2e-3 * 128 / 256)
@@ -125,7 +126,24 @@ def test_an_image_that_turns_bad_is_named_replaced_and_counted(tmp_path, digits,
     done = mae_scale(*command)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("007.jpg") == 1
-    assert [row["data/bad_images"] for row in read_metrics(out / "metrics.jsonl")] == [0, 1]
+    assert [row["data/replaced_images"] for row in read_metrics(out / "metrics.jsonl")] == [0, 1]
+
+
+def test_bad_images_of_all_ranks_together_are_held_against_the_limit(tmp_path, digits, mae_scale):
+    data, out = tmp_path / "data", tmp_path / "r"
+    data.mkdir()
+    for number, image in enumerate(sorted((digits / "train").rglob("*.jpg"))[:64]):
+        (data / f"{number:03d}.jpg").write_bytes(image.read_bytes())
+    command = ["pretrain", "demo", "--out", out, "--nproc", 2, "--tracking-uri", "off", *arguments(digits)]
+    command += [f"data.root={data}", "data.global_batch=64", "data.bad_image_limit=0.05"]  # three of 64
+    assert mae_scale(*command, "schedule.stop_after_steps=1").returncode == 0
+    share = epoch_permutation(0, 1, 64)
+    for image in (*share[:2], *share[32:34]):  # two in each rank's half of the second batch
+        (data / f"{image:03d}.jpg").write_bytes(b"not a picture")
+    done = mae_scale(*command)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "4 images turned bad after indexing" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 WRONG = {
