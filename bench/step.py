@@ -14,6 +14,7 @@ Needs torch and timm; without transformers ours is timed alone.
 """
 
 import argparse
+import functools
 import gc
 import itertools
 import json
@@ -53,7 +54,8 @@ DEFAULT_CASES = {
     "cpu": [("small", "plain"), ("base", "plain")],
     "cuda": [("large", "plain"), ("large", "compiled"), *(("huge", variant) for variant in VARIANTS)],
 }
-MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
+SMALLEST_SIDE, LARGEST_SIDE = 256, {"cpu": 2048, "cuda": 8192}
+SLOWEST_PRODUCT_S = 1.0
 WAY_OF = {"ours": "fast", "peer": "plain"}  # way of mae_forward_flops: the peer embeds and predicts every patch
 SHORTEST_LAP_S = 0.3
 TIMING_S, ROUNDS = 30.0, (5, 25)  # without --rounds: as many as fit into that time, within these bounds
@@ -168,12 +170,16 @@ def layers_of(peer: nn.Module) -> list[nn.Module]:
 
 
 def matrix_product(precision: str, device: torch.device) -> tuple[Callable[[], object], int]:
-    """A function that multiplies two large square matrices, and its FLOPs."""
-    side = MATRIX_SIDE[device.type]
+    """A function that multiplies two square matrices, and their side: large, but at most about SLOWEST_PRODUCT_S."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    return lambda: torch.mm(a, b, out=out), 2 * side**3
+    side = SMALLEST_SIDE
+    while True:
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        product = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+        seconds(product, 1, device)
+        if side == LARGEST_SIDE[device.type] or 8 * seconds(product, 1, device) > SLOWEST_PRODUCT_S:
+            return product, side
+        side *= 2
 
 
 def seconds(work: Callable[[], object], times: int, device: torch.device) -> float:
@@ -192,7 +198,7 @@ def measure(case: Case, device: torch.device, rounds: int | None, profile: bool)
     torch.compiler.reset()
     gc.collect()  # compiled blocks of the case before refer to themselves
     trainees, difference = make_trainees(case, device)
-    product, product_flops = matrix_product(case.precision, device)
+    product, side = matrix_product(case.precision, device)
     works = {name: trainee.step for name, trainee in trainees.items()} | {"matrices": product}
     times, round_s = {}, 0.0
     for name, work in works.items():
@@ -207,11 +213,12 @@ def measure(case: Case, device: torch.device, rounds: int | None, profile: bool)
         for name, work in works.items():
             laps[name].append(seconds(work, times[name], device))
 
-    matrices = product_flops / statistics.median(laps["matrices"])
+    matrices = 2 * side**3 / statistics.median(laps["matrices"])
     sheet = peak_flops_per_s(torch.cuda.get_device_name(device), case.precision) if device.type == "cuda" else None
     result = asdict(case) | {
         "rounds": rounds,
         "steps_a_round": times["ours"],
+        "matrix_side": side,
         "matrix_tflops_per_s": matrices / 1e12,
         "data_sheet_tflops_per_s": sheet and sheet / 1e12,
         "loss_difference": difference,
@@ -298,8 +305,12 @@ def print_table(results: list[dict]) -> None:
             )
             rows.append(row)
     show(head, rows)
-    rates = {(r["precision"], f"{r['matrix_tflops_per_s']:.3g}") for r in results}
-    print("MFU 100 %: " + "; ".join(f"{rate} TFLOP/s, matrix product in {kind}" for kind, rate in sorted(rates)))
+    for kind in sorted({result["precision"] for result in results}):
+        found = [(result["matrix_tflops_per_s"], result["matrix_side"]) for result in results]
+        (low, side), (high, _) = min(found), max(found)
+        print(
+            f"100 % MFU: {low:.3g} to {high:.3g} TFLOP/s, {side} x {side} matrix products in {kind}, timed in between"
+        )
     differences = [r["loss_difference"] for r in results if r["loss_difference"] is not None]
     if differences:
         print(f"largest difference of the two losses before the first step: {max(differences):.1e}")
