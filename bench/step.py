@@ -306,7 +306,9 @@ def print_table(results: list[dict]) -> None:
             rows.append(row)
     show(head, rows)
     for kind in sorted({result["precision"] for result in results}):
-        found = [(result["matrix_tflops_per_s"], result["matrix_side"]) for result in results]
+        found = [
+            (result["matrix_tflops_per_s"], result["matrix_side"]) for result in results if result["precision"] == kind
+        ]
         (low, side), (high, _) = min(found), max(found)
         print(
             f"100 % MFU: {low:.3g} to {high:.3g} TFLOP/s, {side} x {side} matrix products in {kind}, timed in between"

@@ -10,6 +10,7 @@ import io
 import multiprocessing
 import os
 import re
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -336,7 +337,7 @@ def run_tasks(
     """Results of `function` over `tasks`, in order, from `workers` processes (default: one a core, at most
     16).
 
-    `counts` are the images or shards of each task; `progress` shows a bar, or is called with (done, total).
+    `counts` are the images or shards of each task; `progress` shows a bar on a terminal, or is called with (done, total).
     """
     done, total, results = 0, sum(counts), []
 
@@ -349,12 +350,13 @@ def run_tasks(
 
     if callable(progress):
         collect(progress)
-    elif progress and total > 1:
+    elif progress and total > 1 and sys.stderr.isatty():
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Bar(*columns, transient=True) as bar:
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(title, total=total)
             collect(lambda done, _: bar.update(task, completed=done))
     else:

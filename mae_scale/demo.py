@@ -107,11 +107,12 @@ def features(recipe: Recipe, root: Path, weights: Path | None) -> tuple[np.ndarr
     if weights is not None:
         load_official(model, read_weights(weights))
     pooled, labels = [], []
+    index = open_index(root, progress=False)
     with (
-        EvaluationLoader(open_index(root), image_size=recipe.model.image_size, batch_size=64, device="cpu") as loader,
+        EvaluationLoader(index, image_size=recipe.model.image_size, batch_size=64, device="cpu") as loader,
         torch.inference_mode(),
     ):
         for batch in loader:
-            pooled.append(model.forward_features(batch.images)[:, 1:].mean(1).numpy())
-            labels.append(batch.labels.numpy())
+            pooled.append(model.forward_features(batch.images)[:, 1:].mean(1).numpy()[batch.valid])
+            labels.append(batch.labels.numpy()[batch.valid])
     return np.concatenate(pooled), np.concatenate(labels)

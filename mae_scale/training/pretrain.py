@@ -34,7 +34,7 @@ from mae_scale.training.ds_config import (
 )
 from mae_scale.training.loop import Run, resume, train, write_json
 
-FIGURE_IMAGES = 12
+FIGURE_IMAGES = 16
 PCA_IMAGES = 256
 
 

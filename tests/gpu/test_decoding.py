@@ -1,0 +1,100 @@
+"""Decoding on the GPU ("mixed") gives the CPU's crops, flips and, but for JPEG rounding, the CPU's pixels."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("nvidia.dali")
+pytest.importorskip("sklearn")
+
+from data_pipeline.augmentations import augmentation
+from data_pipeline.index import build_index
+from data_pipeline.loader import ImageLoader
+from data_pipeline.order import plan_batch
+from data_pipeline.pipelines import IMAGENET_MEAN, IMAGENET_STD, Decoder, decoding_device
+from data_pipeline.reading import ByteReader
+from data_pipeline.samples import write_photos
+
+pytestmark = pytest.mark.timeout(300)
+
+COUNT = 16
+KINDS = ("random_resized_crop", "fixed_crop", "evaluation", "random_resized_crop_color_jitter")
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    from PIL import Image
+
+    root = write_photos(tmp_path_factory.mktemp("photos") / "photos", COUNT)
+    photo = Image.open(root / "000000.jpg")
+    photo.convert("L").save(root / "grey.jpg", quality=95)
+    photo.resize((120, 333)).save(root / "progressive.jpg", progressive=True)
+    return build_index(root, progress=False)
+
+
+def levels(images: torch.Tensor) -> np.ndarray:
+    """Normalisation undone: float64 [n, 3, S, S] of 255."""
+    mean, std = (np.array(values).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images.cpu().double().numpy() * std + mean) * 255
+
+
+def decoded(index, kind, device, size=224):
+    kind = augmentation(kind)
+    ids = np.arange(len(index))
+    plan = plan_batch(index, kind, seed=0, step=1, global_batch=len(index), sample_ids=ids, image_size=size)
+    reader = ByteReader(index)
+    images = Decoder(kind, size, len(index), device=device, device_id=0).decode([reader.read(i) for i in ids], plan)
+    images = images.as_cpu() if device == "mixed" else images
+    return levels(torch.from_numpy(np.array(images.as_array())))
+
+
+def close(ours, theirs):
+    """Every image by itself: the two JPEG decoders round and up-sample colour in their own ways."""
+    error = np.abs(ours - theirs)
+    assert error.mean(axis=(1, 2, 3)).max() < 2
+    assert np.quantile(error, 0.999) < 30
+
+
+def test_auto_decodes_on_the_gpu():
+    assert decoding_device("auto") == "mixed"
+    assert decoding_device("gpu") == "mixed"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pixels_are_the_cpus(index, kind):
+    on_gpu, on_cpu = decoded(index, kind, "mixed"), decoded(index, kind, "cpu")
+    close(on_gpu, on_cpu)
+    assert np.abs(on_gpu - on_gpu[::-1]).mean() > 10  # different images do differ
+
+
+def batches(index, device, micro_batch=8, steps=3, start=0):
+    with ImageLoader(
+        index, image_size=96, global_batch=8, micro_batch=micro_batch, device=device, start_step=start, stop_step=steps
+    ) as loader:
+        return [(b.images.clone(), b.labels.clone(), b.sample_ids.copy(), b.step) for b in loader]
+
+
+def test_batches_lie_on_the_gpu_and_are_the_cpus(index):
+    on_gpu, on_cpu = batches(index, "gpu"), batches(index, "cpu")
+    assert len(on_gpu) == len(on_cpu) == 3
+    for (images, labels, ids, step), (cpu_images, _, cpu_ids, cpu_step) in zip(on_gpu, on_cpu, strict=True):
+        assert images.is_cuda
+        assert labels.is_cuda
+        assert images.dtype == torch.float32
+        assert np.array_equal(ids, cpu_ids)
+        assert step == cpu_step
+        close(levels(images), levels(cpu_images))
+
+
+def test_a_global_batch_is_the_same_for_any_micro_batch_and_from_the_middle(index):
+    whole = torch.cat([images for images, *_ in batches(index, "gpu")])
+    assert torch.equal(whole, torch.cat([images for images, *_ in batches(index, "gpu", micro_batch=2)]))
+    assert torch.equal(whole[16:], batches(index, "gpu", start=2)[0][0])
+
+
+def test_batches_stay_whole_while_more_are_decoded(index):
+    """The loader works ahead on streams of its own: what was handed out may not change under the consumer."""
+    with ImageLoader(index, image_size=96, global_batch=8, micro_batch=8, device="gpu", stop_step=20) as loader:
+        kept = [batch.images for batch in loader]
+    expected = [images for images, *_ in batches(index, "gpu", steps=20)]
+    assert all(torch.equal(a, b) for a, b in zip(kept, expected, strict=True))

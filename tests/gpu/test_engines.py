@@ -1,0 +1,123 @@
+"""Every way of scaling, NCCL with one rank on the GPU, gives the losses of a plain torch loop on the same GPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("pydantic")
+
+from mae_scale.training.optimizers import parameter_groups
+from tests.integration.engine_worker import STEPS, global_batch, rate, tiny_objective
+from tests.integration.test_engines import largest_difference, run_cases  # noqa: F401
+
+pytestmark = pytest.mark.timeout(600)
+
+FP32, PLAIN = "engine.precision=fp32", "engine.compile=false"
+ZERO = {0: "zero_stage=0", 1: "zero_stage=1", 2: "zero_stage=2", 3: "config={zero3}"}
+DEEPSPEED = {
+    **{f"ZeRO {stage}": [f"engine.{config}", FP32, PLAIN] for stage, config in ZERO.items()},
+    **{
+        f"ZeRO {stage}, accumulation 4": [f"engine.{config}", FP32, PLAIN, "engine.micro_batch=4"]
+        for stage, config in ZERO.items()
+    },
+    **{
+        f"ZeRO {stage}, checkpointing": [
+            f"engine.{config}",
+            FP32,
+            PLAIN,
+            "engine.activation_checkpointing=all",
+        ]
+        for stage, config in ZERO.items()
+    },
+    "ZeRO 3 offload": ["engine.config={zero3_offload}", FP32, PLAIN],
+}
+HALF = {
+    f"ZeRO {stage}, {precision}": [f"engine.{config}", f"engine.precision={precision}", PLAIN]
+    for precision in ("bf16", "fp16")
+    for stage, config in ZERO.items()
+}
+COMPILED = {
+    **{f"ZeRO {stage}, compiled": [f"engine.{ZERO[stage]}", FP32, "engine.compile=true"] for stage in (0, 1, 2)},
+    "ZeRO 2, compiled, checkpointing": [
+        "engine.zero_stage=2",
+        FP32,
+        "engine.compile=true",
+        "engine.activation_checkpointing=all",
+    ],
+}
+OSS = {"FairScale OSS": ["engine.backend=fairscale", "engine.zero_stage=1", FP32, PLAIN]}
+OSS_BF16 = {"FairScale OSS": ["engine.backend=fairscale", "engine.zero_stage=1", "engine.precision=bf16", PLAIN]}
+SHARDED = {
+    "FairScale fully sharded": ["engine.backend=fairscale", "engine.zero_stage=3", FP32, PLAIN],
+    "FairScale fully sharded, checkpointing": [
+        "engine.backend=fairscale",
+        "engine.zero_stage=3",
+        FP32,
+        PLAIN,
+        "engine.activation_checkpointing=all",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Losses, gradient norms and the weights' sums of torch.optim.AdamW in float32, the whole batch at once."""
+    device = torch.device("cuda")
+    objective, recipe = tiny_objective([])
+    objective.to(device)
+    groups = parameter_groups(objective, recipe.optim.weight_decay, objective.never_decayed)
+    optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas)
+    losses, norms = [], []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        optimizer.zero_grad()
+        loss = objective(*(tensor.to(device) for tensor in global_batch(step)))
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(objective.parameters(), float("inf")).item())
+        optimizer.step()
+        losses.append(loss.item())
+    weights = {name: t.double().sum().item() for name, t in objective.state_dict().items()}
+    return {"losses": losses, "norms": norms, "weights": weights}
+
+
+def check(results, plain, tolerance):
+    differences = {case: largest_difference(found["losses"], plain["losses"]) for case, found in results.items()}
+    assert max(differences.values()) < tolerance, differences
+    for case, found in results.items():
+        assert found["norms"] == pytest.approx(plain["norms"], rel=1e-3), case
+        assert found["weights"] == pytest.approx(plain["weights"], abs=1e-2), case
+
+
+def test_the_plain_loop_learns(plain):
+    assert plain["losses"][-1] < plain["losses"][0]
+
+
+def test_every_zero_stage_gives_the_plain_losses(run_cases, plain):  # noqa: F811
+    pytest.importorskip("deepspeed")
+    check(run_cases(DEEPSPEED, 1), plain, 1e-5)
+
+
+def test_compiled_blocks_give_the_plain_losses(run_cases, plain):  # noqa: F811
+    pytest.importorskip("deepspeed")
+    check(run_cases(COMPILED, 1), plain, 1e-5)
+
+
+def test_bf16_and_fp16_with_dynamic_loss_scale_follow_float32(run_cases, plain):  # noqa: F811
+    pytest.importorskip("deepspeed")
+    results = run_cases(HALF, 1)
+    for case, found in results.items():
+        assert 0 < largest_difference(found["losses"], plain["losses"]) < 0.03, case
+        assert found["losses"][-1] < found["losses"][0], case
+
+
+def test_fairscale_oss_gives_the_plain_losses(run_cases, plain):  # noqa: F811
+    pytest.importorskip("fairscale")
+    check(run_cases(OSS, 1), plain, 1e-5)
+    in_bf16 = run_cases(OSS_BF16, 1)["FairScale OSS"]["losses"]
+    assert 0 < largest_difference(in_bf16, plain["losses"]) < 0.03
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_fairscale_fully_sharded_gives_the_plain_losses(case, run_cases, plain):  # noqa: F811
+    pytest.importorskip("fairscale")
+    check(run_cases({case: SHARDED[case]}, 1), plain, 1e-5)

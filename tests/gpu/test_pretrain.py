@@ -1,0 +1,86 @@
+"""The pre-training command on the GPU: JPEGs decoded there, trained under DeepSpeed, written down, gone on with."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pydantic")
+pytest.importorskip("typer")
+pytest.importorskip("deepspeed")
+pytest.importorskip("nvidia.dali")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from data_pipeline.samples import write_digits
+from mae_scale.planning.flops import peak_flops_per_s
+
+pytestmark = pytest.mark.timeout(600)
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = ["schedule.epochs=3", "schedule.warmup_epochs=1", "tracking.uri=off", "tracking.log_every_steps=1"]
+WAYS = {
+    "as packaged": [],
+    "ZeRO 3, fp32, micro-batches": ["engine.zero_stage=3", "engine.precision=fp32", "engine.micro_batch=32"],
+    "fp16": ["engine.precision=fp16"],
+}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp("data") / "digits")
+
+
+def pretrain(digits, out, *overrides):
+    command = [sys.executable, "-m", "mae_scale", "pretrain", "demo", "--out", str(out)]
+    data = [f"data.root={digits}/train", f"data.val_root={digits}/val"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [*command, *data, *SHORT, *overrides],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_whole_run_learns_and_writes_everything(way, digits, tmp_path):
+    out = tmp_path / "run"
+    metrics = pretrain(digits, out, *WAYS[way])
+    assert [m["step"] for m in metrics] == list(range(1, len(metrics) + 1))
+    losses = [m["train/loss"] for m in metrics]
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0]
+    assert all(m["memory/peak_gib"] > 0 for m in metrics)
+    assert all(m["perf/images_per_second"] > 0 for m in metrics)
+    config = json.loads((out / "engine.json").read_text())
+    precision = next((kind for kind in ("bf16", "fp16") if config[kind]["enabled"]), "fp32")
+    assert precision == {"as packaged": "bf16", "fp16": "fp16"}.get(way, "fp32")
+    if peak_flops_per_s(torch.cuda.get_device_name(), precision):
+        assert all(0 < m["perf/mfu"] < 1 for m in metrics)
+    for written in ("export/model.safetensors", "figures/reconstructions.png", "figures/loss_curve.png"):
+        assert (out / written).stat().st_size > 0, written
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(digits, tmp_path):
+    exact = ["engine.precision=fp32", "engine.compile=false"]
+    whole = pretrain(digits, tmp_path / "whole", *exact)
+    pretrain(digits, tmp_path / "stopped", *exact, "schedule.stop_after_steps=15")
+    resumed = pretrain(digits, tmp_path / "stopped", *exact)
+    assert [m["step"] for m in resumed] == [m["step"] for m in whole]
+    assert [m["train/loss"] for m in resumed] == pytest.approx([m["train/loss"] for m in whole], abs=1e-4)
+
+
+def test_decoding_on_the_cpu_sees_the_same_batches(digits, tmp_path):
+    exact = ["engine.precision=fp32", "engine.compile=false", "schedule.stop_after_steps=10"]
+    on_gpu = pretrain(digits, tmp_path / "gpu", *exact, "data.device=gpu")
+    on_cpu = pretrain(digits, tmp_path / "cpu", *exact, "data.device=cpu")
+    assert [m["train/loss"] for m in on_cpu] == pytest.approx([m["train/loss"] for m in on_gpu], abs=0.02)

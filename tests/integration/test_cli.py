@@ -1,0 +1,86 @@
+"""The other commands at the edge: data, doctor, help, and an installed copy."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mae_scale import cli
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Call `mae-scale ARGUMENTS` in this process; (exit code, stdout, stderr)."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mae-scale", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def test_sample_index_and_verify_tell_what_there_is_and_what_is_bad(call, tmp_path):
+    root = tmp_path / "digits"
+    assert call("data", "sample", root)[0] == 0
+    code, out, _ = call("data", "index", root / "train")
+    assert (code, out) == (0, "1,442 images, 1.04 MiB, 10 classes\n")
+    assert call("data", "verify", "--deep", root / "val")[:2] == (0, "355 images, 0 bad\n")
+    victim = next((root / "val" / "3").glob("*.jpg"))
+    victim.write_bytes(victim.read_bytes()[:-200])
+    code, out, _ = call("data", "verify", root / "val")
+    assert code == 1
+    assert out.startswith(f"3/{victim.name}: ")
+    assert "355 images, 1 bad" in out
+
+
+@pytest.mark.parametrize("command", ["index", "verify"])
+@pytest.mark.parametrize("kind", ["missing", "empty"])
+def test_a_folder_without_images_is_one_clear_error(call, tmp_path, command, kind):
+    root = tmp_path / "nothing"
+    if kind == "empty":
+        root.mkdir()
+    code, _, error = call("data", command, root)
+    assert code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert str(root) in error
+
+
+def test_doctor_says_what_is_installed_and_what_will_be_used(call):
+    code, out, _ = call("doctor")
+    assert code == 0
+    for word in ("torch", "deepspeed", "fairscale", "DALI", "GPU", "MLflow", "deepspeed_shm_comm"):
+        assert word in out
+
+
+@pytest.mark.parametrize("command", [["pretrain"], ["demo"], ["doctor"], ["data", "index"], ["data", "verify"]])
+def test_every_command_has_an_example_in_its_help(call, command):
+    code, out, _ = call(*command, "--help")
+    assert code == 0
+    assert "Example:" in out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["pretrain", "demo"], ["pretrian"], ["pretrain", "demo", "--out", "x", "--nproc", "0"]]
+)
+def test_wrong_usage_has_exit_code_2_and_no_traceback(call, arguments):
+    code, _, error = call(*arguments)
+    assert code == 2
+    assert "Traceback" not in error
+
+
+def test_an_installed_copy_has_recipes_and_deepspeed_files(tmp_path):
+    root = Path(cli.__file__).parents[1]
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path]
+    subprocess.run([*command, root], check=True, timeout=120, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder, pattern in (("mae_scale/recipes", "**/*.yaml"), ("ds_configs", "*.json")):
+        expected = {str(p.relative_to(root)) for p in (root / folder).glob(pattern)}
+        assert expected
+        assert expected <= names
