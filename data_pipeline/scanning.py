@@ -334,10 +334,10 @@ Progress = bool | Callable[[int, int], None]
 def run_tasks(
     title: str, function: Callable, tasks: list, counts: list[int], workers: int | None, progress: Progress
 ) -> list:
-    """Results of `function` over `tasks`, in order, from `workers` processes (default: one a core, at most
-    16).
+    """Results of `function` over `tasks`, in order, from `workers` processes (default: one a core, at most 16).
 
-    `counts` are the images or shards of each task; `progress` shows a bar on a terminal, or is called with (done, total).
+    `counts` are the images or shards of each task; `progress` shows a bar on a terminal, or is called with
+    (done, total).
     """
     done, total, results = 0, sum(counts), []
 
