@@ -257,7 +257,7 @@ def print_profile(case: Case, step: Callable[[], None], device: torch.device) ->
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         step()
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -310,9 +310,8 @@ def print_table(results: list[dict]) -> None:
             (result["matrix_tflops_per_s"], result["matrix_side"]) for result in results if result["precision"] == kind
         ]
         (low, side), (high, _) = min(found), max(found)
-        print(
-            f"100 % MFU: {low:.3g} to {high:.3g} TFLOP/s, {side} x {side} matrix products in {kind}, timed in between"
-        )
+        rate = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+        print(f"100 % MFU: {rate} TFLOP/s, {side} x {side} matrix products in {kind}, timed in between")
     differences = [r["loss_difference"] for r in results if r["loss_difference"] is not None]
     if differences:
         print(f"largest difference of the two losses before the first step: {max(differences):.1e}")

@@ -186,7 +186,7 @@ def peak_bytes(policy):
     checkpoint_activations(model.blocks, policy)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    losses = train(model, steps=2, size=32)
+    losses = train(model, steps=2, size=64)
     return losses, torch.cuda.max_memory_allocated() - before
 
 
