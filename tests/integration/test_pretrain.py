@@ -13,6 +13,8 @@ from mae_scale import cli
 from mae_scale.tracking.metrics_log import read_metrics
 
 TINY = [
+    "data.global_batch=128",
+    "optim.base_lr=2e-3",
     "model.width=32",
     "model.depth=2",
     "model.heads=2",

@@ -126,7 +126,7 @@ def test_packaged_deepspeed_files_are_filled_in_completely(stage, precision):
     assert config["zero_optimization"]["stage"] == stage
     assert (config["bf16"]["enabled"], config["fp16"]["enabled"]) == (precision == "bf16", precision == "fp16")
     assert config["fp16"]["loss_scale"] == 0
-    assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (128, 4)
+    assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (64, 2)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_packaged_deepspeed_files_are_filled_in_completely(stage, precision):
     [
         ("{", "not valid JSON"),
         ("[]", "holds a list"),
-        ('{"train_batch_size": 64}', 'train_batch_size=64, the recipe makes it 128; write "auto"'),
+        ('{"train_batch_size": 32}', 'train_batch_size=32, the recipe makes it 64; write "auto"'),
         ('{"optimizer": {"type": "Adam"}}', "section 'optimizer'"),
         ('{"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}', "nothing decides"),
     ],
