@@ -1,14 +1,16 @@
 """Ranks: who this process is, the process group, and starting several local ranks without a launcher."""
 
 import contextlib
+import logging
 import os
+import signal
 import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from mae_scale.errors import EXIT_FAILED, UsageError
+from mae_scale.errors import RunError, UsageError
 
 LAUNCHER_VARIABLES = {
     "RANK": "SLURM_PROCID",
@@ -101,11 +103,20 @@ def launch_local_ranks(nproc: int, arguments: list[str]) -> int:
         max_restarts=0,
         monitor_interval=0.2,
     )
+    # A rank says itself what was wrong; the launcher's own account of it would bury that.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, sys.executable)("-m", "mae_scale", *arguments)
     except ChildFailedError as error:
-        _, first = min(error.failures.items(), key=lambda item: item[1].timestamp)
-        return first.exitcode if first.exitcode > 0 else EXIT_FAILED
+        rank, first = min(error.failures.items(), key=lambda item: item[1].timestamp)
+        if first.exitcode > 0:
+            return first.exitcode
+        name = signal.Signals(-first.exitcode).name
+        raise RunError(
+            f"rank {rank} was killed by {name}"
+            + (" (out of memory?)" if name == "SIGKILL" else "")
+            + "; the same command goes on from the last checkpoint"
+        ) from None
     return 0
 
 

@@ -62,7 +62,6 @@ BF16 = {f"ZeRO {stage}": [f"engine.zero_stage={stage}", "engine.precision=bf16"]
     "FairScale OSS": ["engine.backend=fairscale", "engine.zero_stage=1", "engine.precision=bf16"]
 }
 COMPILED = {
-    "ZeRO 1": ["engine.zero_stage=1", "engine.compile=true"],
     "ZeRO 2, checkpointing": [
         "engine.zero_stage=2",
         "engine.compile=true",

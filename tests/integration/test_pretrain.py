@@ -2,7 +2,10 @@
 
 import json
 import sys
+import threading
+import time
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
@@ -10,6 +13,7 @@ from safetensors import safe_open
 
 from data_pipeline.order import epoch_permutation
 from mae_scale import cli
+from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.tracking.metrics_log import read_metrics
 
 TINY = [
@@ -146,6 +150,36 @@ def test_bad_images_of_all_ranks_together_are_held_against_the_limit(tmp_path, d
     assert done.returncode == 1, done.stdout + done.stderr
     assert "4 images turned bad after indexing" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_killed_rank_ends_the_run_with_a_clear_error_and_the_next_start_goes_on(tmp_path, digits, mae_scale):
+    out = tmp_path / "r"
+    command = ["pretrain", "demo", "--nproc", 2, "--out", out, "--tracking-uri", "off", *arguments(digits)]
+    command += ["checkpoint.every_steps=5"]
+
+    def kill_one_rank() -> None:
+        while not (out / "checkpoints" / "step_00000005" / "manifest.json").exists():
+            time.sleep(0.05)
+        ranks = [p for p in psutil.process_iter() if "LOCAL_RANK" in environment_of(p) and str(out) in p.cmdline()]
+        next(p for p in ranks if environment_of(p)["LOCAL_RANK"] == "1").kill()
+
+    killer = threading.Thread(target=kill_one_rank, daemon=True)
+    killer.start()
+    done = mae_scale(*command, "schedule.epochs=40")
+    assert done.returncode == 1, done.stdout
+    assert done.stderr.splitlines()[-1].startswith("error: rank 1 was killed by SIGKILL")
+    newest, _ = list_checkpoints(out / "checkpoints")[-1]
+    again = mae_scale(*command, "schedule.epochs=40", f"schedule.stop_after_steps={newest + 3}")
+    assert again.returncode == 0, again.stderr
+    assert f"going on from step {newest}" in again.stdout
+    assert list(losses(out)) == list(range(1, newest + 4))
+
+
+def environment_of(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
 
 
 WRONG = {
