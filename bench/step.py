@@ -58,7 +58,7 @@ SMALLEST_SIDE, LARGEST_SIDE = 256, {"cpu": 2048, "cuda": 8192}
 SLOWEST_PRODUCT_S = 1.0
 WAY_OF = {"ours": "fast", "peer": "plain"}  # way of mae_forward_flops: the peer embeds and predicts every patch
 SHORTEST_LAP_S = 0.3
-TIMING_S, ROUNDS = 30.0, (5, 25)  # without --rounds: as many as fit into that time, within these bounds
+TIMING_S, FEWEST_ROUNDS = 20.0, 5  # without --rounds: rounds until that time is over, and no fewer than these
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,10 @@ def make_trainees(case: Case, device: torch.device) -> tuple[dict[str, Trainee],
 
 def make_peer(ours: nn.Module) -> nn.Module | None:
     """Hugging Face's model of the same size; ours takes over its weights. None without transformers."""
-    try:
-        from transformers import ViTMAEConfig, ViTMAEForPreTraining
-    except ImportError:
+    if not peer_is_installed():
         return None
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
     from mae_scale.models.weights import load_hf
 
     size, decoder = ours.encoder.size, ours.decoder
@@ -163,6 +163,14 @@ def make_peer(ours: nn.Module) -> nn.Module | None:
         peer.decoder.decoder_pos_embed.copy_(decoder.pos_embed[None])
     load_hf(ours, peer.state_dict())
     return peer
+
+
+def peer_is_installed() -> bool:
+    try:
+        from transformers import ViTMAEForPreTraining  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def layers_of(peer: nn.Module) -> list[nn.Module]:
@@ -200,23 +208,22 @@ def measure(case: Case, device: torch.device, rounds: int | None, profile: bool)
     trainees, difference = make_trainees(case, device)
     product, side = matrix_product(case.precision, device)
     works = {name: trainee.step for name, trainee in trainees.items()} | {"matrices": product}
-    times, round_s = {}, 0.0
+    times = {}
     for name, work in works.items():
         seconds(work, 1, device)  # compiles, allocates, chooses kernels
-        once = seconds(work, 1, device)
-        times[name] = min(1000, math.ceil(SHORTEST_LAP_S / once))
-        round_s += once * times[name]
+        times[name] = min(1000, math.ceil(SHORTEST_LAP_S / seconds(work, 1, device)))
     times["peer"] = times["ours"]
-    rounds = rounds or min(max(round(TIMING_S / round_s), ROUNDS[0]), ROUNDS[1])
     laps = {name: [] for name in works}
-    for _ in range(rounds):
+    began, done = time.perf_counter(), 0
+    while done < (rounds or FEWEST_ROUNDS) or (not rounds and time.perf_counter() - began < TIMING_S):
         for name, work in works.items():
             laps[name].append(seconds(work, times[name], device))
+        done += 1
 
     matrices = 2 * side**3 / statistics.median(laps["matrices"])
     sheet = peak_flops_per_s(torch.cuda.get_device_name(device), case.precision) if device.type == "cuda" else None
     result = asdict(case) | {
-        "rounds": rounds,
+        "rounds": done,
         "steps_a_round": times["ours"],
         "matrix_side": side,
         "matrix_tflops_per_s": matrices / 1e12,
@@ -239,7 +246,7 @@ def measure(case: Case, device: torch.device, rounds: int | None, profile: bool)
         }
     if "peer" in trainees:
         ratios = [theirs / mine for theirs, mine in zip(laps["peer"], laps["ours"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if rounds > 1 else ratios * 3
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if done > 1 else ratios * 3
         result["times_as_fast"] = {"median": middle, "lower_quartile": low, "upper_quartile": high}
     if profile:
         print_profile(case, trainees["ours"].step, device)
@@ -377,9 +384,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="what is applied to the blocks of both models")
     parser.add_argument("--batch", type=int, help="images a step; by default by size and device")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="CPU: fp32; GPU: bf16 by autocast")
-    parser.add_argument(
-        "--rounds", type=int, help="of ours, peer, matrix product; by default about half a minute of them"
-    )
+    parser.add_argument("--rounds", type=int, help="of ours, peer, matrix product; by default 20 s of them, at least 5")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, help="on a CPU; by default all cores that this process may use")
     parser.add_argument("--profile", action="store_true", help="print a profiler's table of one of our steps")
@@ -412,7 +417,7 @@ def main() -> int:
     report = {"command": shlex.join(["python", *sys.argv]), **machine(device), "cases": []}
     threads = f", {report['threads']} thread(s)" if kind == "cpu" else ""
     print(f"{report['device']}{threads}, torch {report['versions']['torch']}")
-    if report["versions"]["transformers"] is None:
+    if not peer_is_installed():
         print("transformers is not installed: ours alone (pip install 'transformers>=5' for the comparison)")
     for case in cases_of(options, kind):
         print(f"measuring {title(case)} ...", file=sys.stderr, flush=True)

@@ -28,22 +28,17 @@ class FairScaleEngine:
         self.objective = objective.to(device)
         self._clip, self._accumulation = recipe.optim.clip_grad_norm, layout.accumulation
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-        decay, never = recipe.optim.weight_decay, objective.never_decayed
+        # Grouped before sharding: a shard has one dimension, whatever its parameter had.
+        groups = parameter_groups(objective, recipe.optim.weight_decay, objective.never_decayed)
         self._sharded = stage == 3
         if self._sharded:
             self._model = _fully_sharded(objective)
-            self._optimizer = torch.optim.AdamW(
-                parameter_groups(self._model, decay, never), **adamw_options(recipe.optim)
-            )
+            self._optimizer = torch.optim.AdamW(groups, **adamw_options(recipe.optim))
         else:
             from fairscale.optim import OSS
 
             self._model = nn.parallel.DistributedDataParallel(objective)
-            self._optimizer = OSS(
-                parameter_groups(objective, decay, never),
-                optim=torch.optim.AdamW,
-                **adamw_options(recipe.optim),
-            )
+            self._optimizer = OSS(groups, optim=torch.optim.AdamW, **adamw_options(recipe.optim))
 
     def train_step(self, micro_batches: Iterable[tuple[torch.Tensor, ...]], lr: float) -> StepResult:
         """One update from `accumulation` micro-batches at learning rate lr."""
@@ -114,7 +109,7 @@ def _fully_sharded(objective: nn.Module) -> nn.Module:
     from fairscale.nn import FullyShardedDataParallel, auto_wrap, enable_wrap
 
     blocks = set(objective.blocks)
-    # Unflattened, for the parameter groups need the parameters' own shapes and names.
+    # Unflattened, for the parameter groups hold the parameters themselves.
     options = {"flatten_parameters": False, "reshard_after_forward": True}
     with enable_wrap(
         wrapper_cls=FullyShardedDataParallel,
