@@ -20,7 +20,7 @@ RANKS = 2
 
 def run_demo(out: Path, seed: int) -> None:
     """The whole story below `out`; a second call goes on where the first one stopped."""
-    began, console = time.monotonic(), Console(highlight=False)
+    began, console = time.monotonic(), Console(highlight=False, soft_wrap=True)
     digits, run = out / "digits", out / f"run-seed{seed}"
     overrides = [f"data.root={digits}/train", f"data.val_root={digits}/val", f"seed={seed}"]
 
@@ -61,11 +61,11 @@ def run_demo(out: Path, seed: int) -> None:
         ("checkpoints", run / "checkpoints"),
         ("weights (authors' layout)", run / "export" / "model.safetensors"),
     ):
-        console.print(f"{what:26} {where}", soft_wrap=True)
+        console.print(f"{what:26} {where}")
     database = (out / "mlflow.db").resolve()
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
     mlflow = Path(sys.executable).with_name("mlflow")
-    console.print(f"{'MLflow page':26} {mlflow} ui --backend-store-uri {uri}", soft_wrap=True)
+    console.print(f"{'MLflow page':26} {mlflow} ui --backend-store-uri {uri}")
     console.print(f"({time.monotonic() - began:.0f} s in all)")
 
 

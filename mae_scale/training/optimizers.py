@@ -1,9 +1,14 @@
 """Parameter groups and the optimiser over them."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
-from mae_scale.recipe import OptimSection
+if TYPE_CHECKING:
+    from mae_scale.recipe import OptimSection
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, never_decayed: set[str]) -> list[dict]:
