@@ -268,7 +268,7 @@ class MlflowTracker:
         return self._client.create_run(
             experiment_id,
             start_time=int(1000 * (rows[0]["time"] if rows else self._started_at)),
-            tags={RUN_KEY_TAG: self._state["key"], "mlflow.user": _user()},
+            tags={RUN_KEY_TAG: self._state["key"], "mlflow.user": _user(), "mlflow.source.name": "mae-scale"},
             run_name=self._run_name,
         )
 
