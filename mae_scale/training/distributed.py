@@ -49,8 +49,8 @@ def ranks_from_environment() -> Ranks:
                 os.environ[name] = os.environ[slurm_name]
         if "MASTER_ADDR" not in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
             raise UsageError(
-                "srun started this rank without MASTER_ADDR; export MASTER_ADDR (first node) and MASTER_PORT "
-                "in the batch script, as slurm/environment.sh does"
+                "srun started this rank without MASTER_ADDR; export MASTER_ADDR (the first node) and MASTER_PORT "
+                "(a free port) in the batch script"
             )
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in defaults.items():
