@@ -167,8 +167,8 @@ def load_index(path: str | os.PathLike[str], root: str | os.PathLike[str] | None
         raise UsageError(f"no index at {path}; write it with `mae-scale data index`") from None
     except OSError as error:
         raise UsageError(f"index {path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path} is no whole index ({error}); delete it, it is built again") from None
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        raise UsageError(f"{path} is damaged, or no index at all; delete it, it is built again") from None
     return Index(Path(root or about["root"]), rows, about["classes"], about["shard_names"], about["shard_bytes"])
 
 

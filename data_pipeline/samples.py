@@ -79,8 +79,11 @@ def _begin(root: Path, content: dict[str, int]) -> bool:
     ours = unfinished.is_file() and json.loads(unfinished.read_text()) == content
     if root.is_dir() and any(root.iterdir()) and not ours:
         raise UsageError(f"{root} is not empty and holds other files; give a new folder for the sample images")
-    root.mkdir(parents=True, exist_ok=True)
-    unfinished.write_text(json.dumps(content))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(content))
+    except OSError as error:
+        raise UsageError(f"{root} cannot be written to: {error.strerror}; give another folder") from None
     return True
 
 

@@ -12,6 +12,7 @@ import torch
 from data_pipeline.augmentations import augmentation
 from data_pipeline.index import Index, load_index, open_index
 from data_pipeline.loader import ImageLoader
+from data_pipeline.order import steps_per_epoch
 from data_pipeline.pipelines import decoding_device
 from mae_scale.checkpoints.export import export_weights, plain_model
 from mae_scale.checkpoints.store import list_checkpoints
@@ -70,8 +71,11 @@ def prepare(recipe: Recipe, out: Path) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not (out / "index.npz").exists():
-            open_index(recipe.data.root, recipe.data.index).save(out / "index.npz")
+        kept = out / "index.npz"
+        index = load_index(kept, recipe.data.root) if kept.exists() else open_index(recipe.data.root, recipe.data.index)
+        steps_per_epoch(len(index), recipe.data.global_batch)  # refuses a batch larger than the data
+        if not kept.exists():
+            index.save(kept)
         recipe.save(out / "recipe.yaml")
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written to: {error.strerror}") from None

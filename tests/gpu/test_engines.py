@@ -1,12 +1,10 @@
 """Every way of scaling, NCCL with one rank on the GPU, gives the losses of a plain torch loop on the same GPU."""
 
 import pytest
-import torch
 
 pytest.importorskip("pydantic")
 
-from mae_scale.training.optimizers import parameter_groups
-from tests.integration.engine_worker import STEPS, global_batch, rate, tiny_objective
+from tests.integration.engine_worker import plain_loop
 from tests.integration.test_engines import largest_difference, run_cases  # noqa: F401
 
 pytestmark = pytest.mark.timeout(600)
@@ -60,24 +58,7 @@ SHARDED = {
 
 @pytest.fixture(scope="module")
 def plain():
-    """Losses, gradient norms and the weights' sums of torch.optim.AdamW in float32, the whole batch at once."""
-    device = torch.device("cuda")
-    objective, recipe = tiny_objective([])
-    objective.to(device)
-    groups = parameter_groups(objective, recipe.optim.weight_decay, objective.never_decayed)
-    optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas)
-    losses, norms = [], []
-    for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step)
-        optimizer.zero_grad()
-        loss = objective(*(tensor.to(device) for tensor in global_batch(step)))
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(objective.parameters(), float("inf")).item())
-        optimizer.step()
-        losses.append(loss.item())
-    weights = {name: t.double().sum().item() for name, t in objective.state_dict().items()}
-    return {"losses": losses, "norms": norms, "weights": weights}
+    return plain_loop(device="cuda")
 
 
 def check(results, plain, tolerance):

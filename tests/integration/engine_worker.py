@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo
+from torch import nn
 
 from mae_scale.objectives.reconstruct import Reconstruct
 from mae_scale.recipe import load_recipe
 from mae_scale.training.assemble import build_model, scale_out
 from mae_scale.training.distributed import process_group, ranks_from_environment
 from mae_scale.training.ds_config import batch_layout, refuse_wrong_combinations
+from mae_scale.training.optimizers import parameter_groups
 
 STEPS, GLOBAL_BATCH = 20, 16
 TINY = [
@@ -50,7 +53,28 @@ def tiny_objective(overrides: list[str]) -> tuple[Reconstruct, object]:
     return Reconstruct(build_model(recipe), seed=recipe.seed), recipe
 
 
+def plain_loop(clip: float | None = None, device: str = "cpu") -> dict:
+    """Losses, gradient norms and sums of weights of torch.optim.AdamW in float32, the whole global batch at once."""
+    objective, recipe = tiny_objective([])
+    objective.to(device)
+    groups = parameter_groups(objective, recipe.optim.weight_decay, objective.never_decayed)
+    optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas)
+    losses, norms = [], []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        optimizer.zero_grad()
+        loss = objective(*(tensor.to(device) for tensor in global_batch(step)))
+        loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(objective.parameters(), clip or float("inf")).item())
+        optimizer.step()
+        losses.append(loss.item())
+    weights = {name: t.double().sum().item() for name, t in objective.state_dict().items()}
+    return {"losses": losses, "norms": norms, "weights": weights}
+
+
 def run_case(overrides: list[str], ranks, device) -> dict:
+    torch._dynamo.utils.counters.clear()
     objective, recipe = tiny_objective(overrides)
     refuse_wrong_combinations(recipe, gpu=device.type == "cuda")
     layout = batch_layout(recipe, ranks.world_size)
@@ -68,7 +92,8 @@ def run_case(overrides: list[str], ranks, device) -> dict:
     state = engine.full_state_dict()
     weights = {name: t.double().sum().item() for name, t in state.items()} if state else None
     engine.close()
-    return {"losses": losses, "norms": norms, "weights": weights}
+    compiled_frames = torch._dynamo.utils.counters["frames"]["ok"]
+    return {"losses": losses, "norms": norms, "weights": weights, "compiled_frames": compiled_frames}
 
 
 def main() -> None:

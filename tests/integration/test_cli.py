@@ -38,6 +38,14 @@ def test_sample_index_and_verify_tell_what_there_is_and_what_is_bad(call, tmp_pa
     assert "355 images, 1 bad" in out
 
 
+@pytest.mark.parametrize("command", [["data", "sample"], ["demo", "--out"]])
+def test_a_place_that_cannot_be_written_to_is_one_clear_error(call, tmp_path, command):
+    (tmp_path / "file").write_text("x")
+    code, _, error = call(*command, tmp_path / "file" / "below")
+    assert code == 2
+    assert "cannot be written to: Not a directory" in error
+
+
 @pytest.mark.parametrize("command", ["index", "verify"])
 @pytest.mark.parametrize("kind", ["missing", "empty"])
 def test_a_folder_without_images_is_one_clear_error(call, tmp_path, command, kind):

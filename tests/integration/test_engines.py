@@ -8,11 +8,8 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
-from mae_scale.training.optimizers import parameter_groups
-from tests.integration.engine_worker import STEPS, global_batch, rate, tiny_objective
+from tests.integration.engine_worker import plain_loop
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 CLIPPED = "optim.clip_grad_norm=0.5"
@@ -110,24 +107,6 @@ def plain():
     return {clip: plain_loop(clip) for clip in (None, 0.5)}
 
 
-def plain_loop(clip: float | None) -> dict:
-    objective, recipe = tiny_objective([])
-    groups = parameter_groups(objective, recipe.optim.weight_decay, objective.never_decayed)
-    optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas)
-    losses, norms = [], []
-    for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step)
-        optimizer.zero_grad()
-        loss = objective(*global_batch(step))
-        loss.backward()
-        norms.append(nn.utils.clip_grad_norm_(objective.parameters(), clip or float("inf")).item())
-        optimizer.step()
-        losses.append(loss.item())
-    weights = {name: t.double().sum().item() for name, t in objective.state_dict().items()}
-    return {"losses": losses, "norms": norms, "weights": weights}
-
-
 def largest_difference(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
@@ -162,4 +141,5 @@ def test_bf16_follows_float32_on_every_engine(run_cases, plain):
 def test_compiled_blocks_give_the_plain_losses(run_cases, plain):
     results = run_cases(COMPILED, 2)
     for case in COMPILED:
+        assert results[case]["compiled_frames"] > 0, case
         assert largest_difference(results[case]["losses"], plain[None]["losses"]) < 1e-6, case

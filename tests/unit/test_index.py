@@ -174,7 +174,7 @@ def test_damaged_index_file_is_one_clear_error(folder, keep):
     open_index(folder, progress=False)
     file = folder / INDEX_NAME
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(UsageError, match="no whole index"):
+    with pytest.raises(UsageError, match="damaged, or no index"):
         open_index(folder, progress=False)
 
 
