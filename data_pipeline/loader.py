@@ -7,7 +7,7 @@ starting at step t gives what a run from the beginning gives at step t.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -133,6 +133,7 @@ class _Replan:
 class ImageLoader(_Loader):
     """Endless training batches from `start_step` (to `stop_step`, which is left out).
 
+    `batch_of(step)` is the number of the global batch that a step takes, by default the step itself.
     Iterating gives, for each step, `accumulation` = global_batch // (world_size * micro_batch) batches of
     this rank's contiguous positions [rank * B / R, (rank + 1) * B / R) of the global batch, in order. A
     thread reads and decodes `prefetch` micro-batches ahead, with `threads` threads for reading and as many
@@ -161,6 +162,7 @@ class ImageLoader(_Loader):
         threads: int = 2,
         start_step: int = 0,
         stop_step: int | None = None,
+        batch_of: Callable[[int], int] = int,
         bad_image_limit: float = 0.001,
         on_bad_image: Literal["replace", "stop"] = "replace",
         prefetch: int = 2,
@@ -168,6 +170,7 @@ class ImageLoader(_Loader):
         self.accumulation = accumulation(global_batch, micro_batch, world_size)
         self.steps_per_epoch = steps_per_epoch(len(index), global_batch)
         self.micro_batch, self.start_step, self.stop_step = micro_batch, start_step, stop_step
+        self._batch_of = batch_of
         super().__init__(
             index,
             augmentation,
@@ -193,6 +196,7 @@ class ImageLoader(_Loader):
                 self.augmentation,
                 self.start_step,
                 self.stop_step,
+                self._batch_of,
                 self.micro_batch,
                 seed=self.seed,
                 global_batch=self.global_batch,
@@ -203,13 +207,20 @@ class ImageLoader(_Loader):
 
 
 def _training_plans(
-    index: Index, kind: Augmentation, start: int, stop: int | None, micro_batch: int, **rest
+    index: Index,
+    kind: Augmentation,
+    start: int,
+    stop: int | None,
+    batch_of: Callable[[int], int],
+    micro_batch: int,
+    **rest,
 ) -> Iterator[tuple[int, BatchPlan]]:
     step = start
     while stop is None or step < stop:
-        plan = plan_batch(index, kind, step=step, **rest)
+        batch = batch_of(step)
+        plan = plan_batch(index, kind, step=batch, **rest)
         for first in range(0, len(plan), micro_batch):
-            yield step, plan[first : first + micro_batch]
+            yield batch, plan[first : first + micro_batch]
         step += 1
 
 

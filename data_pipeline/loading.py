@@ -36,8 +36,7 @@ class Batch:
     the CPU (pinned when there is a GPU); `labels` int64 [n] on the same device, -1 without a label;
     `sample_ids` int64 [n] (NumPy), rows of the index, those of the replacements where images were bad;
     `positions` int64 [n] (NumPy) in the global batch; `valid` bool [n] (NumPy), False for filling and for bad
-    images of an evaluation; `step` the global step (of an evaluation: the batch); `replaced` how many of the
-    n were bad.
+    images of an evaluation; `step` the number of the batch; `replaced` how many of the n were bad.
     """
 
     images: torch.Tensor

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from mae_scale.errors import EXIT_FAILED, RunError, UsageError
+from mae_scale.training import preemption
 
 app = typer.Typer(
     name="mae-scale",
@@ -18,6 +19,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="What images there are, and whether they can be read.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+checkpoints_app = typer.Typer(help="The checkpoints of a run: which there are, and whether they are whole.")
+app.add_typer(checkpoints_app, name="checkpoints", no_args_is_help=True)
 
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045  (typer reads it at run time)
@@ -37,9 +40,12 @@ def pretrain(
 
     Example: `mae-scale pretrain demo --nproc 2 --out runs/demo data.root=digits/train`
     """
+    # Before the heavy imports: a request to stop that comes during them is kept.
+    preemption.listen()
     from mae_scale.recipe import load_recipe
     from mae_scale.training import pretrain as job
-    from mae_scale.training.distributed import launch_local_ranks, launched
+    from mae_scale.training.distributed import launched
+    from mae_scale.training.launcher import launch_local_ranks
 
     overrides = list(overrides or [])
     if tracking_uri is not None:
@@ -47,17 +53,13 @@ def pretrain(
     loaded = load_recipe(recipe, overrides)
     if launched():
         job.check(loaded, out, int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))))
-        job.pretrain(loaded, out)
-        return
+        raise typer.Exit(job.pretrain(loaded, out))
     job.check(loaded, out, nproc)
     if nproc == 1:
-        job.pretrain(loaded, out)
-        return
+        raise typer.Exit(job.pretrain(loaded, out))
     # Here, once and with a progress bar; the ranks then find the index fresh.
     job.prepare(loaded, out)
-    code = launch_local_ranks(nproc, ["pretrain", recipe, *overrides, "--out", str(out)])
-    if code:
-        raise typer.Exit(code)
+    raise typer.Exit(launch_local_ranks(nproc, ["pretrain", recipe, *overrides, "--out", str(out)]))
 
 
 @app.command()
@@ -88,6 +90,113 @@ def demo(
     from mae_scale.demo import run_demo
 
     run_demo(out, seed)
+
+
+@app.command()
+def submit(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE... [section.key=value ...]", help="A chain; overrides are for every recipe."),
+    ],
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of each job.")],
+    out: Annotated[Path, typer.Option(help="Parent folder: DIR/slurm, and a folder for each recipe.")],
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="0: nodes without GPUs.")] = 8,
+    ntasks_per_node: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Ranks a node; by default one a GPU.", show_default=False),
+    ] = None,
+    cpus_per_task: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Cores a rank; by default the template's.", show_default=False),
+    ] = None,
+    partition: Annotated[Optional[str], typer.Option(help="By default the site's.")] = None,  # noqa: UP045
+    account: Annotated[Optional[str], typer.Option(help="By default the site's.")] = None,  # noqa: UP045
+    time: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Limit of one start, such as 24:00:00; a job goes on after it.", show_default=False),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the scripts; write and send nothing.")] = False,
+) -> None:
+    """Send a chain of Slurm jobs, a recipe each, each after the one before has succeeded.
+
+    Example: `mae-scale submit pretrain/vit_huge_1600ep --nodes 16 --out runs data.root=/data/imagenet/train`
+    """
+    from mae_scale import submit as jobs
+
+    shape = jobs.Shape(nodes, gpus_per_node, ntasks_per_node, cpus_per_task, partition, account, time)
+    jobs.submit(recipes, shape, out, dry_run=dry_run)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run's folder: its newest whole one.")],
+    out: Annotated[Path, typer.Argument(help="File to write: .safetensors or .pth.")],
+    layout: Annotated[
+        str, typer.Option("--format", help="official (the authors' release), timm, hf, or safetensors (our names).")
+    ] = "official",
+) -> None:
+    """Write the weights of a checkpoint into one file; on any machine, whatever ranks and engine wrote it.
+
+    Example: `mae-scale export runs/vit_huge vit_huge.pth --format official`
+    """
+    from mae_scale.checkpoints.export import FORMATS, checkpoint_model, export_weights, find_checkpoint
+
+    if layout not in FORMATS:
+        raise UsageError(f"--format {layout} is not known; expected {', '.join(FORMATS)}")
+    folder = find_checkpoint(checkpoint)
+    model, _ = checkpoint_model(folder)
+    export_weights(model, out, layout)
+    typer.echo(f"{out}: {layout} layout, from {folder}")
+
+
+Run = Annotated[Path, typer.Argument(metavar="DIR", help="The --out of a run, or its folder checkpoints.")]
+
+
+@checkpoints_app.command("list")
+def checkpoints_list(run: Run) -> None:
+    """A table: step, age, size, whole or not (by the files' sizes).
+
+    Example: `mae-scale checkpoints list runs/vit_huge`
+    """
+    from mae_scale.checkpoints.inspect import checkpoints_of, look, print_table
+
+    print_table(checkpoints_of(run), look)
+
+
+@checkpoints_app.command("verify")
+def checkpoints_verify(run: Run) -> None:
+    """Read every byte and compare it to its digest; exit code 1 when a checkpoint is not whole.
+
+    Example: `mae-scale checkpoints verify runs/vit_huge`
+    """
+    from mae_scale.checkpoints.inspect import checkpoints_of, print_table
+    from mae_scale.checkpoints.store import verify
+
+    if not print_table(checkpoints_of(run), verify):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@checkpoints_app.command("prune")
+def checkpoints_prune(
+    run: Run,
+    keep: Annotated[int, typer.Option(min=1, help="The newest so many stay.")] = 1,
+    keep_every_epochs: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Those of every n-th epoch stay too.", show_default=False),
+    ] = None,
+    keep_best: Annotated[bool, typer.Option("--keep-best", help="The one with the lowest loss stays too.")] = False,
+) -> None:
+    """Remove whole checkpoints that are no longer needed, and what interrupted saves left. Not while the run goes on.
+
+    Example: `mae-scale checkpoints prune runs/vit_huge --keep 1 --keep-every-epochs 100`
+    """
+    from mae_scale.checkpoints.inspect import checkpoints_of, prune
+    from mae_scale.checkpoints.store import Retention
+
+    gone = prune(checkpoints_of(run), Retention(keep, keep_every_epochs, keep_best))
+    for folder in gone:
+        typer.echo(f"removed {folder.name}")
+    typer.echo(f"{len(gone)} removed")
 
 
 @data_app.command("index")
@@ -150,8 +259,9 @@ def main() -> None:
     try:
         app()
     except (UsageError, RunError) as error:
-        who = f"rank {rank}: " if rank not in (None, "0") else ""
-        print(f"error: {who}{error}", file=sys.stderr, flush=True)
+        first = rank in (None, "0")
+        if first or not error.on_all_ranks:
+            print(f"error: {'' if first else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)

@@ -3,13 +3,20 @@
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 75
 
 
-class UsageError(Exception):
+class _Explained(Exception):
+    def __init__(self, text: str, *, on_all_ranks: bool = False):
+        """on_all_ranks: every rank raises the same, so that one of them is enough to say it."""
+        super().__init__(text)
+        self.on_all_ranks = on_all_ranks
+
+
+class UsageError(_Explained):
     """Wrong usage, recipe or input: says what was found, what was expected and what to do. Exit code 2."""
 
     exit_code = EXIT_USAGE
 
 
-class RunError(Exception):
+class RunError(_Explained):
     """A run that cannot go on for a reason that is known and said. Exit code 1."""
 
     exit_code = EXIT_FAILED

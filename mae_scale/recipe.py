@@ -31,6 +31,7 @@ class ModelSection(Section):
     mask_ratio: float = Field(0.75, gt=0, lt=1)
     masking: Literal["random", "block", "grid"] = "random"
     encoder_mask_tokens: bool = False
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth: the rate at the encoder's last block")
     decoder_depth: int = Field(8, gt=0)
     decoder_width: int = Field(512, gt=0)
     decoder_heads: int = Field(16, gt=0)
@@ -95,11 +96,18 @@ class EngineSection(Section):
 
 
 class CheckpointSection(Section):
-    """When checkpoints are written, and how many stay."""
+    """When checkpoints are written, which stay, and when the run goes back to one."""
 
     every_steps: int | None = Field(None, gt=0)
-    every_epochs: int | None = Field(20, gt=0)
-    keep: int = Field(2, gt=0)
+    every_epochs: int | None = Field(1, gt=0)
+    keep: int = Field(2, gt=0, description="the newest so many stay")
+    keep_every_epochs: int | None = Field(None, gt=0, description="those of every n-th epoch stay too")
+    keep_best: bool = Field(False, description="the one with the lowest training loss since the one before stays too")
+    background: bool = Field(True, description="write while training goes on; needs host memory for a rank's part")
+    rollback_after_skips: int = Field(
+        20, gt=0, description="steps in a row with gradients that are not finite, before the run goes back"
+    )
+    max_rollbacks: int = Field(3, ge=0, description="so often in a run; then it stops")
 
 
 class TrackingSection(Section):

@@ -1,84 +1,180 @@
-"""Checkpoints of a run: written beside their place, listed in a manifest, renamed into it, pruned.
+"""The folder of a run's checkpoints: which there are, whether one is whole, setting aside, retention.
 
-DIR/checkpoints/step_00001250/
-    engine/...       what each rank's engine wrote
-    manifest.json    files and sizes, step, world size, engine, recipe digest, versions; written last
+DIR/checkpoints/
+    step_00001250/
+        rank_00000.safetensors ...   each rank's pieces of the state (shards.py)
+        manifest.json                every file's size and digest, step, epoch, world size, ...; written last
+    .step_00002500.partial/          being written, or left by a run that died while it wrote
+    damaged_step_00000750/           set aside: it did not verify
 """
 
+from __future__ import annotations
+
+import hashlib
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from mae_scale.checkpoints.shards import digest_of
 from mae_scale.errors import RunError
 
 MANIFEST = "manifest.json"
+DAMAGED = "damaged_"
 
 
-def save_checkpoint(engine, folder: Path, step: int, facts: dict, keep: int) -> Path:
-    """Every rank writes its part; then the checkpoint appears whole under its name, and old ones go. All ranks call it.
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest `keep`, those at the end of every n-th epoch, the one of the lowest loss."""
 
-    facts go into the manifest as they are. Returns the checkpoint's folder.
-    """
-    place = folder / f"step_{step:08d}"
-    beside = folder / f".step_{step:08d}.partial"
-    first = torch.distributed.get_rank() == 0
-    if first:
-        for leftover in folder.glob(".step_*.partial"):
-            shutil.rmtree(leftover)
-        beside.mkdir(parents=True)
-    torch.distributed.barrier()
-    engine.save(beside)
-    torch.distributed.barrier()
-    if first:
-        _write_manifest(beside, {"step": step, **facts})
-        if place.exists():
-            shutil.rmtree(place)
-        beside.rename(place)
-        _sync(folder)
-        for _, old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    torch.distributed.barrier()
-    return place
+    keep: int
+    every_epochs: int | None = None
+    best: bool = False
 
 
-def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint with a manifest, oldest first."""
-    found = [(int(m.parent.name.removeprefix("step_")), m.parent) for m in folder.glob(f"step_*/{MANIFEST}")]
+class Damaged(Exception):
+    """A checkpoint that is not whole; the text names the file and what is wrong with it."""
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step_{step:08d}"
+
+
+def partial_folder_of(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f".step_{step:08d}.partial"
+
+
+def list_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of all that has a checkpoint's name, oldest first; whole or not."""
+    found = []
+    for folder in checkpoints.glob("step_*"):
+        number = folder.name.removeprefix("step_")
+        if folder.is_dir() and number.isdigit():
+            found.append((int(number), folder))
     return sorted(found)
 
 
-def read_manifest(checkpoint: Path) -> dict:
-    """The manifest, after a look that every file it lists is there with its size; RunError naming one that is not."""
-    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    for name, size in manifest["files"].items():
-        path = checkpoint / name
-        found = path.stat().st_size if path.is_file() else "no file"
-        if found != size:
-            raise RunError(
-                f"checkpoint {checkpoint} is damaged: {name} has {found}, its manifest says {size} bytes; "
-                f"move the folder away to go on from the checkpoint before it"
-            )
+def write_manifest(folder: Path, facts: dict, files: dict[str, dict]) -> None:
+    """The last file of a checkpoint: the facts, each file's {"bytes", "sha256"}, and a digest of itself."""
+    content = {**facts, "files": files}
+    content["manifest_sha256"] = _digest_of_manifest(content)
+    path = folder / MANIFEST
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    sync(path)
+    sync(folder)
+
+
+def read_manifest(folder: Path) -> dict:
+    """A checkpoint's manifest, checked against its own digest. Raises Damaged."""
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+        meant = content["manifest_sha256"]
+    except FileNotFoundError:
+        raise Damaged(f"{MANIFEST} is missing, so it was never finished") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{MANIFEST} cannot be read: {error}") from None
+    if _digest_of_manifest(content) != meant:
+        raise Damaged(f"{MANIFEST} is not what was written: its digest differs")
+    return content
+
+
+def damage_of(folder: Path, name: str, expected: dict) -> str | None:
+    """What is wrong with a file of a checkpoint, read in whole; None when it is what was written."""
+    path = folder / name
+    try:
+        found = path.stat().st_size
+        if found != expected["bytes"]:
+            return f"{name} has {found:,} bytes, expected {expected['bytes']:,}"
+        if digest_of(path) != expected["sha256"]:
+            return f"{name} is not what was written: its digest differs"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    return None
+
+
+def verify(folder: Path) -> dict:
+    """The manifest of a checkpoint after every file was read and compared. Raises Damaged with all that is wrong."""
+    manifest = read_manifest(folder)
+    wrong = [w for name, expected in manifest["files"].items() if (w := damage_of(folder, name, expected))]
+    if wrong:
+        raise Damaged("; ".join(wrong))
     return manifest
 
 
-def _write_manifest(folder: Path, facts: dict) -> None:
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _sync(path)
-        files[str(path.relative_to(folder))] = path.stat().st_size
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({**facts, "files": files}, indent=1) + "\n", encoding="utf-8")
-    _sync(manifest)
-    _sync(folder)
+def set_aside(folder: Path) -> Path:
+    """Give a damaged checkpoint a name under which nobody takes it for one; nothing is deleted."""
+    place, number = folder.with_name(DAMAGED + folder.name), 1
+    while place.exists():
+        number += 1
+        place = folder.with_name(f"{DAMAGED}{folder.name}_{number}")
+    folder.rename(place)
+    sync(folder.parent)
+    return place
 
 
-def _sync(path: Path) -> None:
+def damaged_folders(checkpoints: Path) -> list[Path]:
+    """What was set aside."""
+    return sorted(checkpoints.glob(f"{DAMAGED}step_*"))
+
+
+def partial_folders(checkpoints: Path) -> list[Path]:
+    """What saves have left that never ended."""
+    return sorted(checkpoints.glob(".step_*.partial"))
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint: first its name, so that a death in between leaves no half of one under it."""
+    if folder.name.startswith("step_"):
+        folder = folder.rename(folder.with_name(f".{folder.name}.partial"))
+    shutil.rmtree(folder)
+
+
+def beyond(checkpoints: Path, retention: Retention) -> list[Path]:
+    """The checkpoints that a retention does not keep, oldest first. What has no manifest is not touched."""
+    manifests = {}
+    for _, folder in list_checkpoints(checkpoints):
+        try:
+            manifests[folder] = read_manifest(folder)
+        except Damaged:
+            continue
+    kept = set(list(manifests)[-retention.keep :])
+    if n := retention.every_epochs:
+        kept |= {f for f, m in manifests.items() if m["epoch"] == int(m["epoch"]) and int(m["epoch"]) % n == 0}
+    losses = {f: m["loss"] for f, m in manifests.items() if m["loss"] is not None}
+    if retention.best and losses:
+        kept.add(min(losses, key=losses.get))
+    return [folder for folder in manifests if folder not in kept]
+
+
+def newest_whole(checkpoints: Path) -> tuple[Path, dict]:
+    """The newest checkpoint that verifies, and its manifest. Raises RunError with what is wrong when there is none."""
+    wrong = []
+    for _, folder in reversed(list_checkpoints(checkpoints)):
+        try:
+            return folder, verify(folder)
+        except Damaged as damage:
+            wrong.append(f"{folder.name}: {damage}")
+    raise RunError(f"{checkpoints} holds no whole checkpoint" + (f" ({'; '.join(wrong)})" if wrong else ""))
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def sync(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _digest_of_manifest(content: dict) -> str:
+    rest = {key: value for key, value in content.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

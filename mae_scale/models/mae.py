@@ -106,11 +106,12 @@ class MaskedAutoencoder(nn.Module):
         decoder_heads: int,
         target: Target,
         encoder_mask_tokens: bool,
+        drop_path: float,
     ):
         super().__init__()
         self.image_size, self.patch_size = image_size, size.patch_size
         self.mask_ratio, self.masking, self.encoder_mask_tokens = mask_ratio, masking, encoder_mask_tokens
-        self.encoder = Encoder(size, image_size=image_size, mask_tokens=encoder_mask_tokens)
+        self.encoder = Encoder(size, image_size=image_size, mask_tokens=encoder_mask_tokens, drop_path=drop_path)
         self.grid, self.patches = self.encoder.grid, self.encoder.grid**2
         check_masking(masking, grid_size=self.grid, mask_ratio=mask_ratio)
         self.kept = kept_patches(self.patches, mask_ratio)
@@ -126,13 +127,16 @@ class MaskedAutoencoder(nn.Module):
         self.head.apply(init_weights)
         self.target = target
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> MaskedAutoencoderOutput:
+    def forward(
+        self, images: Tensor, noise: Tensor | None = None, branch_scales: Tensor | None = None
+    ) -> MaskedAutoencoderOutput:
         """One reconstruction of images [B, 3, H, W] (normalised by ImageNet's mean and standard deviation).
 
         noise [B, L] decides what is seen: the K patches with the smallest stay visible, the earlier of equals
         first. Without it masks are drawn at random from torch's generator.
+        branch_scales [B, depth, 2] are the encoder's (stochastic depth); without them nothing is dropped.
         Parameters may be fp32, bf16 or fp16; targets and loss are computed in fp32 from the images as given.
-        Raises UsageError when images or noise have another shape.
+        Raises UsageError when images, noise or branch_scales have another shape.
         """
         self._check(images, noise)
         patches = patchify(images, self.patch_size)  # [B, L, p*p*3]
@@ -142,7 +146,7 @@ class MaskedAutoencoder(nn.Module):
         visible, removed = order[:, : self.kept], order[:, self.kept :]  # [B, K], [B, R]
         mask = noise.new_ones(noise.shape, dtype=torch.float32).scatter(1, visible, 0.0)  # [B, L]
 
-        latent = self.encoder(patches, visible, removed)  # [B, 1 + K, D]
+        latent = self.encoder(patches, visible, removed, branch_scales)  # [B, 1 + K, D]
         decoded = self.decoder(latent, visible, removed)  # [B, 1 + L, E]
         prediction = self.head(decoded[:, 1 + self.kept :])  # [B, R, T]
         target = self.target.of_removed(patches, removed)  # [B, R, T]
@@ -212,6 +216,7 @@ def build_mae(
     decoder_heads: int = 16,
     target: str | Target = "normalised_pixels",
     encoder_mask_tokens: bool = False,
+    drop_path: float = 0.0,
 ) -> MaskedAutoencoder:
     """A masked autoencoder with fresh weights (drawn from torch's generator).
 
@@ -220,6 +225,7 @@ def build_mae(
     masking: "random", "block" or "grid"; used when forward gets no noise, and to refuse ratios it cannot do.
     target: "pixels", "normalised_pixels", "pca", or an object of `mae_scale.models.targets`.
     encoder_mask_tokens: the slow ablation, where the encoder sees mask tokens in place of removed patches.
+    drop_path: the rate of stochastic depth at the encoder's last block; forward drops what its branch_scales say.
     Raises UsageError naming the size that is missing or does not fit.
     """
     size = resolve_size(name, patch_size=patch_size, width=width, depth=depth, heads=heads)
@@ -233,4 +239,5 @@ def build_mae(
         decoder_heads=decoder_heads,
         target=make_target(target, size.patch_size),
         encoder_mask_tokens=encoder_mask_tokens,
+        drop_path=drop_path,
     )

@@ -14,6 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mae_scale.errors import UsageError
+from mae_scale.models.drop_path import DropPathBlock, drop_path_rates
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -110,11 +111,11 @@ def sincos_positions(width: int, grid: int) -> np.ndarray:
     return np.concatenate([np.zeros((1, width)), patches]).astype(np.float32)
 
 
-def make_blocks(width: int, depth: int, heads: int) -> nn.ModuleList:
+def make_blocks(width: int, depth: int, heads: int, block: type[Block] = Block) -> nn.ModuleList:
     """`depth` pre-norm transformer blocks (timm's), MLP ratio 4, qkv bias, GELU, fused attention."""
     if width % heads:
         raise UsageError(f"width {width} is not a multiple of heads {heads}")
-    return nn.ModuleList(Block(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth))
+    return nn.ModuleList(block(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth))
 
 
 def init_weights(module: nn.Module) -> None:
@@ -141,18 +142,20 @@ class Encoder(nn.Module):
     The patch projection is a linear layer over a patch's p*p*3 numbers, so that chosen patches alone can be
     embedded. Positions are computed, not learned and not stored: they follow from width and grid.
     With `mask_tokens` removed patches enter as a learned token instead of not at all (the slow ablation).
+    `drop_path` is the last block's rate of stochastic depth; forward is given what is dropped, it draws nothing.
     """
 
-    def __init__(self, size: ViTSize, *, image_size: int, mask_tokens: bool = False):
+    def __init__(self, size: ViTSize, *, image_size: int, mask_tokens: bool = False, drop_path: float = 0.0):
         super().__init__()
         self.size, self.image_size = size, image_size
+        self.drop_path_rates = drop_path_rates(drop_path, size.depth)
         self.grid = grid_of(image_size, size.patch_size)
         self.patch_embed = nn.Linear(size.patch_size**2 * 3, size.width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, size.width))
         self.mask_token = nn.Parameter(torch.empty(1, 1, size.width)) if mask_tokens else None
         positions = torch.tensor(sincos_positions(size.width, self.grid))  # [1 + L, D]
         self.register_buffer("pos_embed", positions, persistent=False)
-        self.blocks = make_blocks(size.width, size.depth, size.heads)
+        self.blocks = make_blocks(size.width, size.depth, size.heads, DropPathBlock)
         self.norm = layer_norm(size.width)
 
         self.apply(init_weights)
@@ -160,12 +163,26 @@ class Encoder(nn.Module):
         if mask_tokens:
             nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, patches: Tensor, visible: Tensor | None = None, removed: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        patches: Tensor,
+        visible: Tensor | None = None,
+        removed: Tensor | None = None,
+        branch_scales: Tensor | None = None,
+    ) -> Tensor:
         """patches [B, L, p*p*3] -> features [B, 1 + L, D], cls first, in the parameters' dtype.
 
         With `visible` int64 [B, K] only these patches are read, projected and encoded: [B, 1 + K, D].
         An encoder with mask tokens also takes `removed` [B, R]: its output is [B, 1 + K + R, D].
+        In training mode `branch_scales` [B, depth, 2] (`draw_branch_scales` of `drop_path_rates`) multiply the
+        blocks' residual branches; without them, and in evaluation mode, nothing is dropped.
+        Raises UsageError when branch_scales have another shape.
         """
+        if branch_scales is not None and tuple(branch_scales.shape) != (len(patches), len(self.blocks), 2):
+            raise UsageError(
+                f"branch_scales have shape {tuple(branch_scales.shape)}, "
+                f"expected [{len(patches)}, {len(self.blocks)}, 2]: one number a residual branch"
+            )
         dtype = self.cls_token.dtype
         positions = self.pos_embed[1:].to(dtype)  # [L, D]
         if visible is not None:
@@ -177,6 +194,11 @@ class Encoder(nn.Module):
             x = torch.cat([x, masked], dim=1)  # [B, K + R, D]
         cls = self.cls_token.expand(x.shape[0], -1, -1)  # [B, 1, D]; its position is zero
         x = torch.cat([cls, x], dim=1)  # [B, 1 + K, D]
-        for block in self.blocks:
-            x = block(x)
+        if branch_scales is None or not self.training:
+            for block in self.blocks:
+                x = block(x)
+        else:
+            # Contiguous [B, 2] for each block: a compiled block would copy parts that are not aligned.
+            for block, scales in zip(self.blocks, branch_scales.transpose(0, 1).contiguous(), strict=True):
+                x = block(x, scales)  # scales [B, 2]
         return self.norm(x)

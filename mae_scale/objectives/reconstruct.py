@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from data_pipeline.order import generator
+from mae_scale.models.drop_path import draw_branch_scales
 from mae_scale.models.mae import MaskedAutoencoder
 from mae_scale.models.masking import mask_noise
 
@@ -30,15 +31,18 @@ class Reconstruct(nn.Module):
         """Transformer blocks, encoder then decoder: what is compiled, checkpointed and sharded."""
         return self.model.blocks
 
-    def tensors(self, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """images [B, 3, H, W] and mask noise [B, L], float32 on the device.
+    def tensors(self, batch: Batch, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """images [B, 3, H, W], mask noise [B, L], with drop path branch scales [B, depth, 2]; float32 on the device.
 
-        The noise is a pure function of (seed, step, position in the global batch).
+        Noise and scales are pure functions of (seed, step, position in the global batch).
         """
-        noise = self.noise("mask", batch.step, batch.positions)
+        drawn = [self.noise("mask", batch.step, batch.positions)]
+        rates = self.model.encoder.drop_path_rates
+        if any(rates):
+            drawn.append(draw_branch_scales(rates, seed=self.seed, step=batch.step, positions=batch.positions))
         if device.type == "cuda":
-            noise = noise.pin_memory()
-        return batch.images.to(device, non_blocking=True), noise.to(device, non_blocking=True)
+            drawn = [tensor.pin_memory() for tensor in drawn]
+        return tuple(tensor.to(device, non_blocking=True) for tensor in (batch.images, *drawn))
 
     def noise(self, stream: str, step: int, positions: np.ndarray) -> torch.Tensor:
         """Mask noise [B, L] float32 on the host for positions of the global batch of a step."""
@@ -52,6 +56,8 @@ class Reconstruct(nn.Module):
         )
         return torch.from_numpy(scores)
 
-    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """images [B, 3, H, W] and noise [B, L] -> the loss, [] float32."""
-        return self.model(images, noise)["loss"]
+    def forward(
+        self, images: torch.Tensor, noise: torch.Tensor, branch_scales: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """images [B, 3, H, W], noise [B, L], branch_scales [B, depth, 2] -> the loss, [] float32."""
+        return self.model(images, noise, branch_scales)["loss"]

@@ -19,6 +19,9 @@ class NullConsole:
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         pass
 
+    def rewind(self, step: int) -> None:
+        pass
+
     def message(self, text: str) -> None:
         pass
 
@@ -73,6 +76,11 @@ class Console(NullConsole):
             width = len(str(self.total_steps))
             fields = (f"{self.label} {step:>{width}}/{self.total_steps}", *self._fields(step, metrics))
             self._print("  ".join(fields))
+
+    def rewind(self, step: int) -> None:
+        """Go on after an earlier step; the time left is told anew."""
+        self._recent.clear()
+        self._recent.append((self._clock(), step))
 
     def message(self, text: str) -> None:
         """A line of its own, above the bar."""

@@ -75,6 +75,11 @@ class MetricsLog:
             write_atomically(self.path, kept)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (closed by close)
 
+    def rewind(self, step: int) -> None:
+        """Go on after an earlier step: what lies behind it is dropped, as when a run is resumed."""
+        self.close()
+        self.__init__(self.path, step)
+
     def _kept_lines(self, content: bytes, resume_step: int) -> Iterator[bytes]:
         for number, (line, row) in enumerate(parse_rows(content), start=1):
             if row is None:

@@ -52,6 +52,17 @@ class Tracking:
         if self._mlflow is not None:
             self._mlflow.notify()
 
+    def rewind(self, step: int) -> None:
+        """The run has gone back to a step: rows behind it are dropped, and each step is still there once."""
+        if self._log is not None:
+            self._log.rewind(step)
+            self.console.rewind(step)
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """The id of the MLflow run, on rank 0 and once MLflow has answered."""
+        return self._mlflow.run_id if self._mlflow is not None else None
+
     def sync(self) -> None:
         """Wait until what was logged is on the disk; before a checkpoint that counts on it."""
         if self._log is not None:

@@ -1,9 +1,7 @@
-"""Ranks: who this process is, the process group, and starting several local ranks without a launcher."""
+"""Ranks: who this process is, and the process group."""
 
 import contextlib
-import logging
 import os
-import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -62,7 +60,11 @@ def ranks_from_environment() -> Ranks:
 
 @contextlib.contextmanager
 def process_group(ranks: Ranks, timeout_s: float):
-    """The process group of the run (NCCL with a GPU, else Gloo), on this rank's device; yields the torch.device."""
+    """The process group of the run (NCCL with a GPU, else Gloo), on this rank's device; yields the torch.device.
+
+    Gloo's collectives fail after timeout_s. NCCL's after twice that: training.control asks over Gloo first, and can
+    name the rank that is missing, where NCCL ends the process. Raises RunError when the ranks do not meet.
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -71,53 +73,21 @@ def process_group(ranks: Ranks, timeout_s: float):
     else:
         device = torch.device("cpu")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    torch.distributed.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_s),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        device_id=device if device.type == "cuda" else None,
-    )
+    gpu = device.type == "cuda"
     try:
-        yield device
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def launch_local_ranks(nproc: int, arguments: list[str]) -> int:
-    """Run `mae-scale ARGUMENTS` as nproc ranks on this machine; the exit code of the first rank that failed."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    threads = max(1, len(os.sched_getaffinity(0)) // nproc)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    config = LaunchConfig(
-        run_id=str(os.getpid()),
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-        monitor_interval=0.2,
-    )
-    # A rank says itself what was wrong; the launcher's own account of it would bury that.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    try:
-        elastic_launch(config, sys.executable)("-m", "mae_scale", *arguments)
-    except ChildFailedError as error:
-        rank, first = min(error.failures.items(), key=lambda item: item[1].timestamp)
-        if first.exitcode > 0:
-            return first.exitcode
-        name = signal.Signals(-first.exitcode).name
-        raise RunError(
-            f"rank {rank} was killed by {name}"
-            + (" (out of memory?)" if name == "SIGKILL" else "")
-            + "; the same command goes on from the last checkpoint"
-        ) from None
-    return 0
+        torch.distributed.init_process_group(
+            "nccl" if gpu else "gloo",
+            timeout=timedelta(seconds=2 * timeout_s if gpu else timeout_s),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device_id=device if gpu else None,
+        )
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+        address, reason = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}", str(error).partition("\n")[0]
+        raise RunError(f"the {ranks.world_size} ranks did not meet at {address}: {reason}") from None
+    yield device
+    # Not after an error: with a peer that is gone this can wait for ever. The process is about to end.
+    torch.distributed.destroy_process_group()
 
 
 def extensions_folder() -> Path:

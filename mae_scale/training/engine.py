@@ -7,16 +7,15 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from mae_scale.checkpoints.shards import EngineState
 from mae_scale.recipe import Recipe
+from mae_scale.training.deepspeed_state import DeepSpeedState
 from mae_scale.training.distributed import extensions_folder
-from mae_scale.training.optimizers import adamw_options, parameter_groups, set_learning_rate
-
-CHECKPOINT_TAG = "engine"
+from mae_scale.training.optimizers import adamw_options, parameter_groups, set_learning_rate, skip_if_not_finite
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,8 @@ class StepResult:
     """[] float32 on the device: the mean over this rank's micro-batches."""
     grad_norm: Callable[[], float]
     """The L2 norm of the whole unclipped gradient; reading it may wait for the device."""
+    skipped: Callable[[], bool]
+    """Whether the gradient was not finite, and so nothing was updated; the same on every rank."""
 
 
 class DeepSpeedEngine:
@@ -47,9 +48,11 @@ class DeepSpeedEngine:
         )
         self.name = f"deepspeed ZeRO {config['zero_optimization'].get('stage', 0)}"
         self.config = config
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+        self._engine, self._zero, _, _ = deepspeed.initialize(
             model=objective, optimizer=optimizer, config=config, dist_init_required=False
         )
+        self._optimizer = optimizer
+        self._state = DeepSpeedState(self._engine, optimizer)
 
     @property
     def objective(self) -> nn.Module:
@@ -61,48 +64,34 @@ class DeepSpeedEngine:
         engine.train()
         set_learning_rate(self._optimizer, lr)
         norm: Callable[[], float] = engine.get_global_grad_norm
+        skipped: Callable[[], bool] = self._overflowed
         for tensors in micro_batches:
             loss = engine(*tensors)
             engine.backward(loss)
             if engine.is_gradient_accumulation_boundary() and self._keeps_whole_gradients():
                 # Here DeepSpeed gives no norm and drops the gradients in step(): take it in between.
                 whole = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-                norm = whole.item
+                norm, skipped = whole.item, skip_if_not_finite(self._optimizer, whole)
             engine.step()
             losses.append(loss.detach().float())
-        return StepResult(torch.stack(losses).mean(), lambda: float(norm()))
+        return StepResult(torch.stack(losses).mean(), lambda: float(norm()), skipped)
 
-    def save(self, folder: Path) -> None:
-        """Every rank writes its part of the state below folder."""
-        self._engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False)
+    def state(self) -> EngineState:
+        """What this rank holds of the training state, as views of it."""
+        return self._state.state()
 
-    def load(self, folder: Path) -> None:
-        """Every rank reads its part of what save() wrote with the same number of ranks and the same stage."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
-        if path is None:
-            raise FileNotFoundError(f"{folder}: DeepSpeed found no checkpoint to load")
-
-    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
-        """The objective's state in float32 on the host of rank 0 (elsewhere None). All ranks call it."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        first = torch.distributed.get_rank() == 0
-        state = {}
-        for name, parameter in self._engine.module.named_parameters():
-            full = safe_get_full_fp32_param(parameter)
-            if first:
-                state[name] = (parameter if full is None else full).detach().float().cpu().clone()
-        if not first:
-            return None
-        persistent = self._engine.module.state_dict().keys() - state.keys()
-        buffers = dict(self._engine.module.named_buffers())
-        return state | {n: buffers[n].detach().cpu().clone() for n in persistent if n in buffers}
+    def restored(self, scalars: dict) -> None:
+        """To be called by all ranks when the pieces of state() were filled, with the scalars that lay beside them."""
+        self._state.restored(scalars)
 
     def close(self) -> None:
         self._engine.destroy()
 
+    def _overflowed(self) -> bool:
+        return self._zero.overflow
+
     def _keeps_whole_gradients(self) -> bool:
-        return self._engine.zero_optimization_stage() == 0 and self._engine.optimizer is self._engine.basic_optimizer
+        return self._engine.zero_optimization_stage() == 0 and self._zero is self._optimizer
 
 
 def build_helpers() -> None:

@@ -2,15 +2,23 @@
 
 import contextlib
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from mae_scale.checkpoints.shards import EngineState, Piece, share_of
 from mae_scale.recipe import Recipe
+from mae_scale.training.deepspeed_state import buffer_pieces
 from mae_scale.training.ds_config import BatchLayout
 from mae_scale.training.engine import StepResult
-from mae_scale.training.optimizers import adamw_options, parameter_groups, set_learning_rate
+from mae_scale.training.optimizers import (
+    MOMENTS,
+    adamw_options,
+    fresh_state,
+    parameter_groups,
+    set_learning_rate,
+    skip_if_not_finite,
+)
 
 
 class FairScaleEngine:
@@ -30,6 +38,9 @@ class FairScaleEngine:
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         # Grouped before sharding: a shard has one dimension, whatever its parameter had.
         groups = parameter_groups(objective, recipe.optim.weight_decay, objective.never_decayed)
+        self._rank, self._world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._parameters = dict(objective.named_parameters())
+        self._shapes = {p: p.shape for p in self._parameters.values()}
         self._sharded = stage == 3
         if self._sharded:
             self._model = _fully_sharded(objective)
@@ -39,6 +50,10 @@ class FairScaleEngine:
 
             self._model = nn.parallel.DistributedDataParallel(objective)
             self._optimizer = OSS(groups, optim=torch.optim.AdamW, **adamw_options(recipe.optim))
+        optimizer = self._own_optimizer()
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter] = fresh_state(parameter)
 
     def train_step(self, micro_batches: Iterable[tuple[torch.Tensor, ...]], lr: float) -> StepResult:
         """One update from `accumulation` micro-batches at learning rate lr."""
@@ -59,40 +74,44 @@ class FairScaleEngine:
         else:
             # DDP leaves the whole gradient on every rank, so torch's own clipping is the global one.
             norm = nn.utils.clip_grad_norm_(self.objective.parameters(), limit)
+        skipped = skip_if_not_finite(self._own_optimizer(), norm)
         self._optimizer.step()
-        return StepResult(torch.stack(losses).mean(), norm.item)
+        return StepResult(torch.stack(losses).mean(), norm.item, skipped)
 
-    def save(self, folder: Path) -> None:
-        """Every rank writes its part: its optimiser shard, and its parameters (rank 0 alone where all have all)."""
-        rank = torch.distributed.get_rank()
-        folder.mkdir(parents=True, exist_ok=True)
-        part = {"optimizer": self._own_optimizer().state_dict()}
-        if self._sharded:
-            part["model"] = self._model.local_state_dict()
-        elif rank == 0:
-            part["model"] = self.objective.state_dict()
-        torch.save(part, folder / f"rank_{rank:05d}.pt")
+    def state(self) -> EngineState:
+        """What this rank holds of the training state, as views of it."""
+        buffers = buffer_pieces(self.objective)
+        pieces, own = list(buffers), share_of(buffers, self._rank, self._world_size)
+        optimizer = self._own_optimizer()
+        steps = None
+        for name, parameter in self._parameters.items():
+            start, n = self._place(parameter)
+            piece = Piece(f"weight/{name}", start, parameter.detach().view(-1)[:n])
+            pieces.append(piece)
+            if state := optimizer.state.get(parameter):
+                # With OSS all ranks have all weights, and the one that has a parameter's moments writes it.
+                steps = int(state["step"])
+                moments = [Piece(f"{key}/{name}", start, state[key].view(-1)[:n]) for key in MOMENTS]
+                pieces += moments
+                own += [piece, *moments]
+        return EngineState(pieces, own, {"optimizer_steps": steps, "loss_scaler": None})
 
-    def load(self, folder: Path) -> None:
-        """Every rank reads its part of what save() wrote with the same number of ranks and the same stage."""
-        rank = torch.distributed.get_rank()
-        part = torch.load(folder / f"rank_{rank:05d}.pt", map_location="cpu", weights_only=True)
-        if self._sharded:
-            self._model.load_local_state_dict(part["model"])
-        else:
-            whole = part if rank == 0 else torch.load(folder / "rank_00000.pt", map_location="cpu", weights_only=True)
-            self.objective.load_state_dict(whole["model"])
-        self._own_optimizer().load_state_dict(part["optimizer"])
-
-    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
-        """The objective's state in float32 on the host of rank 0 (elsewhere None). All ranks call it."""
-        state = self._model.state_dict() if self._sharded else self.objective.state_dict()
-        if torch.distributed.get_rank() != 0:
-            return None
-        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+    def restored(self, scalars: dict) -> None:
+        """To be called by all ranks when the pieces of state() were filled, with the scalars that lay beside them."""
+        for state in self._own_optimizer().state.values():
+            state["step"].fill_(scalars["optimizer_steps"])
 
     def close(self) -> None:
         """Nothing is held but memory."""
+
+    def _place(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """(start, n): this rank has elements [start, start + n) of a parameter, all of them unless fully sharded."""
+        size = self._shapes[parameter].numel()
+        if not self._sharded:
+            return 0, size
+        shard = -(-size // self._world_size)  # the last shards are padded, or nothing but padding
+        start = min(self._rank * shard, size)
+        return start, min(shard, size - start)
 
     def _own_optimizer(self) -> torch.optim.Optimizer:
         return self._optimizer if self._sharded else self._optimizer.optim

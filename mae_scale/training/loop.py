@@ -14,11 +14,15 @@ import torch
 from data_pipeline.index import Index
 from data_pipeline.loader import ImageLoader
 from data_pipeline.order import steps_per_epoch
-from mae_scale.checkpoints.store import list_checkpoints, read_manifest, save_checkpoint
-from mae_scale.errors import RunError, UsageError
+from mae_scale.checkpoints.resume import load_newest
+from mae_scale.checkpoints.saver import Saver
+from mae_scale.errors import RunError
 from mae_scale.planning.flops import mfu
 from mae_scale.recipe import Recipe
+from mae_scale.tracking.events import Events
 from mae_scale.tracking.run import Tracking
+from mae_scale.training import preemption
+from mae_scale.training.control import Control
 from mae_scale.training.distributed import Ranks
 from mae_scale.training.ds_config import BatchLayout
 from mae_scale.training.schedules import learning_rate
@@ -42,6 +46,9 @@ class Run:
     """Of one image."""
     peak_flops: float | None
     """What the device could do a second in the run's precision, where that is known."""
+    control: Control
+    saver: Saver
+    events: Events
 
     @property
     def steps_per_epoch(self) -> int:
@@ -73,49 +80,115 @@ class Run:
         )
 
 
+class RollBack(Exception):
+    """Too many steps in a row, up to step `done`, had gradients that are not finite."""
+
+    def __init__(self, count: int, done: int):
+        super().__init__(f"{count} steps in a row, up to step {done}, had gradients that are not finite")
+        self.done = done
+
+
 def resume(run: Run, engine) -> int:
-    """Load the newest checkpoint of the run, if there is one; the number of updates done.
-
-    Raises UsageError when this start does not fit it.
-    """
-    found = list_checkpoints(run.checkpoints)
-    if not found:
-        return 0
-    step, folder = found[-1]
-    manifest = read_manifest(folder)
-    for key, meaning in (("world_size", "world size"), ("engine", "engine"), ("index", "image index")):
-        if manifest[key] != run.facts[key]:
-            raise UsageError(
-                f"checkpoint {folder} was written with {meaning} {manifest[key]}, this start has {run.facts[key]}; "
-                f"start it as before, or with another --out"
-            )
-    engine.load(folder)
-    return step
+    """Load the run's newest whole checkpoint, if there is one; the number of updates done. All ranks call it."""
+    manifest = load_newest(engine, run.checkpoints, index=run.index.digest())
+    return 0 if manifest is None else manifest["step"]
 
 
-def train(run: Run, engine, tensors_of: Callable, loader: ImageLoader, start: int, tracking: Tracking) -> None:
+def train(
+    run: Run,
+    engine,
+    tensors_of: Callable,
+    open_loader: Callable[[int], ImageLoader],
+    start: int,
+    tracking: Tracking,
+) -> str | None:
     """Updates start+1 ... run.last_step, with log lines and checkpoints on the way. All ranks call it.
 
-    tensors_of(batch, device) gives what the engine's objective takes.
+    tensors_of(batch, device) gives what the engine's objective takes, open_loader(step) the batches from a step on.
+    Returns None when all are done, or the signal that asked to stop; either way a checkpoint of the end is written.
+    Raises RunError when the run cannot go on.
     """
-    clock = _Clock(run)
-    batches = iter(loader)
+    while True:
+        try:
+            with open_loader(start) as loader:
+                return _updates(run, engine, tensors_of, loader, start, tracking)
+        except RollBack as reason:
+            start = _roll_back(run, engine, tracking, reason)
+
+
+def _updates(run: Run, engine, tensors_of: Callable, loader: ImageLoader, start: int, tracking: Tracking) -> str | None:
+    clock, batches = _Clock(run), iter(loader)
+    skipped_in_a_row, owed, losses = 0, False, []
     for step in range(start, run.last_step):
         lr = run.learning_rate(step)
         result = engine.train_step(_inputs(batches, run, tensors_of, clock), lr)
         done = step + 1
-        if _due(done, run.recipe.tracking.log_every_steps) or done in (start + 1, run.last_step):
+        stop, save_failed, retry = run.control.agree(
+            preemption.requested() is not None, run.saver.has_failed(), run.saver.retry_is_due()
+        )
+        if save_failed:
+            run.saver.wait()
+        if result.skipped():
+            skipped_in_a_row += 1
+            run.events.add("skipped_step", done)
+            log.warning("step %d: the gradients are not finite; nothing was updated", done)
+        else:
+            skipped_in_a_row = 0
+        if stop or _due(done, run.recipe.tracking.log_every_steps) or done in (start + 1, run.last_step):
             metrics = _metrics(run, result, loader, lr, clock, done)
             tracking.log(done, done / run.steps_per_epoch, metrics)
-            if not math.isfinite(metrics["train/loss"]):
-                raise RunError(
-                    f"the loss is {metrics['train/loss']} at step {done}; the newest checkpoint is "
-                    f"{_newest(run)}; a smaller optim.base_lr, optim.clip_grad_norm, or bf16 instead of fp16 helps"
-                )
-        if _checkpoint_due(run, done):
+            losses.append(metrics["train/loss"])
+        if skipped_in_a_row >= run.recipe.checkpoint.rollback_after_skips:
+            raise RollBack(skipped_in_a_row, done)
+        owed = owed or retry or _checkpoint_due(run, done)
+        # Not between skipped steps: what has led to them may be in the weights already.
+        if stop or done == run.last_step or (owed and not skipped_in_a_row):
             tracking.sync()
-            save_checkpoint(engine, run.checkpoints, done, run.facts, run.recipe.checkpoint.keep)
+            run.saver.save(engine.state(), _facts(run, tracking, done, losses))
             clock.restart(done)
+            owed, losses = False, []
+        if stop or done == run.last_step:
+            while not run.saver.wait():
+                run.saver.save(engine.state(), _facts(run, tracking, done, losses))
+        if stop and done < run.last_step:
+            signal = preemption.requested() or "a signal to another rank"
+            run.events.add("stop", done, reason=signal)
+            return signal
+    return None
+
+
+def _roll_back(run: Run, engine, tracking: Tracking, reason: RollBack) -> int:
+    """Go back to the newest whole checkpoint, and from there on skip the data that was used since; its step."""
+    limit, events = run.recipe.checkpoint.max_rollbacks, run.events
+    advice = "a smaller optim.base_lr, optim.clip_grad_norm, or bf16 instead of fp16 helps"
+    if events.count("rollback") >= limit:
+        raise RunError(
+            f"{reason}, and the run has gone back {limit} times already (checkpoint.max_rollbacks); {advice}",
+            on_all_ranks=True,
+        )
+        run.saver.wait()
+    step = resume(run, engine)
+    if step == 0:
+        raise RunError(f"{reason}, and there is no checkpoint yet to go back to; {advice}", on_all_ranks=True)
+    skipped = reason.done - step
+    events.add("rollback", step, reason=str(reason), skipped_batches=skipped)
+    log.warning("%s: back to step %d, and the %d batches since are skipped", reason, step, skipped)
+    tracking.rewind(step)
+    tracking.artifact(events.path)
+    return step
+
+
+def _facts(run: Run, tracking: Tracking, done: int, losses: list[float]) -> dict:
+    """What the manifest of a checkpoint says; loss is the mean over the logged steps since the one before."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return {
+        "step": done,
+        "epoch": done / run.steps_per_epoch,
+        "loss": sum(finite) / len(finite) if finite else None,
+        "time": round(time.time(), 3),
+        "mlflow_run_id": tracking.mlflow_run_id,
+        **run.facts,
+    }
 
 
 def _inputs(batches: Iterator, run: Run, tensors_of: Callable, clock: "_Clock"):
@@ -173,6 +246,8 @@ def _metrics(run: Run, result, loader: ImageLoader, lr: float, clock: _Clock, do
         **rates,
         "memory/peak_gib": _peak_gib(run.device),
         "data/replaced_images": int(replaced),
+        "faults/skipped_steps": run.events.count("skipped_step"),
+        "faults/rollbacks": run.events.count("rollback"),
     }
     if run.peak_flops:
         metrics["perf/mfu"] = mfu(
@@ -198,16 +273,7 @@ def _due(done: int, every: int | None) -> bool:
 def _checkpoint_due(run: Run, done: int) -> bool:
     checkpoint = run.recipe.checkpoint
     epochs = checkpoint.every_epochs
-    return (
-        done == run.last_step
-        or _due(done, checkpoint.every_steps)
-        or _due(done, epochs and epochs * run.steps_per_epoch)
-    )
-
-
-def _newest(run: Run) -> str:
-    found = list_checkpoints(run.checkpoints)
-    return str(found[-1][1]) if found else "none"
+    return _due(done, checkpoint.every_steps) or _due(done, epochs and epochs * run.steps_per_epoch)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,3 +37,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group lr x its own lr_scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def fresh_state(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """AdamW's state of a parameter before its first step, as torch makes it for the fused kind."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        **{key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in MOMENTS},
+    }
+
+
+def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> Callable[[], bool]:
+    """Let the next step change nothing if the gradient's norm [] is not finite; returns whether it was so.
+
+    Decided on the device, by fused AdamW itself: the host does not wait.
+    """
+    found = torch.isfinite(norm).logical_not()
+    optimizer.found_inf = found.float()
+    return found.item

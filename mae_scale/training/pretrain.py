@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,24 +15,28 @@ from data_pipeline.index import Index, load_index, open_index
 from data_pipeline.loader import ImageLoader
 from data_pipeline.order import steps_per_epoch
 from data_pipeline.pipelines import decoding_device
-from mae_scale.checkpoints.export import export_weights, plain_model
-from mae_scale.checkpoints.store import list_checkpoints
-from mae_scale.errors import UsageError
+from mae_scale.checkpoints.export import checkpoint_model, export_weights
+from mae_scale.checkpoints.saver import Saver
+from mae_scale.checkpoints.store import Retention, list_checkpoints
+from mae_scale.errors import EXIT_DONE, EXIT_STOPPED, UsageError
 from mae_scale.models.vit import patchify
 from mae_scale.objectives.reconstruct import Reconstruct
 from mae_scale.planning.flops import mae_forward_flops, peak_flops_per_s
 from mae_scale.recipe import Recipe, differing_keys, load_recipe
+from mae_scale.tracking.events import Events
 from mae_scale.tracking.figures import loss_curve_figure, reconstruction_figure
 from mae_scale.tracking.metrics_log import read_metrics
 from mae_scale.tracking.run import Tracking
 from mae_scale.tracking.uri import tracking_uri
 from mae_scale.training.assemble import build_model, scale_out
+from mae_scale.training.control import Control
 from mae_scale.training.distributed import process_group, ranks_from_environment
 from mae_scale.training.ds_config import (
     batch_layout,
     deepspeed_config,
     precision_of,
     refuse_wrong_combinations,
+    zero_stage_of,
 )
 from mae_scale.training.loop import Run, resume, train, write_json
 
@@ -81,14 +86,17 @@ def prepare(recipe: Recipe, out: Path) -> None:
         raise UsageError(f"--out {out} cannot be written to: {error.strerror}") from None
 
 
-def pretrain(recipe: Recipe, out: Path) -> None:
-    """Run the job as this process's rank, from where the output folder stands to the end."""
+def pretrain(recipe: Recipe, out: Path) -> int:
+    """Run the job as this process's rank, from where the output folder stands to the end; the exit code.
+
+    EXIT_DONE, or EXIT_STOPPED after SIGTERM or SIGUSR1 to any rank, when a checkpoint was written.
+    """
     ranks = ranks_from_environment()
     layout = batch_layout(recipe, ranks.world_size)
     if ranks.is_first:
         prepare(recipe, out)
-    with process_group(ranks, recipe.engine.collective_timeout_s) as device:
-        torch.distributed.barrier()
+    timeout_s = recipe.engine.collective_timeout_s
+    with process_group(ranks, timeout_s) as device, Control(ranks, timeout_s) as control:
         index = load_index(out / "index.npz", recipe.data.root)
         torch.manual_seed(recipe.seed)
         objective = Reconstruct(build_model(recipe), seed=recipe.seed)
@@ -106,6 +114,9 @@ def pretrain(recipe: Recipe, out: Path) -> None:
             facts(recipe, engine, index, ranks.world_size),
             forward_flops(recipe),
             peak_flops_per_s(gpu, precision_of(recipe, gpu=True)) if gpu else None,
+            control,
+            saver(recipe, out),
+            Events(out / "events.jsonl"),
         )
         start = resume(run, engine)
         with Tracking(
@@ -122,11 +133,24 @@ def pretrain(recipe: Recipe, out: Path) -> None:
                 write_json(out / "engine.json", engine.config)
                 tracking.artifact(out / "recipe.yaml")
                 tracking.artifact(out / "engine.json")
+            stopped = None
             if start < run.last_step:
-                with image_loader(run, start) as loader:
-                    train(run, engine, objective.tensors, loader, start, tracking)
-            finish(run, engine, tracking)
+                run.events.add("start", start, world_size=ranks.world_size, engine=engine.name)
+                stopped = train(run, engine, objective.tensors, partial(image_loader, run), start, tracking)
+            tracking.artifact(run.events.path)
+            if stopped:
+                tracking.console.message(f"stopped by {stopped}; the same command goes on from the last checkpoint")
+            else:
+                finish(run, tracking)
         engine.close()
+    return EXIT_STOPPED if stopped else EXIT_DONE
+
+
+def saver(recipe: Recipe, out: Path) -> Saver:
+    """What writes the run's checkpoints."""
+    checkpoint = recipe.checkpoint
+    retention = Retention(checkpoint.keep, checkpoint.keep_every_epochs, checkpoint.keep_best)
+    return Saver(out / "checkpoints", retention, background=checkpoint.background)
 
 
 def image_loader(run: Run, start: int) -> ImageLoader:
@@ -146,6 +170,7 @@ def image_loader(run: Run, start: int) -> ImageLoader:
         threads=data.threads,
         start_step=start,
         stop_step=run.last_step,
+        batch_of=run.events.batch_of,
         bad_image_limit=data.bad_image_limit,
         on_bad_image=data.on_bad_image,
     )
@@ -179,7 +204,10 @@ def facts(recipe: Recipe, engine, index: Index, world_size: int) -> dict:
     return {
         "world_size": world_size,
         "engine": engine.name,
-        "recipe": recipe.digest(),
+        "zero_stage": zero_stage_of(recipe),
+        "precision": precision_of(recipe, gpu=torch.cuda.is_available()),
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_digest": recipe.digest(),
         "index": index.digest(),
         "versions": {name: _version(name) for name in ("mae-scale", "torch", "deepspeed", "fairscale")},
     }
@@ -233,23 +261,19 @@ def headline(run: Run, engine, start: int) -> str:
     )
 
 
-def finish(run: Run, engine, tracking: Tracking) -> None:
-    """The loss curve; and when the schedule is done, weights and reconstructions. All ranks call it."""
-    first, figures = run.ranks.is_first, run.out / "figures"
-    if first:
+def finish(run: Run, tracking: Tracking) -> None:
+    """The loss curve; and when the schedule is done, weights and reconstructions. Rank 0 does it, from the files."""
+    figures = run.out / "figures"
+    if run.ranks.is_first:
         loss_curve_figure(read_metrics(run.out / "metrics.jsonl"), figures / "loss_curve.png")
         tracking.artifact(figures / "loss_curve.png", "figures")
-    weights = run.out / "export" / "model.safetensors"
-    if run.last_step == run.total_steps and not _agreed(weights.exists()):
-        state = engine.full_state_dict()
-        if first:
-            model = plain_model(build_model(run.recipe), state)
+        weights = run.out / "export" / "model.safetensors"
+        newest = list_checkpoints(run.checkpoints)[-1][1]
+        if run.last_step == run.total_steps and not weights.exists():
+            model, _ = checkpoint_model(newest)
             draw_reconstructions(model, run, figures / "reconstructions.png")
             tracking.artifact(figures / "reconstructions.png", "figures")
-            export_weights(model, weights)
-    torch.distributed.barrier()
-    if first:
-        newest = list_checkpoints(run.checkpoints)[-1][1]
+            export_weights(model, weights, "official")
         done = f"weights in {weights}" if weights.exists() else f"stopped early, checkpoint in {newest}"
         tracking.console.message(f"done: {done}; figures in {figures}")
 
@@ -266,13 +290,6 @@ def draw_reconstructions(model, run: Run, path: Path) -> None:
         patches = patchify(images, model.patch_size)
         pixels = model.target.to_pixels(output.prediction, patches)
     reconstruction_figure(images, output.mask, pixels, path, patch_size=model.patch_size)
-
-
-def _agreed(flag: bool) -> bool:
-    """Rank 0's answer, for all: ranks may see a shared folder at different times."""
-    answer = [flag]
-    torch.distributed.broadcast_object_list(answer)
-    return answer[0]
 
 
 def _version(package: str) -> str | None:

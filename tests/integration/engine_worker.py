@@ -8,10 +8,12 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch._dynamo
 from torch import nn
 
+from mae_scale.models.drop_path import draw_branch_scales
 from mae_scale.objectives.reconstruct import Reconstruct
 from mae_scale.recipe import load_recipe
 from mae_scale.training.assemble import build_model, scale_out
@@ -43,6 +45,14 @@ def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(GLOBAL_BATCH, 3, 16, 16, generator=random), torch.rand(GLOBAL_BATCH, 16, generator=random)
 
 
+def with_branch_scales(tensors, objective: Reconstruct, step: int, positions: np.ndarray) -> list[torch.Tensor]:
+    """A step's tensors at some positions; with drop path also the encoder's branch scales, as `Reconstruct` does."""
+    mine, rates = [t[positions] for t in tensors], objective.model.encoder.drop_path_rates
+    if any(rates):
+        mine.append(draw_branch_scales(rates, seed=objective.seed, step=step, positions=positions))
+    return mine
+
+
 def rate(step: int) -> float:
     return 1e-3 * min(1.0, (step + 1) / 5)
 
@@ -53,9 +63,9 @@ def tiny_objective(overrides: list[str]) -> tuple[Reconstruct, object]:
     return Reconstruct(build_model(recipe), seed=recipe.seed), recipe
 
 
-def plain_loop(clip: float | None = None, device: str = "cpu") -> dict:
+def plain_loop(clip: float | None = None, device: str = "cpu", overrides: tuple[str, ...] = ()) -> dict:
     """Losses, gradient norms and sums of weights of torch.optim.AdamW in float32, the whole global batch at once."""
-    objective, recipe = tiny_objective([])
+    objective, recipe = tiny_objective([*overrides])
     objective.to(device)
     groups = parameter_groups(objective, recipe.optim.weight_decay, objective.never_decayed)
     optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas)
@@ -64,7 +74,8 @@ def plain_loop(clip: float | None = None, device: str = "cpu") -> dict:
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
         optimizer.zero_grad()
-        loss = objective(*(tensor.to(device) for tensor in global_batch(step)))
+        tensors = with_branch_scales(global_batch(step), objective, step, np.arange(GLOBAL_BATCH))
+        loss = objective(*(tensor.to(device) for tensor in tensors))
         loss.backward()
         norms.append(nn.utils.clip_grad_norm_(objective.parameters(), clip or float("inf")).item())
         optimizer.step()
@@ -81,8 +92,9 @@ def run_case(overrides: list[str], ranks, device) -> dict:
     engine = scale_out(objective, recipe, layout, device)
     losses, norms = [], []
     share = GLOBAL_BATCH // ranks.world_size
+    positions = np.arange(ranks.rank * share, (ranks.rank + 1) * share)
     for step in range(STEPS):
-        mine = [t[ranks.rank * share : (ranks.rank + 1) * share].to(device) for t in global_batch(step)]
+        mine = [t.to(device) for t in with_branch_scales(global_batch(step), objective, step, positions)]
         micro_batches = zip(*(t.split(layout.micro_batch) for t in mine), strict=True)
         result = engine.train_step(micro_batches, rate(step))
         loss = result.loss / ranks.world_size

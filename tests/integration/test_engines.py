@@ -13,6 +13,7 @@ from tests.integration.engine_worker import plain_loop
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 CLIPPED = "optim.clip_grad_norm=0.5"
+DROPPING = "model.drop_path=0.3"
 CASES = {
     "ZeRO 0": ["engine.zero_stage=0"],
     "ZeRO 1": ["engine.zero_stage=1"],
@@ -53,6 +54,19 @@ CASES = {
     "ZeRO 2 clipped": ["engine.zero_stage=2", CLIPPED],
     "ZeRO 3 clipped": ["engine.config={zero3}", CLIPPED, "engine.micro_batch=4"],
     "FairScale OSS clipped": ["engine.backend=fairscale", "engine.zero_stage=1", CLIPPED],
+    "ZeRO 2, accumulation 4, checkpointing all, drop path": [
+        "engine.zero_stage=2",
+        "engine.micro_batch=2",
+        "engine.activation_checkpointing=all",
+        DROPPING,
+    ],
+    "ZeRO 3, drop path": ["engine.config={zero3}", DROPPING],
+    "FairScale OSS, checkpointing offload, drop path": [
+        "engine.backend=fairscale",
+        "engine.zero_stage=1",
+        "engine.activation_checkpointing=offload",
+        DROPPING,
+    ],
 }
 ONE_RANK = {name: CASES[name] for name in ("ZeRO 0", "ZeRO 1", "ZeRO 2, accumulation 4", "ZeRO 3", "FairScale OSS")}
 BF16 = {f"ZeRO {stage}": [f"engine.zero_stage={stage}", "engine.precision=bf16"] for stage in (0, 1, 2, 3)} | {
@@ -63,6 +77,12 @@ COMPILED = {
         "engine.zero_stage=2",
         "engine.compile=true",
         "engine.activation_checkpointing=all",
+    ],
+    "ZeRO 2, checkpointing, drop path": [
+        "engine.zero_stage=2",
+        "engine.compile=true",
+        "engine.activation_checkpointing=all",
+        DROPPING,
     ],
 }
 
@@ -103,26 +123,31 @@ def two_ranks(run_cases):
 
 @pytest.fixture(scope="session")
 def plain():
-    """The plain loop: the whole global batch at once, torch.optim.AdamW; {clip: (losses, norms, weights)}."""
-    return {clip: plain_loop(clip) for clip in (None, 0.5)}
+    """The plain loop: the whole global batch at once, torch.optim.AdamW; {clip or DROPPING: losses, norms, weights}."""
+    return {clip: plain_loop(clip) for clip in (None, 0.5)} | {DROPPING: plain_loop(overrides=(DROPPING,))}
 
 
 def largest_difference(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
+def plain_counterpart(overrides: list[str], plain: dict) -> dict:
+    return plain[DROPPING if DROPPING in overrides else 0.5 if CLIPPED in overrides else None]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_losses_on_two_ranks_are_the_plain_loops(case, two_ranks, plain):
-    reference = plain[0.5 if CLIPPED in CASES[case] else None]
+    reference = plain_counterpart(CASES[case], plain)
     assert largest_difference(two_ranks[case]["losses"], reference["losses"]) < 1e-6
     assert two_ranks[case]["norms"] == pytest.approx(reference["norms"], rel=1e-4)
     assert two_ranks[case]["weights"] == pytest.approx(reference["weights"], abs=1e-3)
 
 
-def test_the_plain_loop_learns_and_clipping_changes_it(plain):
-    losses, clipped = plain[None]["losses"], plain[0.5]["losses"]
+def test_the_plain_loop_learns_and_clipping_and_drop_path_change_it(plain):
+    losses = plain[None]["losses"]
     assert losses[-1] < losses[0]
-    assert largest_difference(losses, clipped) > 1e-5
+    for other in (0.5, DROPPING):
+        assert largest_difference(losses, plain[other]["losses"]) > 1e-5
 
 
 def test_losses_on_one_rank_are_the_plain_loops(run_cases, plain):
@@ -142,4 +167,4 @@ def test_compiled_blocks_give_the_plain_losses(run_cases, plain):
     results = run_cases(COMPILED, 2)
     for case in COMPILED:
         assert results[case]["compiled_frames"] > 0, case
-        assert largest_difference(results[case]["losses"], plain[None]["losses"]) < 1e-6, case
+        assert largest_difference(results[case]["losses"], plain_counterpart(COMPILED[case], plain)["losses"]) < 1e-6

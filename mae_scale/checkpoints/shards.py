@@ -1,0 +1,176 @@
+"""A training state in pieces, and the files that hold them: any number of ranks writes, any other number reads.
+
+A piece is a stretch of one tensor of the state seen as a line: elements [start, start + n) of, for instance,
+`exp_avg/model.encoder.norm.weight`. An engine says which pieces its rank holds, so a checkpoint knows nothing of
+ZeRO stages, and a start on other ranks, or under another stage or library, reads the stretches that it now needs.
+
+Each file is in the safetensors layout (https://github.com/huggingface/safetensors), with keys `NAME@START`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mae_scale.errors import RunError
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+CHUNK_BYTES = 2**24
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + len(data)) of the tensor `name`, flattened; data is a view of the live state, [n]."""
+
+    name: str
+    start: int
+    data: torch.Tensor
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """What a rank holds of the training state.
+
+    `pieces` are all that it needs to be given when it resumes. `own` are those that it writes: of all ranks
+    together, every element once. `scalars` are plain numbers that are the same on every rank.
+    """
+
+    pieces: list[Piece]
+    own: list[Piece]
+    scalars: dict = field(default_factory=dict)
+
+
+def share_of(pieces: Sequence[Piece], rank: int, world_size: int) -> list[Piece]:
+    """The part that one rank writes of pieces which every rank holds: an equal, contiguous share of the elements."""
+    total = sum(piece.data.numel() for piece in pieces)
+    first, last = rank * total // world_size, (rank + 1) * total // world_size
+    share, position = [], 0
+    for piece in pieces:
+        size = piece.data.numel()
+        begin, end = max(first - position, 0), min(last - position, size)
+        if begin < end:
+            share.append(Piece(piece.name, piece.start + begin, piece.data[begin:end]))
+        position += size
+    return share
+
+
+def write_shard(path: Path, pieces: Sequence[Piece]) -> dict:
+    """Write pieces (on the host) into one file and wait until it is on the disk; {"bytes": ..., "sha256": ...}.
+
+    Written here and not by safetensors, so that the digest is of what was meant and not of what came to lie on the
+    disk, and a full disk is an OSError. Raises OSError with the file's name.
+    """
+    header, position = {}, 0
+    for piece in pieces:
+        size = piece.data.numel() * piece.data.element_size()
+        header[f"{piece.name}@{piece.start}"] = {
+            "dtype": DTYPES[piece.data.dtype],
+            "shape": [piece.data.numel()],
+            "data_offsets": [position, position + size],
+        }
+        position += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest, written = hashlib.sha256(), 0
+    try:
+        with open(path, "wb", buffering=0) as file:
+            for content in (len(text).to_bytes(8, "little"), text, *(_bytes(piece.data) for piece in pieces)):
+                view = memoryview(content)
+                while view:
+                    count = file.write(view[:CHUNK_BYTES])
+                    digest.update(view[:count])
+                    view = view[count:]
+                    written += count
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    return {"bytes": written, "sha256": digest.hexdigest()}
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while content := file.read(CHUNK_BYTES):
+            digest.update(content)
+    return digest.hexdigest()
+
+
+class ShardReader:
+    """The tensors of a checkpoint's shard files, read stretch by stretch. A context manager."""
+
+    def __init__(self, files: Iterable[Path]):
+        """Raises RunError naming a file that is not in the safetensors layout."""
+        self._open, self._stretches = [], defaultdict(list)
+        for path in files:
+            try:
+                file = safe_open(path, framework="pt")
+                file.__enter__()
+            except (OSError, SafetensorError) as error:
+                self.__exit__()
+                raise RunError(f"{path} cannot be read: {error}") from None
+            self._open.append(file)
+            for key in file.keys():  # noqa: SIM118  (a file, not a dict)
+                name, _, start = key.rpartition("@")
+                length = file.get_slice(key).get_shape()[0]
+                self._stretches[name].append((int(start), int(start) + length, file, key))
+        for stretches in self._stretches.values():
+            stretches.sort(key=lambda stretch: stretch[0])
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._stretches)
+
+    def fill(self, piece: Piece) -> None:
+        """Copy a piece's elements into its data, whatever its device. Raises RunError when some are nowhere."""
+        wanted, end = piece.start, piece.start + piece.data.numel()
+        for first, last, file, key in self._stretches.get(piece.name, ()):
+            if first <= wanted < last:
+                until = min(last, end)
+                part = file.get_slice(key)[wanted - first : until - first]
+                piece.data[wanted - piece.start : until - piece.start].copy_(part)
+                wanted = until
+                if wanted == end:
+                    return
+        if wanted < end:
+            raise RunError(f"elements {wanted} to {end} of {piece.name} are in none of its files")
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A tensor of the state as one line [n], on the host. Raises RunError when elements are missing."""
+        stretches = self._stretches.get(name)
+        if not stretches:
+            raise RunError(f"{name} is in none of its files")
+        _, _, file, key = stretches[0]
+        dtype = file.get_slice(key)[:0].dtype
+        data = torch.empty(stretches[-1][1], dtype=dtype)
+        self.fill(Piece(name, 0, data))
+        return data
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._open:
+            self._open.pop().__exit__(None, None, None)
+
+
+def _bytes(data: torch.Tensor):
+    """The memory of a contiguous tensor on the host, without a copy."""
+    return data.view(torch.uint8).numpy() if data.numel() else b""

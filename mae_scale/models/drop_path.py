@@ -1,0 +1,62 @@
+"""Stochastic depth (drop path): which residual branches of which blocks an image does without, and the block for it.
+
+Sources: Huang et al., "Deep Networks with Stochastic Depth" (arXiv 1603.09382), with the rates rising linearly over
+the depth; timm's DropPath, which draws for each image and divides what is kept by the probability of keeping it.
+timm draws from torch's generator; here the draws are an input of the block, so that they can depend on the image's
+position in the global batch alone, and a block that is computed again in the backward pass drops the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor
+
+from data_pipeline.order import generator
+from mae_scale.errors import UsageError
+
+# Images that share a generator: making one takes as long as drawing for about as many.
+_POSITIONS_A_GENERATOR = 64
+
+
+def drop_path_rates(drop_path: float, depth: int) -> list[float]:
+    """Each block's probability to drop a branch, from 0 to drop_path in equal steps (timm's rule).
+
+    Raises UsageError unless drop_path is in [0, 1).
+    """
+    if not 0 <= drop_path < 1:
+        raise UsageError(f"drop_path is {drop_path}; expected at least 0 and less than 1, such as 0.1")
+    return torch.linspace(0, drop_path, depth, device="cpu").tolist()
+
+
+def draw_branch_scales(rates: Sequence[float], *, seed: int, step: int, positions: np.ndarray) -> Tensor:
+    """Factors of the residual branches: float32 [len(positions), len(rates), 2] on the host, attention then MLP.
+
+    A branch of block k is dropped (0) with probability rates[k], otherwise multiplied by 1 / (1 - rates[k]), so that
+    its expectation stays. A pure function of (seed, step, position): `positions` int [B] in the global batch.
+    """
+    groups, rows = np.divmod(np.asarray(positions), _POSITIONS_A_GENERATOR)
+    uniforms = np.empty((len(rows), len(rates), 2), dtype=np.float32)
+    for group in np.unique(groups):
+        draws = generator(seed, "drop_path", step, int(group))
+        whole = draws.random((_POSITIONS_A_GENERATOR, len(rates), 2), dtype=np.float32)
+        uniforms[groups == group] = whole[rows[groups == group]]
+    rate = np.asarray(rates, dtype=np.float64)[:, None]  # [depth, 1]
+    return torch.from_numpy(np.where(uniforms < rate, 0, 1 / (1 - rate)).astype(np.float32))
+
+
+class DropPathBlock(Block):
+    """timm's block, its two residual branches multiplied for each image by factors that it is given."""
+
+    def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
+        """x [B, N, D] -> [B, N, D]; scales [B, 2], of the attention's and the MLP's branch; without: timm's block."""
+        if scales is None:
+            return super().forward(x)
+        # In the branch's own precision, as timm's: a float32 factor would make a bf16 residual stream float32.
+        branch = self.ls1(self.attn(self.norm1(x)))
+        x = x + branch * scales[:, 0, None, None].to(branch.dtype)
+        branch = self.ls2(self.mlp(self.norm2(x)))
+        return x + branch * scales[:, 1, None, None].to(branch.dtype)

@@ -1,0 +1,266 @@
+"""`mae-scale submit`: renders the Slurm templates for a chain of recipes, and sends each link after the one before."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from mae_scale.errors import RunError, UsageError
+from mae_scale.recipe import Recipe, load_recipe
+from mae_scale.training.ds_config import batch_layout, refuse_wrong_combinations
+
+KINDS = ("pretrain", "finetune")
+PROLOGUE = "environment.sh"
+# What sbatch would read from the environment, above what the rendered script says.
+SITE_VARIABLES = {"partition": "SBATCH_PARTITION", "account": "SBATCH_ACCOUNT", "time": "SBATCH_TIMELIMIT"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What each link of the chain asks Slurm for; None leaves it to the template, the site and the cluster."""
+
+    nodes: int
+    gpus_per_node: int
+    ntasks_per_node: int | None = None
+    cpus_per_task: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+
+    @property
+    def ranks_per_node(self) -> int:
+        """One a GPU; one a node without GPUs."""
+        return self.ntasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    def options(self) -> dict[str, str | int | None]:
+        """sbatch's options, by name; None: the template's line goes, or stays as it is for what is not here."""
+        given = {name: getattr(self, name) for name in ("partition", "account", "time")}
+        return {
+            "nodes": self.nodes,
+            "gpus-per-node": self.gpus_per_node or None,
+            "ntasks-per-node": self.ranks_per_node,
+            **({} if self.cpus_per_task is None else {"cpus-per-task": self.cpus_per_task}),
+            **{name: value for name, value in given.items() if value is not None},
+        }
+
+
+@dataclass(frozen=True)
+class Link:
+    """One job of the chain: its recipe, its folder, its script and what the script says."""
+
+    recipe: str
+    out: Path
+    script: Path
+    text: str
+
+
+def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
+    """Check, render and send the chain of the recipes in `words`; what holds an = is an override for all of them.
+
+    Raises UsageError before anything is sent, RunError when sbatch refuses a link after all.
+    """
+    recipes = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    if not recipes:
+        raise UsageError("no recipe given; expected one or more, such as pretrain/vit_huge_1600ep")
+    out = out.absolute()
+    prologue = _prologue()
+    shape = _with_site(shape, prologue)
+    links = []
+    for recipe in recipes:
+        template = _template(recipe)
+        check(load_recipe(recipe, overrides), recipe, shape)
+        links.append(_link(len(links) + 1, recipe, overrides, template, shape, out))
+    _refuse_shared_folders(links)
+    slurm = shutil.which("sbatch") is not None and shutil.which("sinfo") is not None
+    if slurm:
+        check_partition(shape)
+    elif not dry_run:
+        raise UsageError(
+            "Slurm is not found here (no sbatch and sinfo on PATH); run this on a login node of the cluster, "
+            "or add --dry-run, which works without"
+        )
+    if dry_run:
+        for number, link in enumerate(links):
+            after = f"JOB_ID_{number}" if number else None
+            print(f"# {link.script}\n# {shlex.join(_sbatch(link, after))}\n{link.text}")
+        print(f"dry run: nothing written or sent{'' if slurm else '; Slurm is not found here, partition not checked'}")
+        return
+    write(links, prologue)
+    send(links)
+
+
+def check(recipe: Recipe, name: str, shape: Shape) -> None:
+    """What can be refused before a job waits in a queue; UsageError says what to do."""
+    try:
+        if recipe.data.root is None:
+            raise UsageError("data.root is not set; add data.root=/path/to/train, as the nodes see it")
+        batch_layout(recipe, shape.ranks)
+        refuse_wrong_combinations(recipe, gpu=shape.gpus_per_node > 0)
+    except UsageError as error:
+        raise UsageError(f"{name} on {shape.nodes} nodes x {shape.ranks_per_node} ranks: {error}") from None
+
+
+def check_partition(shape: Shape) -> None:
+    """UsageError when the partition is not there or has fewer nodes than asked for."""
+    listed = _run(["sinfo", "--noheader", "--format=%P %D"])
+    if listed.returncode:
+        raise UsageError(f"sinfo failed: {_last_line(listed.stderr)}; is the cluster up?")
+    sizes: dict[str, int] = {}
+    default = None
+    for partition, nodes in (line.split() for line in listed.stdout.splitlines()):
+        name = partition.rstrip("*")
+        default = name if partition.endswith("*") else default
+        sizes[name] = sizes.get(name, 0) + int(nodes)
+    wanted = (shape.partition or default or "").split(",")
+    unknown = [name for name in wanted if name not in sizes]
+    if unknown:
+        found = f"partition '{unknown[0]}' is not there" if unknown[0] else "this cluster has no default partition"
+        raise UsageError(f"{found}; choose --partition among {', '.join(sizes)}")
+    largest = max(wanted, key=sizes.__getitem__)
+    if shape.nodes > sizes[largest]:
+        larger = [name for name, size in sizes.items() if size >= shape.nodes]
+        raise UsageError(
+            f"--nodes {shape.nodes}: partition '{largest}' has {sizes[largest]} nodes"
+            + (f"; --partition {' or '.join(larger)} has enough" if larger else "; ask for fewer")
+        )
+
+
+def render(template: str, options: Mapping[str, str | int | None], arguments: list[str], venv: Path | None) -> str:
+    """The template with its #SBATCH lines replaced or, for new options, added to, and its arguments written in it."""
+    lines, left = [], dict(options)
+    for line in template.splitlines():
+        name = (re.match(r"#SBATCH --([a-z-]+)", line) or [None, None])[1]
+        if name in options:
+            value = left.pop(name)
+            lines += [] if value is None else [f"#SBATCH --{name}={value}"]
+        else:
+            lines.append(line)
+    new = [f"#SBATCH --{name}={value}" for name, value in left.items() if value is not None]
+    last = max(i for i, line in enumerate(lines) if line.startswith("#SBATCH"))
+    fixed = ["", "# Written by mae-scale submit.", f"set -- {shlex.join(arguments)}"]
+    if venv is not None:
+        fixed.append(f'export VIRTUAL_ENV="${{VIRTUAL_ENV:-{venv}}}"')
+    return "\n".join([*lines[: last + 1], *new, *fixed, *lines[last + 1 :]]) + "\n"
+
+
+def write(links: list[Link], prologue: Path) -> None:
+    """The scripts and their prologue, into DIR/slurm."""
+    folder = links[0].script.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / PROLOGUE).write_bytes(prologue.read_bytes())
+        for link in links:
+            link.script.write_text(link.text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--out {folder.parent} cannot be written to: {error.strerror}") from None
+
+
+def send(links: list[Link]) -> None:
+    """sbatch for each link, after the one before; when one is refused, those before it are cancelled again.
+
+    Slurm is asked first whether it could ever run them: it may take a shape that no node has, and let it wait for ever.
+    """
+    for link in links:
+        tested = _run(["sbatch", "--test-only", str(link.script)])
+        if tested.returncode:
+            raise UsageError(f"{link.script} cannot run on this cluster: {_last_line(tested.stderr)}; nothing was sent")
+    jobs: list[str] = []
+    for number, link in enumerate(links, start=1):
+        sent = _run(_sbatch(link, jobs[-1] if jobs else None))
+        if sent.returncode:
+            if jobs:
+                _run(["scancel", *jobs])
+            raise RunError(
+                f"sbatch refused link {number}, {link.recipe}: {_last_line(sent.stderr)}"
+                + (f"; cancelled the links before it ({', '.join(jobs)})" if jobs else "")
+            )
+        after = f", after {jobs[-1]}" if jobs else ""
+        jobs.append(sent.stdout.strip().partition(";")[0])  # JOB or JOB;CLUSTER
+        print(f"job {jobs[-1]}{after}: {link.recipe} -> {link.out}")
+    print(f"scripts and logs in {links[0].script.parent}; squeue --jobs={','.join(jobs)} shows them")
+
+
+def _template(recipe: str) -> str:
+    """The text of the template of a recipe's kind: the first folder of its name, else pre-training."""
+    kind = recipe.split("/")[0]
+    kind = kind if kind in KINDS else KINDS[0]
+    template = resources.files("slurm").joinpath(f"{kind}.sbatch")
+    if not template.is_file():
+        raise UsageError(f"recipe '{recipe}': jobs of the kind '{kind}' are not there yet; submit pretrain/... recipes")
+    return template.read_text(encoding="utf-8")
+
+
+def _link(number: int, recipe: str, overrides: list[str], template: str, shape: Shape, out: Path) -> Link:
+    path = Path(recipe)
+    # A recipe of one's own is found from any directory; a packaged one by its name.
+    name, given = (path.stem, str(path.absolute())) if path.is_file() else (recipe.replace("/", "-"), recipe)
+    folder = out / name
+    options = {
+        **shape.options(),
+        "job-name": f"mae-{name}",
+        "output": str(out / "slurm" / f"{number}-{name}-%j.log"),
+    }
+    text = render(template, options, [given, "--out", str(folder), *overrides], _venv())
+    return Link(recipe, folder, out / "slurm" / f"{number}-{name}.sbatch", text)
+
+
+def _refuse_shared_folders(links: list[Link]) -> None:
+    for number, link in enumerate(links):
+        for other in links[:number]:
+            if link.out == other.out:
+                raise UsageError(
+                    f"{other.recipe} and {link.recipe} would both write to {link.out}; give each recipe once: "
+                    "a job that meets its time limit goes on by itself"
+                )
+
+
+def _sbatch(link: Link, after: str | None) -> list[str]:
+    # A requeued job keeps its id, so afterok waits for its real end. Without --kill-on-invalid-dep a link after one
+    # that failed would wait for ever.
+    dependency = [] if after is None else [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+    return ["sbatch", "--parsable", *dependency, str(link.script)]
+
+
+def _prologue() -> Path:
+    """The site's environment.sh: ./slurm/environment.sh where there is one, else the package's."""
+    own = Path("slurm") / PROLOGUE
+    return own if own.is_file() else Path(str(resources.files("slurm"))) / PROLOGUE
+
+
+def _with_site(shape: Shape, prologue: Path) -> Shape:
+    """The shape with what the prologue or the environment says where no option does."""
+    names = " ".join(f'"${{{variable}:-}}"' for variable in SITE_VARIABLES.values())
+    told = subprocess.run(
+        ["bash", "-euc", f'source "$1"; printf "%s\\n" {names}', "bash", prologue.absolute()],
+        capture_output=True,
+        text=True,
+    )
+    if told.returncode:
+        raise UsageError(f"{prologue} cannot be read by bash: {_last_line(told.stderr)}")
+    site = dict(zip(SITE_VARIABLES, told.stdout.splitlines()[-len(SITE_VARIABLES) :], strict=True))
+    return Shape(**{**vars(shape), **{k: v or None for k, v in site.items() if getattr(shape, k) is None}})
+
+
+def _venv() -> Path | None:
+    """The virtual environment that this runs in."""
+    return Path(sys.prefix) if sys.prefix != sys.base_prefix else None
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k not in SITE_VARIABLES.values()}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[-1]

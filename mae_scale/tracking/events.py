@@ -1,0 +1,53 @@
+"""events.jsonl: what happened to a run beside its steps: starts, skipped steps, going back, stops.
+
+A line is appended by rank 0 and on the disk before the run goes on. The stretches of data that the run has skipped
+are part of what it computes, so every start reads them from here.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from mae_scale.tracking.metrics_log import parse_rows
+
+
+class Events:
+    """The events of a run. Every rank makes one; all ranks call its methods at the same steps."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        rows = [None]
+        if torch.distributed.get_rank() == 0:
+            rows = [[row for _, row in parse_rows(path.read_bytes()) if row] if path.exists() else []]
+        torch.distributed.broadcast_object_list(rows)
+        self._rows = rows[0]
+
+    def add(self, event: str, step: int, **facts) -> None:
+        """Note an event after `step` updates: start, skipped_step, rollback or stop."""
+        row = {"step": step, "event": event, "time": round(time.time(), 3), **facts}
+        self._rows.append(row)
+        if torch.distributed.get_rank() == 0:
+            with open(self.path, "a+b") as file:
+                if file.tell() and not _ends_with_newline(file):
+                    file.write(b"\n")  # a start before this one died while it wrote
+                file.write(json.dumps(row).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def count(self, event: str) -> int:
+        """How often it has happened in the whole run, over all its starts."""
+        return sum(row["event"] == event for row in self._rows)
+
+    def batch_of(self, step: int) -> int:
+        """The number of the global batch that update `step` (from 0) takes: the step, and what was skipped before."""
+        return step + sum(
+            row["skipped_batches"] for row in self._rows if row["event"] == "rollback" and row["step"] <= step
+        )
+
+
+def _ends_with_newline(file) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"

@@ -1,0 +1,176 @@
+"""Jobs on a real Slurm of two nodes: training, stopping, requeueing, chains, and the templates as sbatch reads them."""
+
+import itertools
+import signal
+import sys
+
+import pytest
+
+from tests.cluster.conftest import TEMPLATES, Cluster, last_step, losses, manifest_steps
+from tests.integration.test_pretrain import TINY
+
+pytestmark = pytest.mark.timeout(300)
+
+EPOCHS = 24
+STEPS = EPOCHS * (1442 // 128)
+ENDED = ("COMPLETED", "FAILED", "CANCELLED")
+
+
+def arguments(digits, *more: str) -> list[str]:
+    quick = [f"schedule.epochs={EPOCHS}", "checkpoint.every_steps=10", "checkpoint.every_epochs=null"]
+    return [f"data.root={digits}/train", f"data.val_root={digits}/val", *TINY, *quick, *more]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, digits, mae_scale):
+    """The losses of the run that the jobs below do, by one rank and never interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = mae_scale("pretrain", "demo", "--out", out, "--tracking-uri", "off", *arguments(digits))
+    assert done.returncode == 0, done.stderr
+    return losses(out)
+
+
+def test_every_template_is_accepted_for_16_nodes_of_8_gpus(cluster: Cluster):
+    templates = sorted(TEMPLATES.glob("*.sbatch"))
+    assert {"pretrain.sbatch", "scaling.sbatch"} <= {t.name for t in templates}
+    for template in templates:
+        tested = cluster.call("sbatch", "--test-only", "--partition=big", "--nodes=16", template, "demo", "--out", "x")
+        assert "using 3072 processors on nodes big[1-16]" in tested.stderr
+        for wrong in ("--nodes=17", "--gpus-per-node=9"):
+            refused = cluster.call(
+                "sbatch", "--test-only", "--partition=big", "--nodes=16", wrong, template, check=False
+            )
+            assert refused.returncode != 0
+
+
+class TestOneRunThroughEveryFault:
+    """One run of two nodes with two ranks each; what befalls it befalls it in this order."""
+
+    @pytest.fixture(scope="class")
+    def run(self, cluster: Cluster, tmp_path_factory, digits):
+        folder = tmp_path_factory.mktemp("faults")
+        # Relative, as a user writes it.
+        job = cluster.sbatch(
+            "--nodes=2", TEMPLATES / "pretrain.sbatch", "demo", "--out", "run", *arguments(digits), cwd=folder
+        )
+        yield job, folder / "run", folder / f"{job}.log"
+        cluster.call("scancel", job, check=False)
+
+    def test_two_nodes_train_with_two_ranks_each(self, cluster: Cluster, run):
+        job, out, log = run
+        cluster.wait_for_step(job, out, 12, log)
+        assert "4 rank(s) on cpu x 32 images" in log.read_text()
+        assert [cluster.rank(job, rank).environ()["SLURMD_NODENAME"] for rank in range(4)] == 2 * ["node1"] + 2 * [
+            "node2"
+        ]
+
+    def test_usr1_writes_a_checkpoint_requeues_and_the_job_goes_on_from_there(self, cluster: Cluster, run):
+        job, out, log = run
+        cluster.call("scancel", "--batch", "--signal=USR1", job)
+        cluster.wait_for_start(job, 1, log)
+        stopped_at = last_step(out)
+        assert manifest_steps(out)[-1] == stopped_at < STEPS
+        assert f"stopped with a checkpoint at step {stopped_at}: requeued" in log.read_text()
+        cluster.wait_for_step(job, out, stopped_at + 12, log)
+        assert f"going on from step {stopped_at}" in log.read_text()
+
+    def test_a_killed_rank_ends_the_others_and_the_job_goes_on(self, cluster: Cluster, run):
+        job, out, log = run
+        before = manifest_steps(out)[-1]
+        cluster.rank(job, 3).send_signal(signal.SIGKILL)
+        cluster.wait_for_start(job, 2, log)
+        assert "failed with exit code" in log.read_text()
+        cluster.wait_for_step(job, out, before + 12, log)
+
+    def test_a_killed_slurmd_requeues_the_job_and_it_goes_on(self, cluster: Cluster, run):
+        job, out, log = run
+        before = manifest_steps(out)[-1]
+        cluster.kill_slurmd("node2")
+        cluster.wait(job, "requeued", lambda found: found["Restarts"] == "3", log, timeout_s=90)
+        cluster.up()
+        cluster.wait_for_start(job, 3, log)
+        cluster.wait_for_step(job, out, before + 12, log)
+
+    def test_a_cancelled_job_stays_cancelled(self, cluster: Cluster, run):
+        job, out, log = run
+        cluster.call("scancel", job)
+        cluster.wait_for_end(job, log, state="CANCELLED")
+        assert last_step(out) < STEPS
+
+    def test_it_is_finished_on_one_node(self, cluster: Cluster, run, digits):
+        _, out, _ = run
+        began_at = manifest_steps(out)[-1]
+        job = cluster.sbatch(
+            "--nodes=1", TEMPLATES / "pretrain.sbatch", "demo", "--out", "run", *arguments(digits), cwd=out.parent
+        )
+        log = out.parent / f"{job}.log"
+        cluster.wait_for_end(job, log)
+        assert f"going on from step {began_at}" in log.read_text()
+        assert "2 rank(s) on cpu x 64 images" in log.read_text()
+        assert (out / "export" / "model.safetensors").exists()
+
+    def test_its_curve_has_no_seam(self, run, whole):
+        _, out, _ = run
+        mine = losses(out)
+        assert mine.keys() == whole.keys()
+        assert max(abs(mine[step] - whole[step]) for step in whole) < 1e-6
+
+
+def test_a_chain_waits_for_the_real_end_of_a_requeued_link(cluster: Cluster, tmp_path, digits):
+    second = tmp_path / "second.yaml"
+    second.write_text("extends: demo\nseed: 1\n")
+    shape = ["--nodes", 2, "--gpus-per-node", 2, "--cpus-per-task", 1]
+    mae_scale = [sys.executable, "-m", "mae_scale"]
+    sent = cluster.call(*mae_scale, "submit", "demo", second, *shape, "--out", tmp_path / "c", *arguments(digits))
+    first, then = [line.split()[1].strip(",:") for line in sent.stdout.splitlines() if line.startswith("job ")]
+    logs = [tmp_path / "c" / "slurm" / name for name in (f"1-demo-{first}.log", f"2-second-{then}.log")]
+    cluster.wait_for_step(first, tmp_path / "c" / "demo", 5, logs[0])
+    cluster.call("scancel", "--batch", "--signal=USR1", first)
+    cluster.wait_for_start(first, 1, logs[0])
+    waiting = cluster.job(then)
+    assert (waiting["JobState"], waiting["Reason"]) == ("PENDING", "Dependency")
+    cluster.wait_for_end(first, logs[0])
+    cluster.wait_for_end(then, logs[1])
+    for name in ("demo", "second"):
+        assert last_step(tmp_path / "c" / name) == STEPS
+        assert (tmp_path / "c" / name / "export" / "model.safetensors").exists()
+
+
+def test_a_refused_recipe_is_not_requeued_and_ends_its_chain(cluster: Cluster, tmp_path, digits):
+    second = tmp_path / "second.yaml"
+    second.write_text("extends: demo\n")
+    command = [sys.executable, "-m", "mae_scale", "submit", "demo", second, "--nodes", 2, "--gpus-per-node", 2]
+    command += ["--cpus-per-task", 1, "--out", tmp_path / "c", *arguments(digits, "data.root=/not/there")]
+    sent = cluster.call(*command)
+    first, then = [line.split()[1].strip(",:") for line in sent.stdout.splitlines() if line.startswith("job ")]
+    log = tmp_path / "c" / "slurm" / f"1-demo-{first}.log"
+    ended = cluster.wait_for_end(first, log, state="FAILED")
+    assert (ended["ExitCode"], ended["Restarts"]) == ("2:0", "0")
+    assert "/not/there" in log.read_text()
+    cluster.wait_for_end(then, log, state="CANCELLED")
+
+
+def test_a_job_without_a_new_step_in_two_starts_stops(cluster: Cluster, tmp_path):
+    job = cluster.sbatch(
+        "--nodes=2", TEMPLATES / "pretrain.sbatch", "demo", "--out=run", cwd=tmp_path, MAE_SCALE_CONTAINER="false"
+    )
+    log = tmp_path / f"{job}.log"
+    ended = cluster.wait_for_end(job, log, state="FAILED")
+    assert (ended["ExitCode"], ended["Restarts"]) == ("1:0", "1")
+    assert "stopped, not requeued: two starts brought no step after 0" in log.read_text()
+
+
+def test_a_scaling_curve_has_a_run_for_each_number_of_nodes(cluster: Cluster, tmp_path, digits):
+    array = ["--nodes=2", "--array=1,2", "--ntasks-per-node=1", "--output=%a.log"]
+    command = [TEMPLATES / "scaling.sbatch", "demo", "--out", "curve"]
+    job = cluster.sbatch(
+        *array, *command, *arguments(digits, "schedule.stop_after_steps=4", "tracking.uri=off"), cwd=tmp_path
+    )
+    for nodes in (1, 2):
+        log = tmp_path / f"{nodes}.log"
+        cluster.wait_for_end(f"{job}_{nodes}", log)
+        assert f"{nodes} rank(s) on cpu x" in log.read_text()
+        assert last_step(tmp_path / "curve" / f"nodes_{nodes:04d}") == 4
+    curves = [losses(tmp_path / "curve" / f"nodes_{nodes:04d}") for nodes in (1, 2)]
+    for one, two in itertools.pairwise(curves):
+        assert one == pytest.approx(two, abs=1e-6)

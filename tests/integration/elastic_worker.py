@@ -1,0 +1,83 @@
+"""One rank of the resume tests: trains a small autoencoder from a checkpoint or from nothing, and saves one.
+
+Run by tests/integration/test_elastic.py under torchrun: CASES.json OUT.json. Each case: {"overrides": [...],
+"first": step, "last": step, "load": folder or null, "save": folder or null}; the losses of its steps come back.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from mae_scale.checkpoints.resume import load_newest
+from mae_scale.checkpoints.saver import Saver
+from mae_scale.checkpoints.store import Retention
+from mae_scale.models.drop_path import draw_branch_scales
+from mae_scale.objectives.reconstruct import Reconstruct
+from mae_scale.recipe import load_recipe
+from mae_scale.training.assemble import build_model, scale_out
+from mae_scale.training.distributed import process_group, ranks_from_environment
+from mae_scale.training.ds_config import batch_layout
+from tests.integration.engine_worker import TINY
+
+GLOBAL_BATCH = 24  # divides by 1, 2 and 3 ranks, and by accumulation 2 on each
+
+
+def tensors(objective: Reconstruct, step: int) -> tuple[torch.Tensor, ...]:
+    """Images [24, 3, 16, 16], mask noise [24, 16], branch scales [24, 3, 2] of a step, the same on any ranks."""
+    random = torch.Generator().manual_seed(step)
+    images = torch.randn(GLOBAL_BATCH, 3, 16, 16, generator=random)
+    noise = torch.rand(GLOBAL_BATCH, 16, generator=random)
+    rates = objective.model.encoder.drop_path_rates
+    return images, noise, draw_branch_scales(rates, seed=0, step=step, positions=range(GLOBAL_BATCH))
+
+
+def rate(step: int) -> float:
+    return 1e-3 * min(1.0, (step + 1) / 5)
+
+
+def run_case(case: dict, ranks, device) -> dict:
+    recipe = load_recipe(
+        "demo", [*TINY, f"data.global_batch={GLOBAL_BATCH}", "model.drop_path=0.2", *case["overrides"]]
+    )
+    torch.manual_seed(0 if case["load"] is None else 1)  # what is resumed must not come from the initialisation
+    objective = Reconstruct(build_model(recipe), seed=recipe.seed)
+    layout = batch_layout(recipe, ranks.world_size)
+    engine = scale_out(objective, recipe, layout, device)
+    if case["load"]:
+        manifest = load_newest(engine, Path(case["load"]), index="none")
+        assert manifest["step"] == case["first"], manifest
+    losses, share = [], GLOBAL_BATCH // ranks.world_size
+    for step in range(case["first"], case["last"]):
+        mine = [t[ranks.rank * share : (ranks.rank + 1) * share] for t in tensors(objective, step)]
+        micro_batches = zip(*(t.split(layout.micro_batch) for t in mine), strict=True)
+        result = engine.train_step(micro_batches, rate(step))
+        loss = result.loss / ranks.world_size
+        torch.distributed.all_reduce(loss)
+        losses.append(loss.item())
+    if case["save"]:
+        saver = Saver(Path(case["save"]), Retention(keep=1), background=case.get("background", True))
+        facts = {"step": case["last"], "epoch": 0.5, "loss": None, "index": "none", "world_size": ranks.world_size}
+        saver.save(engine.state(), facts)
+        # Training goes on while it is written: what is saved must be the state as it was.
+        mine = [t[:share] for t in tensors(objective, 10**6)]
+        engine.train_step(zip(*(t.split(layout.micro_batch) for t in mine), strict=True), 1.0)
+        assert saver.wait()
+    engine.close()
+    return losses
+
+
+def main() -> None:
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    ranks = ranks_from_environment()
+    results = {}
+    with process_group(ranks, 120) as device:
+        for name, case in cases.items():
+            results[name] = run_case(case, ranks, device)
+    if ranks.is_first:
+        out.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

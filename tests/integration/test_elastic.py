@@ -1,0 +1,125 @@
+"""Resuming: bit for bit on the same ranks, and the same curve on others, for every engine, stage and precision."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("elastic_worker.py")
+MIDDLE, LAST = 5, 25
+TWO_MICRO_BATCHES = {1: "engine.micro_batch=12", 2: "engine.micro_batch=6", 3: "engine.micro_batch=4"}
+ENGINES = {
+    "ZeRO 0": ["engine.zero_stage=0"],
+    "ZeRO 1": ["engine.zero_stage=1"],
+    "ZeRO 2": ["engine.zero_stage=2"],
+    "ZeRO 3": ["engine.config={zero3}"],
+    "ZeRO 3 as packaged": ["engine.zero_stage=3"],
+    "ZeRO 3 offload": ["engine.config={zero3_offload}"],
+    "FairScale OSS": ["engine.backend=fairscale", "engine.zero_stage=1"],
+}
+BF16 = "engine.precision=bf16"
+# From each engine on two ranks to another number of ranks, and most of them to another engine too.
+MOVES = {
+    "ZeRO 0": [(1, "ZeRO 3"), (3, "ZeRO 0")],
+    "ZeRO 1": [(1, "ZeRO 1"), (3, "FairScale OSS")],
+    "ZeRO 2": [(1, "ZeRO 2"), (3, "ZeRO 3"), (3, "ZeRO 2")],
+    "ZeRO 3": [(1, "ZeRO 3"), (3, "ZeRO 3"), (1, "ZeRO 2")],
+    "ZeRO 3 as packaged": [(3, "ZeRO 3 as packaged")],
+    "ZeRO 3 offload": [(1, "ZeRO 0"), (3, "ZeRO 3 offload")],
+    "FairScale OSS": [(1, "ZeRO 2"), (3, "FairScale OSS")],
+}
+
+
+@pytest.fixture(scope="module")
+def run_cases(tmp_path_factory):
+    """Run cases under torchrun with some ranks; {case: losses}."""
+    folder = tmp_path_factory.mktemp("elastic")
+    files = {}
+    for name in ("zero3", "zero3_offload"):
+        # A copy that a user has edited: without it the smallest parameters would not be sharded at all.
+        config = json.loads(resources.files("ds_configs").joinpath(f"{name}.json").read_text())
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        files[name] = folder / f"{name}.json"
+        files[name].write_text(json.dumps(config))
+
+    def run(cases: dict, nproc: int) -> dict:
+        for case in cases.values():
+            case["overrides"] = [o.format(**files) for o in (*case["overrides"], TWO_MICRO_BATCHES[nproc])]
+            for key in ("load", "save"):
+                case[key] = case.get(key) and str(folder / case[key])
+        (folder / "cases.json").write_text(json.dumps(cases))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+        done = subprocess.run(
+            [*command, str(WORKER), str(folder / "cases.json"), str(folder / "out.json")],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.getcwd()},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stderr[-6000:]
+        return json.loads((folder / "out.json").read_text())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def two_ranks(run_cases):
+    """On two ranks, for every engine and precision: the whole curve, and the curve with a save and a new start."""
+    cases = {}
+    for engine, overrides in ENGINES.items():
+        for precision, more in (("fp32", []), ("bf16", [BF16])):
+            case, settings = f"{engine}, {precision}", [*overrides, *more]
+            last = LAST if precision == "fp32" else 2 * MIDDLE
+            cases[f"{case}, whole"] = {"overrides": settings, "first": 0, "last": last}
+            cases[f"{case}, before"] = {"overrides": settings, "first": 0, "last": MIDDLE, "save": case}
+            cases[f"{case}, after"] = {"overrides": settings, "first": MIDDLE, "last": 2 * MIDDLE, "load": case}
+    return run_cases(cases, 2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resume_on_the_same_ranks_is_bit_exact(engine, precision, two_ranks):
+    whole, before, after = (two_ranks[f"{engine}, {precision}, {part}"] for part in ("whole", "before", "after"))
+    assert before == whole[:MIDDLE]
+    assert after == whole[MIDDLE : 2 * MIDDLE]
+
+
+@pytest.fixture(scope="module")
+def moved(run_cases, two_ranks):
+    """Twenty steps on other ranks and engines from what two ranks have saved; {(from, ranks, to): losses}."""
+    results = {}
+    for ranks in (1, 3):
+        cases = {
+            f"{source} to {target}": {
+                "overrides": ENGINES[target],
+                "first": MIDDLE,
+                "last": LAST,
+                "load": f"{source}, fp32",
+                "save": f"{source} to {target} on {ranks}",
+            }
+            for source, moves in MOVES.items()
+            for number, target in moves
+            if number == ranks
+        }
+        results |= {(name, ranks): losses for name, losses in run_cases(cases, ranks).items()}
+    return results
+
+
+@pytest.mark.parametrize(("source", "ranks", "target"), [(s, n, t) for s, moves in MOVES.items() for n, t in moves])
+def test_resume_on_other_ranks_and_engines_follows_the_uninterrupted_run(source, ranks, target, two_ranks, moved):
+    whole, resumed = two_ranks[f"{source}, fp32, whole"][MIDDLE:], moved[f"{source} to {target}", ranks]
+    assert max(abs(a - b) for a, b in zip(whole, resumed, strict=True)) < 1e-6
+
+
+def test_two_to_three_to_one_rank_follows_the_uninterrupted_run(run_cases, two_ranks):
+    steps = {"first": MIDDLE, "last": MIDDLE + 10}
+    on_three = {"overrides": ENGINES["ZeRO 3"], **steps, "load": "ZeRO 2, fp32", "save": "three"}
+    losses = run_cases({"three": on_three}, 3)["three"]
+    on_one = {"overrides": ENGINES["ZeRO 1"], "first": MIDDLE + 10, "last": LAST, "load": "three"}
+    losses += run_cases({"one": on_one}, 1)["one"]
+    whole = two_ranks["ZeRO 2, fp32, whole"][MIDDLE:]
+    assert max(abs(a - b) for a, b in zip(whole, losses, strict=True)) < 1e-6
