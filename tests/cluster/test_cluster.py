@@ -4,6 +4,7 @@ import itertools
 import signal
 import sys
 
+import psutil
 import pytest
 
 from tests.cluster.conftest import TEMPLATES, Cluster, last_step, losses, manifest_steps
@@ -11,9 +12,8 @@ from tests.integration.test_pretrain import TINY
 
 pytestmark = pytest.mark.timeout(300)
 
-EPOCHS = 24
+EPOCHS = 40
 STEPS = EPOCHS * (1442 // 128)
-ENDED = ("COMPLETED", "FAILED", "CANCELLED")
 
 
 def arguments(digits, *more: str) -> list[str]:
@@ -71,7 +71,7 @@ class TestOneRunThroughEveryFault:
         stopped_at = last_step(out)
         assert manifest_steps(out)[-1] == stopped_at < STEPS
         assert f"stopped with a checkpoint at step {stopped_at}: requeued" in log.read_text()
-        cluster.wait_for_step(job, out, stopped_at + 12, log)
+        cluster.wait_for_resumption(job, out, stopped_at, log)
         assert f"going on from step {stopped_at}" in log.read_text()
 
     def test_a_killed_rank_ends_the_others_and_the_job_goes_on(self, cluster: Cluster, run):
@@ -80,16 +80,23 @@ class TestOneRunThroughEveryFault:
         cluster.rank(job, 3).send_signal(signal.SIGKILL)
         cluster.wait_for_start(job, 2, log)
         assert "failed with exit code" in log.read_text()
-        cluster.wait_for_step(job, out, before + 12, log)
+        cluster.wait_for_resumption(job, out, before, log)
 
     def test_a_killed_slurmd_requeues_the_job_and_it_goes_on(self, cluster: Cluster, run):
+        """And nothing of the lost node is left to write into the run."""
         job, out, log = run
         before = manifest_steps(out)[-1]
+        lost = [cluster.rank(job, rank) for rank in (2, 3)]
         cluster.kill_slurmd("node2")
-        cluster.wait(job, "requeued", lambda found: found["Restarts"] == "3", log, timeout_s=90)
-        cluster.up()
+        for process in lost:  # they would train on until Slurm takes the node for lost
+            process.suspend()
+        try:
+            cluster.wait(job, "requeued", lambda found: found["Restarts"] == "3", log, timeout_s=120)
+        finally:
+            cluster.up()
         cluster.wait_for_start(job, 3, log)
-        cluster.wait_for_step(job, out, before + 12, log)
+        assert not psutil.wait_procs(lost, timeout=30)[1]
+        cluster.wait_for_resumption(job, out, before, log)
 
     def test_a_cancelled_job_stays_cancelled(self, cluster: Cluster, run):
         job, out, log = run
@@ -98,7 +105,7 @@ class TestOneRunThroughEveryFault:
         assert last_step(out) < STEPS
 
     def test_it_is_finished_on_one_node(self, cluster: Cluster, run, digits):
-        _, out, _ = run
+        cancelled, out, _ = run
         began_at = manifest_steps(out)[-1]
         job = cluster.sbatch(
             "--nodes=1", TEMPLATES / "pretrain.sbatch", "demo", "--out", "run", *arguments(digits), cwd=out.parent
@@ -108,6 +115,7 @@ class TestOneRunThroughEveryFault:
         assert f"going on from step {began_at}" in log.read_text()
         assert "2 rank(s) on cpu x 64 images" in log.read_text()
         assert (out / "export" / "model.safetensors").exists()
+        assert cluster.job(cancelled)["JobState"] == "CANCELLED"
 
     def test_its_curve_has_no_seam(self, run, whole):
         _, out, _ = run
@@ -121,7 +129,8 @@ def test_a_chain_waits_for_the_real_end_of_a_requeued_link(cluster: Cluster, tmp
     second.write_text("extends: demo\nseed: 1\n")
     shape = ["--nodes", 2, "--gpus-per-node", 2, "--cpus-per-task", 1]
     mae_scale = [sys.executable, "-m", "mae_scale"]
-    sent = cluster.call(*mae_scale, "submit", "demo", second, *shape, "--out", tmp_path / "c", *arguments(digits))
+    recipe = arguments(digits, "schedule.epochs=6")
+    sent = cluster.call(*mae_scale, "submit", "demo", second, *shape, "--out", tmp_path / "c", *recipe)
     first, then = [line.split()[1].strip(",:") for line in sent.stdout.splitlines() if line.startswith("job ")]
     logs = [tmp_path / "c" / "slurm" / name for name in (f"1-demo-{first}.log", f"2-second-{then}.log")]
     cluster.wait_for_step(first, tmp_path / "c" / "demo", 5, logs[0])
@@ -132,7 +141,7 @@ def test_a_chain_waits_for_the_real_end_of_a_requeued_link(cluster: Cluster, tmp
     cluster.wait_for_end(first, logs[0])
     cluster.wait_for_end(then, logs[1])
     for name in ("demo", "second"):
-        assert last_step(tmp_path / "c" / name) == STEPS
+        assert last_step(tmp_path / "c" / name) == 6 * (1442 // 128)
         assert (tmp_path / "c" / name / "export" / "model.safetensors").exists()
 
 

@@ -80,7 +80,7 @@ def plain_loop(clip: float | None = None, device: str = "cpu", overrides: tuple[
         norms.append(nn.utils.clip_grad_norm_(objective.parameters(), clip or float("inf")).item())
         optimizer.step()
         losses.append(loss.item())
-    weights = {name: t.double().sum().item() for name, t in objective.state_dict().items()}
+    weights = {name: t.detach().double().sum().item() for name, t in objective.named_parameters()}
     return {"losses": losses, "norms": norms, "weights": weights}
 
 
@@ -101,11 +101,21 @@ def run_case(overrides: list[str], ranks, device) -> dict:
         torch.distributed.all_reduce(loss)
         losses.append(loss.item())
         norms.append(result.grad_norm())
-    state = engine.full_state_dict()
-    weights = {name: t.double().sum().item() for name, t in state.items()} if state else None
+    weights = sums_of_weights(engine)
     engine.close()
     compiled_frames = torch._dynamo.utils.counters["frames"]["ok"]
     return {"losses": losses, "norms": norms, "weights": weights, "compiled_frames": compiled_frames}
+
+
+def sums_of_weights(engine) -> dict[str, float]:
+    """{parameter: sum} from what the ranks would write into a checkpoint."""
+    mine = [(p.name, p.data.double().sum().item()) for p in engine.state().own if p.name.startswith("weight/")]
+    parts: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, mine)
+    sums: dict[str, float] = {}
+    for name, value in (piece for part in parts for piece in part):
+        sums[name.removeprefix("weight/")] = sums.get(name.removeprefix("weight/"), 0.0) + value
+    return sums
 
 
 def main() -> None:

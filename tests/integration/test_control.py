@@ -18,7 +18,7 @@ LAUNCHER = """
 import os, sys
 from mae_scale.errors import RunError
 from mae_scale.training import launcher
-launcher.GRACE_S = 4.0  # timeouts are shorter here, too
+launcher.GRACE_S = 3.0  # timeouts are shorter here, too
 try:
     code = launcher.launch_local_ranks(int(sys.argv[1]), sys.argv[2:], program=("-c", os.environ["WORKER"]))
 except RunError as error:
@@ -26,14 +26,13 @@ except RunError as error:
 sys.exit(code)
 """
 WORKER = """
-import os, signal, sys, time
-from datetime import timedelta
+import os, signal, sys, time, traceback
 from mae_scale.training import preemption
 preemption.listen()
 import torch
 from mae_scale.errors import RunError
 from mae_scale.training.control import Control
-from mae_scale.training.distributed import process_group, ranks_from_environment
+from mae_scale.training.distributed import leave, process_group, ranks_from_environment
 ranks = ranks_from_environment()
 rank = ranks.rank
 try:
@@ -44,7 +43,10 @@ try:
         exec(sys.argv[1])
 except RunError as error:
     sys.stderr.write(f"rank {rank} after {time.monotonic() - started:.1f} s: {error}\\n")
-    sys.exit(1)
+    leave(1)
+except Exception:
+    traceback.print_exc()
+    leave(1)
 """
 
 
@@ -114,11 +116,19 @@ def test_a_killed_rank_is_named_before_the_timeout_by_the_other_and_by_the_launc
     assert done.stderr.count("\n") == 2, done.stderr
 
 
-def test_a_rank_that_ends_with_its_own_error_is_the_one_the_others_name():
-    own = "    raise RunError('no space left')"
-    done = run(3, f"if rank == 1:\n{own}\ntorch.distributed.all_reduce(torch.ones(1))")
+def test_a_rank_that_ends_with_its_own_error_is_named_also_by_one_that_notices_later():
+    """Rank 0 hosts the store, and stays until rank 2 has read it."""
+    timeout_s = 4.0
+    done = run(
+        3,
+        "if rank == 1:\n"
+        "    raise RunError('no space left')\n"
+        "time.sleep(1.2 if rank == 2 else 0)\n"
+        "torch.distributed.all_reduce(torch.ones(1))",
+        timeout_s,
+    )
     texts = {rank: text for rank, (_, text) in said(done).items()}
-    assert texts == {0: line(1), 1: "no space left", 2: line(1)}, done.stderr
+    assert texts == {0: line(1, timeout_s), 1: "no space left", 2: line(1, timeout_s)}, done.stderr
     assert done.returncode == 1
 
 

@@ -50,9 +50,11 @@ def nothing_left(tmp_path):
     """After the test no process is left that was started with its folder as an argument."""
     yield
     deadline = time.monotonic() + 5
-    while left := of_this_test(tmp_path):
-        assert time.monotonic() < deadline, left
+    while (left := of_this_test(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.05)
+    for process in left:
+        process.kill()
+    assert not left
 
 
 def of_this_test(folder: Path) -> list[psutil.Process]:
@@ -135,6 +137,12 @@ def test_a_rank_that_a_second_request_finds_no_longer_listening_has_stopped_as_a
     process = start(tmp_path, deaf)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 75
+
+
+def test_a_request_noted_before_the_start_starts_no_rank(tmp_path, nothing_left, monkeypatch):
+    monkeypatch.setattr(launcher, "requested", lambda: "SIGTERM")
+    assert launch_local_ranks(2, [str(tmp_path)], ranks_do(BOTH_UP, BOTH_UP)) == 75
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("whole_group", [True, False])

@@ -1,0 +1,34 @@
+"""A run small enough for tests: the demo's recipe on the digits, a few thousand parameters, each step logged."""
+
+from pathlib import Path
+
+from mae_scale.tracking.metrics_log import read_metrics
+
+TINY = [
+    "data.global_batch=120",  # divides by 1, 2 and 3 ranks
+    "optim.base_lr=2e-3",
+    "model.width=32",
+    "model.depth=2",
+    "model.heads=2",
+    "model.decoder_width=16",
+    "model.decoder_depth=1",
+    "model.decoder_heads=2",
+    "schedule.epochs=2",
+    "schedule.warmup_epochs=1",
+    "tracking.log_every_steps=1",
+]
+STEPS_PER_EPOCH = 1442 // 120
+STEPS = 2 * STEPS_PER_EPOCH
+
+
+def arguments(digits: Path, *more: str) -> list[str]:
+    """Overrides of the tiny run on the digits."""
+    return [f"data.root={digits}/train", f"data.val_root={digits}/val", *TINY, *more]
+
+
+def losses(out: Path) -> dict[int, float]:
+    """{step: loss} of a run's metrics.jsonl, which must have each step once and in order."""
+    rows = read_metrics(out / "metrics.jsonl")
+    steps = [row["step"] for row in rows]
+    assert steps == sorted(set(steps)), steps
+    return {row["step"]: row["train/loss"] for row in rows}

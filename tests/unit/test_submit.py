@@ -1,0 +1,239 @@
+"""`mae-scale submit` without a Slurm: what it renders, what it refuses, and what it says to sbatch."""
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mae_scale import cli
+
+TEMPLATES = Path(__file__).parents[2] / "slurm"
+HUGE = "pretrain/vit_huge_1600ep"
+
+
+@pytest.fixture
+def submit(monkeypatch, capsys, tmp_path):
+    """Call `mae-scale submit ARGUMENTS` in an empty folder; (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("SBATCH_PARTITION", "SBATCH_ACCOUNT", "SBATCH_TIMELIMIT"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mae-scale", "submit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def slurm(monkeypatch, tmp_path):
+    """sinfo, sbatch and scancel that note how they are called; the notes, one line a call."""
+    commands, notes = tmp_path / "bin", tmp_path / "calls"
+    commands.mkdir()
+    note = f'#!/bin/bash\necho "${{0##*/}} $* [${{SBATCH_PARTITION:-}}]" >>{notes}\n'
+    programs = {
+        "sinfo": 'echo "small* 2"; echo "large 10"; echo "large 6"\n',
+        "sbatch": f'case $*" " in *--test-only*) ;; *) echo $((100 + $(grep -c parsable {notes}))) ;; esac\n',
+        "scancel": "",
+    }
+    for name, body in programs.items():
+        (commands / name).write_text(note + body)
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:/usr/bin:/bin")
+
+    def calls() -> list[str]:
+        return notes.read_text().splitlines() if notes.exists() else []
+
+    calls.folder = commands
+    return calls
+
+
+@pytest.fixture
+def no_slurm(monkeypatch, tmp_path):
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    (commands / "bash").symlink_to(shutil.which("bash"))
+    (commands / "dirname").symlink_to(shutil.which("dirname"))
+    monkeypatch.setenv("PATH", str(commands))
+
+
+def options(script: str) -> dict[str, str]:
+    """{option: value} of a script's #SBATCH lines; an option given twice fails."""
+    lines = [line.removeprefix("#SBATCH --").partition("=") for line in script.splitlines() if "#SBATCH" in line]
+    found = {name: value for name, _, value in lines}
+    assert len(found) == len(lines)
+    return found
+
+
+def arguments(script: str) -> list[str]:
+    """What the script hands to `mae-scale`."""
+    (line,) = [line for line in script.splitlines() if line.startswith("set -- ")]
+    return shlex.split(line)[2:]
+
+
+def test_a_chain_is_rendered_and_sent_each_link_after_the_one_before(submit, slurm, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"extends: {HUGE}\n")
+    code, out, error = submit(
+        HUGE, "data.root=/my data", recipe.name, "--nodes", 16, "--out", "runs", "--partition", "large"
+    )
+    assert code == 0, error
+    folder = tmp_path / "runs" / "slurm"
+    scripts = [folder / "1-pretrain-vit_huge_1600ep.sbatch", folder / "2-mine.sbatch"]
+    assert [line.partition(":")[0] for line in out.splitlines()[:2]] == ["job 101", "job 102, after 101"]
+    assert slurm()[1:] == [
+        f"sbatch --test-only {scripts[0]} []",
+        f"sbatch --test-only {scripts[1]} []",
+        f"sbatch --parsable {scripts[0]} []",
+        f"sbatch --parsable --dependency=afterok:101 --kill-on-invalid-dep=yes {scripts[1]} []",
+    ]
+    first, second = (script.read_text() for script in scripts)
+    assert arguments(first) == [HUGE, "--out", f"{tmp_path}/runs/pretrain-vit_huge_1600ep", "data.root=/my data"]
+    assert arguments(second) == [str(recipe), "--out", f"{tmp_path}/runs/mine", "data.root=/my data"]
+    wanted = {"nodes": "16", "gpus-per-node": "8", "ntasks-per-node": "8", "partition": "large"}
+    wanted |= {"job-name": "mae-mine", "output": f"{folder}/2-mine-%j.log", "requeue": "", "open-mode": "append"}
+    assert wanted.items() <= options(second).items()
+    assert (folder / "environment.sh").read_text() == (TEMPLATES / "environment.sh").read_text()
+
+
+def test_dry_run_shows_the_scripts_and_writes_and_sends_nothing_even_without_slurm(submit, no_slurm, tmp_path):
+    code, out, error = submit(HUGE, "--nodes", 16, "--out", "runs", "data.root=/d", "--dry-run")
+    assert code == 0, error
+    assert "#SBATCH --nodes=16" in out
+    assert f"sbatch --parsable {tmp_path}/runs/slurm/1-pretrain-vit_huge_1600ep.sbatch" in out
+    assert "Slurm is not found here" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_without_slurm_it_says_so(submit, no_slurm, tmp_path):
+    code, _, error = submit(HUGE, "--nodes", 16, "--out", "runs", "data.root=/d")
+    assert code == 2
+    assert "Slurm is not found here" in error
+    assert "--dry-run" in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_rendered_script_is_the_template_but_for_the_options_and_arguments(submit, no_slurm):
+    """And bash can read it."""
+    command = [HUGE, "--nodes", 2, "--out", "r", "data.root=/d", "--dry-run"]
+    _, out, _ = submit(*command, "--gpus-per-node", 0, "--ntasks-per-node", 4, "--time", "1:00:00", "--account", "me")
+    found, template = options(out), (TEMPLATES / "pretrain.sbatch").read_text()
+    changed = {"nodes": "2", "ntasks-per-node": "4", "time": "1:00:00", "account": "me"}
+    assert changed.items() <= found.items()
+    assert "gpus-per-node" not in found
+    kept = options(template).keys() - changed.keys() - {"gpus-per-node", "job-name", "output"}
+    assert {name: found[name] for name in kept} == {name: options(template)[name] for name in kept}
+    code = [line for line in template.splitlines() if not line.startswith("#SBATCH")]
+    assert set(code) <= set(out.splitlines())
+    script = out[out.index("#!") : out.index("dry run:")]
+    assert subprocess.run(["/bin/bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+def test_the_site_is_what_its_environment_file_says_and_the_environment_wins(submit, slurm, tmp_path, monkeypatch):
+    site = tmp_path / "slurm" / "environment.sh"
+    site.parent.mkdir()
+    plain = (TEMPLATES / "environment.sh").read_text()
+    site.write_text(plain.replace("${SBATCH_PARTITION:=}", "${SBATCH_PARTITION:=large}"))
+    command = [HUGE, "--nodes", 2, "--out", "runs", "data.root=/d"]
+    script = tmp_path / "runs" / "slurm" / "1-pretrain-vit_huge_1600ep.sbatch"
+    for variable, option, expected in ((None, None, "large"), ("small", None, "small"), ("small", "large", "large")):
+        if variable is not None:
+            monkeypatch.setenv("SBATCH_PARTITION", variable)
+        code, _, error = submit(*command, *(["--partition", option] if option else []))
+        assert code == 0, error
+        assert options(script.read_text())["partition"] == expected
+    # sbatch would take the variable above the script.
+    assert all(call.endswith(" []") for call in slurm())
+    assert (script.parent / "environment.sh").read_text() == site.read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ([HUGE, "--nodes", 3], ["data.global_batch=4096 does not divide by 24 ranks", HUGE, "3 nodes x 8 ranks"]),
+        ([HUGE, "--nodes", 4], ["partition 'small' has 2 nodes", "--partition large"]),
+        ([HUGE, "engine.micro_batch=16", "--nodes", 32, "--partition", "large"], ["partition 'large' has 16 nodes"]),
+        ([HUGE, "--nodes", 2, "--partition", "lage"], ["partition 'lage' is not there", "small, large"]),
+        (["finetune/vit_huge_224", "--nodes", 2], ["finetune/vit_huge_224", "not there yet"]),
+        (["pretrain/vit_hug_1600ep", "--nodes", 2], ["did you mean 'pretrain/vit_huge_1600ep'"]),
+        ([HUGE, HUGE, "--nodes", 2], ["give each recipe once"]),
+        ([HUGE, "--nodes", 2, "data.root=null"], ["data.root is not set"]),
+        ([HUGE, "--nodes", 2, "data.rot=/d"], ["unknown key 'data.rot'", "data.root"]),
+        (["optim.base_lr=1", "--nodes", 2], ["no recipe given"]),
+    ],
+)
+def test_what_cannot_run_is_refused_before_sbatch_is_called(submit, slurm, tmp_path, command, says):
+    code, _, error = submit(command[0], "data.root=/d", *command[1:], "--out", "runs")
+    assert code == 2
+    assert error.count("\n") == 1
+    assert all(part in error for part in says), error
+    assert not any(call.startswith("sbatch") for call in slurm())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_link_that_sbatch_refuses_takes_those_before_it_along(submit, slurm, tmp_path):
+    program = slurm.folder / "sbatch"
+    program.write_text(program.read_text() + 'case $* in *afterok*) echo "sbatch: error: no" >&2; exit 1 ;; esac\n')
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"extends: {HUGE}\n")
+    code, _, error = submit(HUGE, recipe, "--nodes", 2, "--out", "runs", "data.root=/d")
+    assert code == 1
+    assert "link 2" in error
+    assert "no" in error
+    assert slurm()[-1] == "scancel 101 []"
+
+
+def test_the_shell_scripts_pass_shellcheck():
+    scripts = [*TEMPLATES.glob("*.sbatch"), *TEMPLATES.glob("*.sh"), *TEMPLATES.parent.glob("tests/cluster/*.sh")]
+    scripts.append(TEMPLATES.parent / "setup.sh")
+    assert len(scripts) >= 6
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    checked = subprocess.run([shellcheck, "--external-sources", *scripts], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+NOTHING = ".hidden damaged_step_00000300 step_00000400"
+
+
+@pytest.mark.parametrize(
+    ("folders", "newest"),
+    [("", "0"), ("step_00000008 step_00000010", "10"), ("step_00001250 " + NOTHING, "1250"), (NOTHING, "0")],
+)
+def test_the_newest_step_is_that_of_the_newest_checkpoint_with_a_manifest(tmp_path, folders, newest):
+    for name in folders.split():
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        if name != "step_00000400":
+            (tmp_path / "checkpoints" / name / "manifest.json").touch()
+    told = bash('newest_step "$1"', tmp_path)
+    assert told.stdout.strip() == newest, told.stderr
+
+
+@pytest.mark.parametrize(
+    ("starts", "now", "stops"),
+    [([], 0, False), ([0], 0, False), ([0, 0], 0, True), ([0, 5], 5, False), ([5, 5], 5, True), ([5, 5], 6, False)],
+)
+def test_two_starts_without_a_new_step_are_the_last(tmp_path, starts, now, stops):
+    (tmp_path / "checkpoints" / f"step_{now:08d}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / f"step_{now:08d}" / "manifest.json").touch()
+    (tmp_path / "starts").write_text("".join(f"{step}\n" for step in starts))
+    told = bash('stop_without_progress "$1/starts" "$1"', tmp_path)
+    assert told.returncode == (1 if stops else 0)
+    assert ("two starts brought no step" in told.stdout) == stops
+
+
+def test_a_signal_is_handed_on_and_the_commands_own_code_comes_back():
+    child = 'trap "exit 75" USR1; kill -USR1 $PPID; sleep 5 >/dev/null & wait'
+    told = bash('supervise bash -c "$1" || echo "code $?"', child)
+    assert told.stdout.strip() == "code 75", told.stderr
+
+
+def bash(code: str, *arguments) -> subprocess.CompletedProcess:
+    """Run shell code that has sourced environment.sh, as a template does."""
+    source = f"set -euo pipefail; source {TEMPLATES / 'environment.sh'}; {code}"
+    return subprocess.run(["bash", "-c", source, "bash", *map(str, arguments)], capture_output=True, text=True)
