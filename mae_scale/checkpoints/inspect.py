@@ -12,6 +12,7 @@ from mae_scale.checkpoints.store import (
     beyond,
     damaged_folders,
     list_checkpoints,
+    newest_whole,
     partial_folders,
     read_manifest,
     remove,
@@ -78,8 +79,12 @@ def print_table(checkpoints: Path, check: Callable[[Path], dict]) -> bool:
 
 
 def prune(checkpoints: Path, retention: Retention) -> list[Path]:
-    """Remove what the retention does not keep, if it is whole, and what saves have left that never ended."""
-    gone = beyond(checkpoints, retention) + partial_folders(checkpoints)
+    """Remove what the retention does not keep, and what saves have left that never ended; the folders removed.
+
+    The newest checkpoint that verifies stays in any case. Raises RunError, and removes nothing, when there is none.
+    """
+    whole, _ = newest_whole(checkpoints)
+    gone = [folder for folder in beyond(checkpoints, retention) if folder != whole] + partial_folders(checkpoints)
     for folder in gone:
         remove(folder)
     return gone

@@ -112,9 +112,13 @@ class Saver:
             self._retry_at = time.monotonic() + RETRY_S
         return False
 
+    def is_writing(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
     def has_failed(self) -> bool:
         """Whether the save under way has ended badly here; if so for any rank, all are to call wait()."""
-        return self._thread is not None and not self._thread.is_alive() and self._error is not None
+        return self._thread is not None and not self.is_writing() and self._error is not None
 
     def retry_is_due(self) -> bool:
         """On rank 0: the last save failed and a while has passed; for all ranks to agree on a step to save at."""

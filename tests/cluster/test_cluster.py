@@ -8,17 +8,18 @@ import psutil
 import pytest
 
 from tests.cluster.conftest import TEMPLATES, Cluster, last_step, losses, manifest_steps
-from tests.integration.test_pretrain import TINY
+from tests.tiny import STEPS_PER_EPOCH
+from tests.tiny import arguments as tiny_arguments
 
 pytestmark = pytest.mark.timeout(300)
 
 EPOCHS = 40
-STEPS = EPOCHS * (1442 // 128)
+STEPS = EPOCHS * STEPS_PER_EPOCH
 
 
 def arguments(digits, *more: str) -> list[str]:
     quick = [f"schedule.epochs={EPOCHS}", "checkpoint.every_steps=10", "checkpoint.every_epochs=null"]
-    return [f"data.root={digits}/train", f"data.val_root={digits}/val", *TINY, *quick, *more]
+    return tiny_arguments(digits, *quick, *more)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ class TestOneRunThroughEveryFault:
     def test_two_nodes_train_with_two_ranks_each(self, cluster: Cluster, run):
         job, out, log = run
         cluster.wait_for_step(job, out, 12, log)
-        assert "4 rank(s) on cpu x 32 images" in log.read_text()
+        assert "4 rank(s) on cpu x 30 images" in log.read_text()
         assert [cluster.rank(job, rank).environ()["SLURMD_NODENAME"] for rank in range(4)] == 2 * ["node1"] + 2 * [
             "node2"
         ]
@@ -113,7 +114,7 @@ class TestOneRunThroughEveryFault:
         log = out.parent / f"{job}.log"
         cluster.wait_for_end(job, log)
         assert f"going on from step {began_at}" in log.read_text()
-        assert "2 rank(s) on cpu x 64 images" in log.read_text()
+        assert "2 rank(s) on cpu x 60 images" in log.read_text()
         assert (out / "export" / "model.safetensors").exists()
         assert cluster.job(cancelled)["JobState"] == "CANCELLED"
 
@@ -141,7 +142,7 @@ def test_a_chain_waits_for_the_real_end_of_a_requeued_link(cluster: Cluster, tmp
     cluster.wait_for_end(first, logs[0])
     cluster.wait_for_end(then, logs[1])
     for name in ("demo", "second"):
-        assert last_step(tmp_path / "c" / name) == 6 * (1442 // 128)
+        assert last_step(tmp_path / "c" / name) == 6 * STEPS_PER_EPOCH
         assert (tmp_path / "c" / name / "export" / "model.safetensors").exists()
 
 

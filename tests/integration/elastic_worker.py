@@ -49,6 +49,8 @@ def run_case(case: dict, ranks, device) -> dict:
         manifest = load_newest(engine, Path(case["load"]), index="none")
         assert manifest["step"] == case["first"], manifest
     losses, share = [], GLOBAL_BATCH // ranks.world_size
+    if case.get("poison"):
+        return poisoned_step(engine, objective, layout, share)
     for step in range(case["first"], case["last"]):
         mine = [t[ranks.rank * share : (ranks.rank + 1) * share] for t in tensors(objective, step)]
         micro_batches = zip(*(t.split(layout.micro_batch) for t in mine), strict=True)
@@ -66,6 +68,23 @@ def run_case(case: dict, ranks, device) -> dict:
         assert saver.wait()
     engine.close()
     return losses
+
+
+def poisoned_step(engine, objective: Reconstruct, layout, share: int) -> list[bool]:
+    """[a good step is skipped, the state has changed, a step with a NaN on one rank is skipped, it has changed]."""
+    answers = []
+    for poison in (False, True):
+        before = [piece.data.clone() for piece in engine.state().pieces]
+        images, noise, scales = (t[:share].clone() for t in tensors(objective, 0))
+        if poison and torch.distributed.get_rank() == 0:
+            images[0, 0, 0, 0] = torch.nan
+        micro_batches = zip(*(t.split(layout.micro_batch) for t in (images, noise, scales)), strict=True)
+        skipped = engine.train_step(micro_batches, 1e-3).skipped()
+        after = [piece.data for piece in engine.state().pieces]
+        answers += [bool(skipped), not all(map(torch.equal, before, after))]
+    answers.append(engine.state().scalars["optimizer_steps"] == 1)
+    engine.close()
+    return answers
 
 
 def main() -> None:

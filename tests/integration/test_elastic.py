@@ -76,6 +76,7 @@ def two_ranks(run_cases):
             last = LAST if precision == "fp32" else 2 * MIDDLE
             cases[f"{case}, whole"] = {"overrides": settings, "first": 0, "last": last}
             cases[f"{case}, before"] = {"overrides": settings, "first": 0, "last": MIDDLE, "save": case}
+            cases[f"{case}, poisoned"] = {"overrides": settings, "first": 0, "last": 2, "poison": True}
             cases[f"{case}, after"] = {"overrides": settings, "first": MIDDLE, "last": 2 * MIDDLE, "load": case}
     return run_cases(cases, 2)
 
@@ -86,6 +87,14 @@ def test_resume_on_the_same_ranks_is_bit_exact(engine, precision, two_ranks):
     whole, before, after = (two_ranks[f"{engine}, {precision}, {part}"] for part in ("whole", "before", "after"))
     assert before == whole[:MIDDLE]
     assert after == whole[MIDDLE : 2 * MIDDLE]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(engine, precision, two_ranks):
+    skipped, changed, nan_skipped, nan_changed, one_step = two_ranks[f"{engine}, {precision}, poisoned"]
+    assert (skipped, changed) == (False, True)
+    assert (nan_skipped, nan_changed, one_step) == (True, False, True)
 
 
 @pytest.fixture(scope="module")
