@@ -23,11 +23,12 @@ def batch_layout(recipe: Recipe, world_size: int) -> BatchLayout:
     """How the recipe's global batch is spread over the ranks; UsageError with what would fit when it cannot be."""
     total, micro = recipe.data.global_batch, recipe.engine.micro_batch
     if total % world_size:
-        below, above = total - total % world_size, total + world_size - total % world_size
+        above = total + world_size - total % world_size
+        fits = _listed(sorted({total - total % world_size or above, above}))
         ranks = _around(_divisors(total), world_size)
         raise UsageError(
             f"data.global_batch={total} does not divide by {world_size} ranks; with {world_size} ranks "
-            f"{below or above} or {above} would fit, with this batch {_listed(ranks)} ranks"
+            f"{fits} would fit, with this batch {_listed(ranks)} ranks"
         )
     share = total // world_size
     micro = micro or share

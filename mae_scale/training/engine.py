@@ -4,10 +4,12 @@ import contextlib
 import fcntl
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -113,6 +115,10 @@ def build_helpers() -> None:
         return
     folder = extensions_folder()
     folder.mkdir(parents=True, exist_ok=True)
+    # Always the ninja beside this Python: two releases of it do not trust each other's log, and build anew in turn.
+    beside = str(Path(sys.executable).parent)
+    if beside not in os.environ.get("PATH", "").split(os.pathsep)[:1]:
+        os.environ["PATH"] = beside + os.pathsep + os.environ.get("PATH", "")
     with open(folder / "mae-scale.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # Under our own lock, which dies with its holder, nobody builds: any lock file found here is a leftover.
