@@ -5,14 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-cluster lint format bench clean
+.PHONY: setup demo test test-cluster torture lint format bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    the whole story on this machine: data, pre-training, pictures, MLflow (about 5 minutes)"
 	@echo "make test    every test          make lint   ruff, format check"
 	@echo "make test-cluster   jobs on a real Slurm of two nodes, started here (as root; apt installs it; about 6 minutes)"
-	@echo "make bench   our step beside Hugging Face's, our loader beside torchvision's"
+	@echo "make torture N=200   kill a real training N times at random instants, compare the whole curve"
+	@echo "make bench   our step beside Hugging Face's, our loader beside torchvision's, the stall of a save"
 	@echo "make setup   only the set-up: .venv from requirements.lock, DeepSpeed's helpers built"
 
 setup: $(VENV)/.ready
@@ -30,6 +31,10 @@ test: setup
 test-cluster: setup
 	$(BIN)/python -m pytest tests/cluster
 
+N ?= 100
+torture: setup
+	$(BIN)/python -m tests.faults.torture --kills $(N)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,6 +46,7 @@ format: setup
 bench: setup
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/loader.py
+	$(BIN)/python bench/checkpoint_stall.py
 
 clean:
 	rm -rf $(VENV) demo

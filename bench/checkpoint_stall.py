@@ -41,9 +41,9 @@ def main() -> None:
         f"model.width={options.width}",
         f"model.depth={options.depth}",
         f"model.heads={options.width // 64}",
-        "model.decoder_width=512",
-        "model.decoder_depth=8",
-        "model.decoder_heads=16",
+        "model.decoder_width=64",
+        "model.decoder_depth=1",
+        "engine.activation_checkpointing=none",
         "data.global_batch=8",
     ]
     recipe = load_recipe("demo", overrides)

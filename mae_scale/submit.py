@@ -83,6 +83,8 @@ def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
         links.append(_link(len(links) + 1, recipe, overrides, template, shape, out))
     _refuse_shared_folders(links)
     slurm = shutil.which("sbatch") is not None and shutil.which("sinfo") is not None
+    if slurm and dry_run:
+        slurm = _run(["sinfo", "--noheader"]).returncode == 0  # installed, but no cluster answers
     if slurm:
         check_partition(shape)
     elif not dry_run:
@@ -94,7 +96,7 @@ def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
         for number, link in enumerate(links):
             after = f"JOB_ID_{number}" if number else None
             print(f"# {link.script}\n# {shlex.join(_sbatch(link, after))}\n{link.text}")
-        print(f"dry run: nothing written or sent{'' if slurm else '; Slurm is not found here, partition not checked'}")
+        print(f"dry run: nothing written or sent{'' if slurm else '; no Slurm answers here, partition not checked'}")
         return
     write(links, prologue)
     send(links)

@@ -88,9 +88,16 @@ def _read(engine, folder: Path, manifest: dict) -> str | None:
 
 
 def _from_first(work):
-    """Rank 0's answer, for all: ranks may see a shared folder at different times."""
-    answer = [work() if torch.distributed.get_rank() == 0 else None]
+    """Rank 0's answer, for all: ranks may see a folder at different times. Its OSError is everyone's RunError."""
+    answer = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            answer = [work(), None]
+        except OSError as error:
+            answer = [None, f"{error.filename}: {error.strerror}"]
     torch.distributed.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise RunError(answer[1], on_all_ranks=True)
     return answer[0]
 
 

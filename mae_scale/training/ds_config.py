@@ -86,6 +86,8 @@ def deepspeed_config(recipe: Recipe, layout: BatchLayout, *, gpu: bool) -> dict:
     for place in ("offload_optimizer", "offload_param"):
         if zero.get(place, {}).get("pin_memory") == "auto":
             zero[place]["pin_memory"] = gpu
+        if zero.get(place, {}).get("device") == "nvme":
+            raise UsageError(f"{source} offloads to nvme, from where no checkpoint is written; use device cpu there")
     for forbidden in ("optimizer", "scheduler"):
         if forbidden in config:
             raise UsageError(

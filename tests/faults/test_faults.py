@@ -66,7 +66,9 @@ def test_a_signal_to_any_one_rank_stops_all_at_one_step_with_a_checkpoint_and_co
     rows = losses(out)
     assert list(rows) == list(range(1, last + 3))
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    history = client.get_metric_history(json.loads((out / "mlflow.json").read_text())["run_id"], "train/loss")
+    run_id = json.loads((out / "mlflow.json").read_text())["run_id"]
+    assert verify(list_checkpoints(out / "checkpoints")[-1][1])["mlflow_run_id"] == run_id
+    history = client.get_metric_history(run_id, "train/loss")
     assert sorted((point.step, point.value) for point in history) == sorted(rows.items())
 
 

@@ -53,7 +53,6 @@ def test_a_run_leaves_recipe_checkpoint_weights_and_figures(uninterrupted):
     assert verify(checkpoint) == manifest
     assert manifest["files"].keys() == {"rank_00000.safetensors", "rank_00001.safetensors"}
     assert (manifest["epoch"], manifest["zero_stage"], manifest["recipe"]["data"]["global_batch"]) == (2, 2, 120)
-    assert manifest["mlflow_run_id"] == json.loads((out / "mlflow.json").read_text())["run_id"]
     with safe_open(out / "export" / "model.safetensors", "pt") as weights:
         assert {"cls_token", "pos_embed", "patch_embed.proj.weight", "decoder_pred.weight"} <= set(weights.keys())
     for name in ("reconstructions.png", "loss_curve.png"):

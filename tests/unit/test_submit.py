@@ -107,7 +107,7 @@ def test_dry_run_shows_the_scripts_and_writes_and_sends_nothing_even_without_slu
     assert code == 0, error
     assert "#SBATCH --nodes=16" in out
     assert f"sbatch --parsable {tmp_path}/runs/slurm/1-pretrain-vit_huge_1600ep.sbatch" in out
-    assert "Slurm is not found here" in out
+    assert "no Slurm answers here" in out
     assert not (tmp_path / "runs").exists()
 
 
