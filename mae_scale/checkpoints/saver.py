@@ -59,13 +59,8 @@ class Saver:
         self._error: str | None = None
         self._failed_in_a_row = 0
         self._retry_at: float | None = None
-        self._step = self._written = None
+        self._step: int | None = None
         self.times: list[SaveTimes] = []
-
-    @property
-    def written(self) -> int | None:
-        """The step of the newest checkpoint that this start has written whole."""
-        return self._written
 
     def save(self, state: EngineState, facts: dict) -> None:
         """Begin to write a checkpoint: facts["step"] says of which step. Waits for the save before it.
@@ -99,13 +94,14 @@ class Saver:
         self._thread.join()
         self._thread = None
         if self._error is None:
-            self._written, self._failed_in_a_row = self._step, 0
+            self._failed_in_a_row = 0
             return True
         self._failed_in_a_row += 1
         what = f"the checkpoint of step {self._step} could not be written: {self._error}"
         if self._failed_in_a_row > FAILURES_ALLOWED:
             raise RunError(
-                f"{what}; {self._failed_in_a_row} times in a row now. The older checkpoints are as they were"
+                f"{what}; {self._failed_in_a_row} times in a row now. The older checkpoints are as they were",
+                on_all_ranks=True,
             )
         if self._rank == 0:
             log.warning("%s; the older checkpoints are as they were, training goes on and tries again", what)

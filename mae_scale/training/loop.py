@@ -166,7 +166,7 @@ def _roll_back(run: Run, engine, tracking: Tracking, reason: RollBack) -> int:
             f"{reason}, and the run has gone back {limit} times already (checkpoint.max_rollbacks); {advice}",
             on_all_ranks=True,
         )
-        run.saver.wait()
+    run.saver.wait()
     step = resume(run, engine)
     if step == 0:
         raise RunError(f"{reason}, and there is no checkpoint yet to go back to; {advice}", on_all_ranks=True)
