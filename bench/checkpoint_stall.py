@@ -67,7 +67,7 @@ def measure(recipe, ranks, device, folder: Path, saves: int) -> dict:
         return time.perf_counter() - began
 
     savers = {
-        kind: Saver(folder / kind, Retention(keep=1), background=kind == "background")
+        kind: Saver(folder / kind, Retention(keep=1), background=kind == "background", timeout_s=600)
         for kind in ("background", "synchronous")
     }
     for _ in range(3):

@@ -35,7 +35,8 @@ log = logging.getLogger("mae_scale")
 
 RETRY_S = 60.0
 FAILURES_ALLOWED = 2
-SAVE_TIMEOUT = timedelta(hours=2)
+SLOWER = 2
+"""A rank may be so many collective timeouts later with its file than another."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,14 @@ class SaveTimes:
 class Saver:
     """Writes a run's checkpoints. Every rank makes one and calls its methods at the same steps."""
 
-    def __init__(self, checkpoints: Path, retention: Retention, *, background: bool):
+    def __init__(self, checkpoints: Path, retention: Retention, *, background: bool, timeout_s: float):
         self._checkpoints, self._retention, self._background = checkpoints, retention, background
-        self._group = torch.distributed.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
+        self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=SLOWER * timeout_s))
         self._rank = torch.distributed.get_rank()
         self._host: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: str | None = None
+        self._lost: RuntimeError | None = None
         self._failed_in_a_row = 0
         self._retry_at: float | None = None
         self._step: int | None = None
@@ -74,7 +76,10 @@ class Saver:
         manifest = {**facts, "scalars": state.scalars}
 
         def write() -> None:
-            self._error = self._write(pieces, manifest)
+            try:
+                self._error = self._write(pieces, manifest)
+            except RuntimeError as lost:
+                self._lost, self._error = lost, "the ranks lost touch with each other"
             total = time.perf_counter() - began
             self.times.append(SaveTimes(facts["step"], copied if self._background else total, total))
 
@@ -87,12 +92,15 @@ class Saver:
     def wait(self) -> bool:
         """Wait until the save that is under way has ended; whether the last one has succeeded (or there was none).
 
-        The same on every rank. Warns of a failure; raises RunError at the third in a row.
+        The same on every rank. Warns of a failure; raises RunError at the third in a row, and Gloo's own error when
+        a rank is lost, which Control then explains.
         """
         if self._thread is None:
             return self._error is None
         self._thread.join()
         self._thread = None
+        if self._lost is not None:
+            raise self._lost
         if self._error is None:
             self._failed_in_a_row = 0
             return True
@@ -135,7 +143,10 @@ class Saver:
         return copies
 
     def _write(self, pieces: list[Piece], manifest: dict) -> str | None:
-        """In the thread: the whole of a save; what went wrong, the same on every rank, or None."""
+        """In the thread: the whole of a save; what went wrong, the same on every rank, or None.
+
+        Raises RuntimeError (Gloo's) when a rank is lost.
+        """
         step = manifest["step"]
         place, beside = folder_of(self._checkpoints, step), partial_folder_of(self._checkpoints, step)
         name = f"rank_{self._rank:05d}.safetensors"
@@ -162,14 +173,11 @@ class Saver:
             except OSError as error:  # the new one is whole all the same
                 log.warning("%s could not be removed: %s", error.filename, error.strerror)
 
-        try:
-            error, _ = self._together(make_room if self._rank == 0 else lambda: None)
-            if error is None:
-                error, files = self._together(write_part)
-            if error is None:
-                error, _ = self._together((lambda: finish(files)) if self._rank == 0 else lambda: None)
-        except RuntimeError as lost:  # a rank has died; the main thread will meet it too and say which
-            return f"the ranks lost touch with each other: {str(lost).splitlines()[0]}"
+        error, _ = self._together(make_room if self._rank == 0 else lambda: None)
+        if error is None:
+            error, files = self._together(write_part)
+        if error is None:
+            error, _ = self._together((lambda: finish(files)) if self._rank == 0 else lambda: None)
         if error is not None and self._rank == 0:
             with contextlib.suppress(OSError):
                 shutil.rmtree(beside)

@@ -150,7 +150,8 @@ def saver(recipe: Recipe, out: Path) -> Saver:
     """What writes the run's checkpoints."""
     checkpoint = recipe.checkpoint
     retention = Retention(checkpoint.keep, checkpoint.keep_every_epochs, checkpoint.keep_best)
-    return Saver(out / "checkpoints", retention, background=checkpoint.background)
+    timeout_s = recipe.engine.collective_timeout_s
+    return Saver(out / "checkpoints", retention, background=checkpoint.background, timeout_s=timeout_s)
 
 
 def image_loader(run: Run, start: int) -> ImageLoader:

@@ -59,7 +59,7 @@ def run_case(case: dict, ranks, device) -> dict:
         torch.distributed.all_reduce(loss)
         losses.append(loss.item())
     if case["save"]:
-        saver = Saver(Path(case["save"]), Retention(keep=1), background=case.get("background", True))
+        saver = Saver(Path(case["save"]), Retention(keep=1), background=case.get("background", True), timeout_s=60)
         facts = {"step": case["last"], "epoch": 0.5, "loss": None, "index": "none", "world_size": ranks.world_size}
         saver.save(engine.state(), facts)
         # Training goes on while it is written: what is saved must be the state as it was.
