@@ -32,8 +32,9 @@ test-cluster: setup
 	$(BIN)/python -m pytest tests/cluster
 
 N ?= 100
+SEED ?= 0
 torture: setup
-	$(BIN)/python -m tests.faults.torture --kills $(N)
+	$(BIN)/python -m tests.faults.torture --kills $(N) --seed $(SEED)
 
 lint: setup
 	$(BIN)/ruff check .
