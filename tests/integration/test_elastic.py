@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all cases of two ranks
+
 WORKER = Path(__file__).with_name("elastic_worker.py")
 MIDDLE, LAST = 5, 25
 TWO_MICRO_BATCHES = {1: "engine.micro_batch=12", 2: "engine.micro_batch=6", 3: "engine.micro_batch=4"}
@@ -58,7 +60,7 @@ def run_cases(tmp_path_factory):
             env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.getcwd()},
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr[-6000:]
         return json.loads((folder / "out.json").read_text())
