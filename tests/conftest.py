@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.samples import write_digits
+from mae_scale import cli
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -35,3 +36,18 @@ def mae_scale():
         )
 
     return call
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Call `mae-scale ARGUMENTS` in this process; (exit code, stdout, stderr)."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setenv("COLUMNS", "160")
+        monkeypatch.setattr(sys, "argv", ["mae-scale", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run

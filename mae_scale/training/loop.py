@@ -1,5 +1,6 @@
 """The one loop of every job: where we stand, data, model, engine, steps, end."""
 
+import contextlib
 import json
 import logging
 import math
@@ -114,6 +115,10 @@ def train(
                 return _updates(run, engine, tensors_of, loader, start, tracking)
         except RollBack as reason:
             start = _roll_back(run, engine, tracking, reason)
+        except RunError:
+            with contextlib.suppress(RunError, RuntimeError):  # what is being written is not lost
+                run.saver.wait()
+            raise
 
 
 def _updates(run: Run, engine, tensors_of: Callable, loader: ImageLoader, start: int, tracking: Tracking) -> str | None:

@@ -10,20 +10,6 @@ import pytest
 from mae_scale import cli
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Call `mae-scale ARGUMENTS` in this process; (exit code, stdout, stderr)."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mae-scale", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
-
-
 def test_sample_index_and_verify_tell_what_there_is_and_what_is_bad(call, tmp_path):
     root = tmp_path / "digits"
     assert call("data", "sample", root)[0] == 0
@@ -66,7 +52,13 @@ def test_doctor_says_what_is_installed_and_what_will_be_used(call):
         assert word in out
 
 
-@pytest.mark.parametrize("command", [["pretrain"], ["demo"], ["doctor"], ["data", "index"], ["data", "verify"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["pretrain"], ["demo"], ["doctor"], ["export"], ["submit"], ["data", "index"], ["data", "verify"]),
+        *(["checkpoints", "list"], ["checkpoints", "verify"], ["checkpoints", "prune"]),
+    ],
+)
 def test_every_command_has_an_example_in_its_help(call, command):
     code, out, _ = call(*command, "--help")
     assert code == 0

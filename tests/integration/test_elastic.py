@@ -1,13 +1,10 @@
 """Resuming: bit for bit on the same ranks, and the same curve on others, for every engine, stage and precision."""
 
-import json
-import os
-import subprocess
-import sys
-from importlib import resources
 from pathlib import Path
 
 import pytest
+
+from tests.integration.torchrun import fully_sharded_configs, run_worker
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all cases of two ranks
 
@@ -40,30 +37,14 @@ MOVES = {
 def run_cases(tmp_path_factory):
     """Run cases under torchrun with some ranks; {case: losses}."""
     folder = tmp_path_factory.mktemp("elastic")
-    files = {}
-    for name in ("zero3", "zero3_offload"):
-        # A copy that a user has edited: without it the smallest parameters would not be sharded at all.
-        config = json.loads(resources.files("ds_configs").joinpath(f"{name}.json").read_text())
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        files[name] = folder / f"{name}.json"
-        files[name].write_text(json.dumps(config))
+    files = fully_sharded_configs(folder)
 
     def run(cases: dict, nproc: int) -> dict:
         for case in cases.values():
             case["overrides"] = [o.format(**files) for o in (*case["overrides"], TWO_MICRO_BATCHES[nproc])]
             for key in ("load", "save"):
                 case[key] = case.get(key) and str(folder / case[key])
-        (folder / "cases.json").write_text(json.dumps(cases))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-        done = subprocess.run(
-            [*command, str(WORKER), str(folder / "cases.json"), str(folder / "out.json")],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.getcwd()},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stderr[-6000:]
-        return json.loads((folder / "out.json").read_text())
+        return run_worker(WORKER, cases, nproc, folder)
 
     return run
 

@@ -1,15 +1,13 @@
 """Every way of scaling gives the losses of a plain one-process torch loop: two ranks, float32, 20 steps."""
 
-import json
-import os
-import subprocess
-import sys
-from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from tests.integration.engine_worker import plain_loop
+from tests.integration.torchrun import fully_sharded_configs, run_worker
+
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all cases of two ranks
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 CLIPPED = "optim.clip_grad_norm=0.5"
@@ -93,25 +91,9 @@ def run_cases(tmp_path_factory):
 
     def run(cases: dict, nproc: int) -> dict:
         folder = tmp_path_factory.mktemp("engines")
-        files = {}
-        for name in ("zero3", "zero3_offload"):
-            # A copy that a user has edited: without it the smallest parameters would not be sharded at all.
-            config = json.loads(resources.files("ds_configs").joinpath(f"{name}.json").read_text())
-            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-            files[name] = folder / f"{name}.json"
-            files[name].write_text(json.dumps(config))
+        files = fully_sharded_configs(folder)
         filled = {name: [o.format(**files) for o in overrides] for name, overrides in cases.items()}
-        (folder / "cases.json").write_text(json.dumps(filled))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-        done = subprocess.run(
-            [*command, str(WORKER), str(folder / "cases.json"), str(folder / "out.json")],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.getcwd()},
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
-        assert done.returncode == 0, done.stderr[-6000:]
-        return json.loads((folder / "out.json").read_text())
+        return run_worker(WORKER, filled, nproc, folder)
 
     return run
 

@@ -169,23 +169,6 @@ def test_another_recipe_is_refused_in_the_same_folder(uninterrupted, digits, mae
     assert "Traceback" not in refused.stderr
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Call `mae-scale ARGUMENTS` in this process; (exit code, stdout, stderr)."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mae-scale", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 @pytest.mark.parametrize(
     ("layout", "suffix", "load"),
     [

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from mae_scale import cli
 from mae_scale.checkpoints.shards import Piece, ShardReader, digest_of, share_of, write_shard
 from mae_scale.checkpoints.store import (
     Damaged,
@@ -133,47 +131,29 @@ def test_the_newest_every_nth_epoch_and_the_best_stay(tmp_path):
     assert [step for step, _ in list_checkpoints(tmp_path)] == list(range(1, 12))
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Call `mae-scale checkpoints ARGUMENTS` in this process; (exit code, stdout, stderr)."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setenv("COLUMNS", "160")
-        monkeypatch.setattr(sys, "argv", ["mae-scale", "checkpoints", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 def test_list_verify_and_prune_say_what_there_is_and_what_is_whole(call, tmp_path):
     checkpoints = tmp_path / "run" / "checkpoints"
     for step in (1000, 2000, 3000):
         make(checkpoints, step, epoch=step / 100, loss=0.25)
     shutil.copytree(checkpoints / "step_00001000", checkpoints / ".step_00004000.partial")
-    code, out, _ = call("list", tmp_path / "run")
+    code, out, _ = call("checkpoints", "list", tmp_path / "run")
     assert code == 0
     assert out.splitlines()[0].split() == ["step", "epoch", "age", "size", "loss", "written", "by", "whole"]
     assert "2,000  20.00" in out
     assert out.count("yes (sizes)") == 3
     assert ".step_00004000.partial: being written now, or left" in out
-    assert call("verify", checkpoints)[0] == 0
+    assert call("checkpoints", "verify", checkpoints)[0] == 0
 
     shard = checkpoints / "step_00002000" / "rank_00000.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    code, out, _ = call("verify", tmp_path / "run")
+    code, out, _ = call("checkpoints", "verify", tmp_path / "run")
     assert code == 1
     assert "no: rank_00000.safetensors is not what was written" in out
-    assert call("list", tmp_path / "run")[0] == 0
+    assert call("checkpoints", "list", tmp_path / "run")[0] == 0
 
-    code, out, _ = call("prune", tmp_path / "run", "--keep", 1)
+    code, out, _ = call("checkpoints", "prune", tmp_path / "run", "--keep", 1)
     assert code == 0
     assert out.splitlines()[-1] == "3 removed"
     assert [step for step, _ in list_checkpoints(checkpoints)] == [3000]
@@ -183,9 +163,9 @@ def test_prune_keeps_the_newest_whole_one_though_newer_ones_are_damaged(call, tm
     for step in (1, 2, 3):
         make(tmp_path, step)
     os.truncate(folder_of(tmp_path, 3) / "rank_00000.safetensors", 100)
-    assert call("prune", tmp_path, "--keep", 1)[:2] == (0, "removed step_00000001\n1 removed\n")
+    assert call("checkpoints", "prune", tmp_path, "--keep", 1)[:2] == (0, "removed step_00000001\n1 removed\n")
     os.truncate(folder_of(tmp_path, 2) / "rank_00000.safetensors", 100)
-    code, _, error = call("prune", tmp_path, "--keep", 1)
+    code, _, error = call("checkpoints", "prune", tmp_path, "--keep", 1)
     assert (code, len(list_checkpoints(tmp_path))) == (1, 2)
     assert "holds no whole checkpoint" in error
 
@@ -193,7 +173,7 @@ def test_prune_keeps_the_newest_whole_one_though_newer_ones_are_damaged(call, tm
 @pytest.mark.parametrize("command", ["list", "verify", "prune"])
 def test_a_folder_without_checkpoints_is_one_clear_line(call, tmp_path, command):
     for path, said in ((tmp_path, "has no checkpoints yet"), (tmp_path / "x", "is not a folder")):
-        code, _, error = call(command, path)
+        code, _, error = call("checkpoints", command, path)
         assert code == 2
         assert error.count("\n") == 1
         assert f"{path} {said}" in error
