@@ -6,12 +6,13 @@ Run by tests/integration/test_elastic.py under torchrun: CASES.json OUT.json. Ea
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
 
+from mae_scale.checkpoints import saver
 from mae_scale.checkpoints.resume import load_newest
-from mae_scale.checkpoints.saver import Saver
 from mae_scale.checkpoints.store import Retention
 from mae_scale.models.drop_path import draw_branch_scales
 from mae_scale.objectives.reconstruct import Reconstruct
@@ -59,13 +60,15 @@ def run_case(case: dict, ranks, device) -> dict:
         torch.distributed.all_reduce(loss)
         losses.append(loss.item())
     if case["save"]:
-        saver = Saver(Path(case["save"]), Retention(keep=1), background=case.get("background", True), timeout_s=60)
+        writer = saver.Saver(
+            Path(case["save"]), Retention(keep=1), background=case.get("background", True), timeout_s=60
+        )
         facts = {"step": case["last"], "epoch": 0.5, "loss": None, "index": "none", "world_size": ranks.world_size}
-        saver.save(engine.state(), facts)
+        writer.save(engine.state(), facts)
         # Training goes on while it is written: what is saved must be the state as it was.
         mine = [t[:share] for t in tensors(objective, 10**6)]
         engine.train_step(zip(*(t.split(layout.micro_batch) for t in mine), strict=True), 1.0)
-        assert saver.wait()
+        assert writer.wait()
     engine.close()
     return losses
 
@@ -87,7 +90,18 @@ def poisoned_step(engine, objective: Reconstruct, layout, share: int) -> list[bo
     return answers
 
 
+def on_a_slow_disk(write):
+    """Training has changed the state before anything is written."""
+
+    def wait_and_write(*arguments):
+        time.sleep(0.2)
+        return write(*arguments)
+
+    return wait_and_write
+
+
 def main() -> None:
+    saver.write_shard = on_a_slow_disk(saver.write_shard)
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     ranks = ranks_from_environment()
     results = {}
