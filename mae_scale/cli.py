@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from mae_scale.errors import EXIT_FAILED, RunError, UsageError
+from mae_scale.errors import EXIT_DONE, EXIT_FAILED, RunError, UsageError
 from mae_scale.training import preemption
 
 app = typer.Typer(
@@ -258,9 +258,11 @@ def main() -> None:
     """Entry point: errors that are explained become one line and an exit code, without a traceback."""
     # Gloo, of a peer that is lost, would print a C++ stack trace before our line that names it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    code = EXIT_DONE
     try:
         app()
-        return
+    except SystemExit as ended:
+        code = int(ended.code or 0)
     except (UsageError, RunError) as error:
         rank, code = os.environ.get("RANK", "0"), error.exit_code
         if rank == "0" or not error.on_all_ranks:

@@ -97,9 +97,10 @@ def collective_timeout(timeout_s: float, device_type: str) -> timedelta:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once, with what it has printed; for a rank, after an error.
+    """End this process at once, with what it has printed; for a rank, whether it has failed or not.
 
-    Threads of Gloo and NCCL that are still at work can abort an interpreter that ends as usual, and hide its code.
+    Threads of Gloo and NCCL that are still at work can abort an interpreter that ends as usual ("terminate called
+    without an active exception"), and hide its code; seen after errors, and now and then at a good end.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -17,7 +17,7 @@ from mae_scale.models.drop_path import draw_branch_scales
 from mae_scale.objectives.reconstruct import Reconstruct
 from mae_scale.recipe import load_recipe
 from mae_scale.training.assemble import build_model, scale_out
-from mae_scale.training.distributed import process_group, ranks_from_environment
+from mae_scale.training.distributed import leave, process_group, ranks_from_environment
 from mae_scale.training.ds_config import batch_layout, refuse_wrong_combinations
 from mae_scale.training.optimizers import parameter_groups
 
@@ -127,6 +127,7 @@ def main() -> None:
             results[name] = run_case(overrides, ranks, device)
     if ranks.is_first:
         out.write_text(json.dumps(results))
+    leave(0)
 
 
 if __name__ == "__main__":

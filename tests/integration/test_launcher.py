@@ -31,8 +31,9 @@ time.sleep(0.5 * (1 + rank))
 sys.exit(75)
 """
 AS_A_PROCESS = """
-import sys
+import signal, sys
 from mae_scale.training.launcher import launch_local_ranks
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has put in the background
 try:
     sys.exit(launch_local_ranks(2, [sys.argv[1]], program=("-c", sys.argv[2])))
 except KeyboardInterrupt:
