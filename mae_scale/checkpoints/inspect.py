@@ -51,31 +51,33 @@ def print_table(checkpoints: Path, check: Callable[[Path], dict]) -> bool:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for title in ("step", "epoch", "age", "size", "loss"):
+    for title in ("step", "epoch", "age", "size", "loss", "ranks"):
         table.add_column(title, justify="right")
     for title in ("written by", "whole"):
-        table.add_column(title, overflow="fold")
-    all_whole = True
+        table.add_column(title)
+    damages = []
     for step, folder in list_checkpoints(checkpoints):
         size = f"{size_of(folder) / 2**20:,.1f} MiB"
         try:
             m = check(folder)
         except Damaged as damage:
-            all_whole = False
+            damages.append(f"{folder.name}: {damage}")
             age = time.time() - folder.stat().st_mtime
-            table.add_row(f"{step:,}", "", duration(age), size, "", "", f"[red]no[/]: {damage}")
+            table.add_row(f"{step:,}", "", duration(age), size, "", "", "", "[red]no[/]")
             continue
         loss = "" if m["loss"] is None else f"{m['loss']:.4f}"
-        writer = f"{m['engine']}, {m['world_size']} rank(s)"
         whole = "yes" if check is verify else "yes (sizes)"
-        table.add_row(f"{step:,}", f"{m['epoch']:.2f}", duration(time.time() - m["time"]), size, loss, writer, whole)
+        age, ranks = duration(time.time() - m["time"]), str(m["world_size"])
+        table.add_row(f"{step:,}", f"{m['epoch']:.2f}", age, size, loss, ranks, m["engine"], whole)
     console = Console(highlight=False)
     console.print(table)
+    for damage in damages:
+        console.print(damage, soft_wrap=True, markup=False)
     for folder in damaged_folders(checkpoints):
         console.print(f"{folder.name}: set aside, it did not verify", soft_wrap=True)
     for folder in partial_folders(checkpoints):
         console.print(f"{folder.name}: being written now, or left by a save that never ended", soft_wrap=True)
-    return all_whole
+    return not damages
 
 
 def prune(checkpoints: Path, retention: Retention) -> list[Path]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from pathlib import Path
 
 from mae_scale.checkpoints.shards import digest_of
 from mae_scale.errors import RunError
+
+log = logging.getLogger("mae_scale")
 
 MANIFEST = "manifest.json"
 DAMAGED = "damaged_"
@@ -151,13 +154,20 @@ def beyond(checkpoints: Path, retention: Retention) -> list[Path]:
 
 
 def newest_whole(checkpoints: Path) -> tuple[Path, dict]:
-    """The newest checkpoint that verifies, and its manifest. Raises RunError with what is wrong when there is none."""
+    """The newest checkpoint that verifies, and its manifest; warns of newer ones, which do not.
+
+    Raises RunError with what is wrong when there is none.
+    """
     wrong = []
     for _, folder in reversed(list_checkpoints(checkpoints)):
         try:
-            return folder, verify(folder)
+            manifest = verify(folder)
         except Damaged as damage:
             wrong.append(f"{folder.name}: {damage}")
+        else:
+            if wrong:
+                log.warning("%s is used, for what is newer is damaged (%s)", folder.name, "; ".join(wrong))
+            return folder, manifest
     raise RunError(f"{checkpoints} holds no whole checkpoint" + (f" ({'; '.join(wrong)})" if wrong else ""))
 
 

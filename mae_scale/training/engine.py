@@ -58,10 +58,6 @@ class DeepSpeedEngine:
         self._optimizer = optimizer
         self._state = DeepSpeedState(self._engine, optimizer)
 
-    @property
-    def objective(self) -> nn.Module:
-        return self._engine.module
-
     def train_step(self, micro_batches: Iterable[tuple[torch.Tensor, ...]], lr: float) -> StepResult:
         """One update from `accumulation` micro-batches at learning rate lr."""
         engine, losses = self._engine, []

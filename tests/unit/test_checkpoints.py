@@ -97,12 +97,13 @@ def test_any_flipped_bit_of_any_file_is_found(tmp_path):
     assert verify(folder)["step"] == 1
 
 
-def test_the_newest_whole_one_is_found_behind_damaged_ones(tmp_path):
+def test_the_newest_whole_one_is_found_behind_damaged_ones(tmp_path, caplog):
     with pytest.raises(RunError, match="no whole checkpoint"):
         newest_whole(tmp_path)
     older, newer = make(tmp_path, 5), make(tmp_path, 10)
     os.truncate(newer / "rank_00000.safetensors", 100)
     assert newest_whole(tmp_path)[0] == older
+    assert "step_00000005 is used, for what is newer is damaged (step_00000010: rank_00000" in caplog.text
     (older / "manifest.json").unlink()
     with pytest.raises(RunError, match=r"step_00000005: manifest\.json is missing"):
         newest_whole(tmp_path)
@@ -138,7 +139,7 @@ def test_list_verify_and_prune_say_what_there_is_and_what_is_whole(call, tmp_pat
     shutil.copytree(checkpoints / "step_00001000", checkpoints / ".step_00004000.partial")
     code, out, _ = call("checkpoints", "list", tmp_path / "run")
     assert code == 0
-    assert out.splitlines()[0].split() == ["step", "epoch", "age", "size", "loss", "written", "by", "whole"]
+    assert out.splitlines()[0].split() == ["step", "epoch", "age", "size", "loss", "ranks", "written", "by", "whole"]
     assert "2,000  20.00" in out
     assert out.count("yes (sizes)") == 3
     assert ".step_00004000.partial: being written now, or left" in out
@@ -150,7 +151,7 @@ def test_list_verify_and_prune_say_what_there_is_and_what_is_whole(call, tmp_pat
     shard.write_bytes(content)
     code, out, _ = call("checkpoints", "verify", tmp_path / "run")
     assert code == 1
-    assert "no: rank_00000.safetensors is not what was written" in out
+    assert "step_00002000: rank_00000.safetensors is not what was written" in out
     assert call("checkpoints", "list", tmp_path / "run")[0] == 0
 
     code, out, _ = call("checkpoints", "prune", tmp_path / "run", "--keep", 1)
