@@ -140,12 +140,22 @@ class Encoder(nn.Module):
     """ViT over the visible patches: cls token, fixed positions, pre-norm blocks, final norm.
 
     The patch projection is a linear layer over a patch's p*p*3 numbers, so that chosen patches alone can be
-    embedded. Positions are computed, not learned and not stored: they follow from width and grid.
-    With `mask_tokens` removed patches enter as a learned token instead of not at all (the slow ablation).
+    embedded. Positions are computed, not learned and not stored: they follow from width and grid; with
+    `learned_positions`, for what comes after pre-training, they are a parameter that begins as those.
+    Without `final_norm` features leave the last block as they are. With `mask_tokens` removed patches enter as a learned token instead of not at all (the slow ablation).
     `drop_path` is the last block's rate of stochastic depth; forward is given what is dropped, it draws nothing.
     """
 
-    def __init__(self, size: ViTSize, *, image_size: int, mask_tokens: bool = False, drop_path: float = 0.0):
+    def __init__(
+        self,
+        size: ViTSize,
+        *,
+        image_size: int,
+        mask_tokens: bool = False,
+        drop_path: float = 0.0,
+        learned_positions: bool = False,
+        final_norm: bool = True,
+    ):
         super().__init__()
         self.size, self.image_size = size, image_size
         self.drop_path_rates = drop_path_rates(drop_path, size.depth)
@@ -154,9 +164,12 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, size.width))
         self.mask_token = nn.Parameter(torch.empty(1, 1, size.width)) if mask_tokens else None
         positions = torch.tensor(sincos_positions(size.width, self.grid))  # [1 + L, D]
-        self.register_buffer("pos_embed", positions, persistent=False)
+        if learned_positions:
+            self.pos_embed = nn.Parameter(positions)
+        else:
+            self.register_buffer("pos_embed", positions, persistent=False)
         self.blocks = make_blocks(size.width, size.depth, size.heads, DropPathBlock)
-        self.norm = layer_norm(size.width)
+        self.norm = layer_norm(size.width) if final_norm else nn.Identity()
 
         self.apply(init_weights)
         nn.init.normal_(self.cls_token, std=0.02)
@@ -184,7 +197,7 @@ class Encoder(nn.Module):
                 f"expected [{len(patches)}, {len(self.blocks)}, 2]: one number a residual branch"
             )
         dtype = self.cls_token.dtype
-        positions = self.pos_embed[1:].to(dtype)  # [L, D]
+        cls_position, positions = self.pos_embed.to(dtype).split([1, self.grid**2])  # [1, D], [L, D]
         if visible is not None:
             patches = gather_tokens(patches, visible)  # [B, K, p*p*3]
             positions = positions[visible]  # [B, K, D]
@@ -192,7 +205,7 @@ class Encoder(nn.Module):
         if removed is not None and self.mask_token is not None:
             masked = self.mask_token + self.pos_embed[1:].to(dtype)[removed]  # [B, R, D]
             x = torch.cat([x, masked], dim=1)  # [B, K + R, D]
-        cls = self.cls_token.expand(x.shape[0], -1, -1)  # [B, 1, D]; its position is zero
+        cls = (self.cls_token + cls_position).expand(x.shape[0], -1, -1)  # [B, 1, D]; a fixed cls_position is zero
         x = torch.cat([cls, x], dim=1)  # [B, 1 + K, D]
         if branch_scales is None or not self.training:
             for block in self.blocks:

@@ -1,0 +1,185 @@
+"""The classifier on a pre-trained encoder: end-to-end, partial fine-tuning and linear probing (He et al., section 4).
+
+Letters in shapes: B images, L patches of an image, D the encoder's width, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from mae_scale.errors import UsageError
+from mae_scale.models.vit import Encoder, ViTSize, layer_norm, patchify, resolve_size
+
+
+class Classifier(nn.Module):
+    """Encoder over all patches, one pooled feature, a linear head. See `build_classifier`."""
+
+    def __init__(
+        self,
+        size: ViTSize,
+        *,
+        image_size: int,
+        classes: int,
+        pool: str,
+        batch_norm: bool,
+        trained_blocks: float | None,
+        drop_path: float,
+    ):
+        super().__init__()
+        self.image_size, self.patch_size, self.classes, self.pool = image_size, size.patch_size, classes, pool
+        self.trained_blocks = trained_blocks
+        mean = pool == "mean"
+        self.encoder = Encoder(
+            size, image_size=image_size, drop_path=drop_path, learned_positions=True, final_norm=not mean
+        )
+        # Mean-pooled features are normed after pooling, by a norm that starts fresh, as in the authors' release.
+        self.fc_norm = layer_norm(size.width) if mean else nn.Identity()
+        self.batch_norm = GlobalBatchNorm(size.width) if batch_norm else nn.Identity()
+        self.head = nn.Linear(size.width, classes)
+        # As in the authors' release: nearly zero for fine-tuning, so that the first gradients keep the encoder.
+        nn.init.trunc_normal_(self.head.weight, std=0.01 if trained_blocks == 0 else 2e-5)
+        nn.init.zeros_(self.head.bias)
+        trained = set(self._trained_modules())
+        if trained_blocks is not None:
+            for module in self.modules():
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad = module in trained
+
+    def features(self, images: Tensor, branch_scales: Tensor | None = None) -> Tensor:
+        """images [B, 3, S, S], normalised by ImageNet's mean and std -> pooled features [B, D], before the head."""
+        side = self.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
+            raise UsageError(
+                f"images have shape {tuple(images.shape)}, this model takes [B, 3, {side}, {side}]: "
+                "resize them, or build the model with their image_size"
+            )
+        tokens = self.encoder(patchify(images, self.patch_size), branch_scales=branch_scales)  # [B, 1 + L, D]
+        pooled = tokens[:, 1:].mean(dim=1) if self.pool == "mean" else tokens[:, 0]  # [B, D]
+        return self.fc_norm(pooled)
+
+    def forward(self, images: Tensor, branch_scales: Tensor | None = None) -> Tensor:
+        """images [B, 3, S, S] -> logits [B, C] in the parameters' dtype; branch_scales as in Encoder.forward."""
+        features = self.batch_norm(self.features(images, branch_scales))
+        return self.head(features.to(self.head.weight.dtype))
+
+    @property
+    def frozen_blocks(self) -> int:
+        """So many blocks, from the first one, are not trained at all."""
+        depth = len(self.encoder.blocks)
+        return 0 if self.trained_blocks is None else depth - int(-(-self.trained_blocks // 1))
+
+    def train(self, mode: bool = True) -> Classifier:
+        """A frozen encoder stays in evaluation mode."""
+        super().train(mode)
+        if self.trained_blocks == 0:
+            self.encoder.eval()
+        return self
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter for layer-wise lr decay: 0 embedding, i + 1 block i, depth + 1 what comes after."""
+        if name.startswith("encoder.blocks."):
+            return int(name.split(".")[2]) + 1
+        embedding = ("encoder.cls_token", "encoder.pos_embed", "encoder.patch_embed.")
+        return 0 if name.startswith(embedding) else len(self.encoder.blocks) + 1
+
+    def _trained_modules(self) -> Iterator[nn.Module]:
+        """What is trained in partial fine-tuning: the last blocks, the norm after them, the head; 0: the head alone."""
+        yield from self.head.modules()
+        if self.trained_blocks:
+            for norm in (self.encoder.norm, self.fc_norm):
+                yield from norm.modules()
+            whole = int(self.trained_blocks)
+            for block in self.encoder.blocks[len(self.encoder.blocks) - whole :]:
+                yield from block.modules()
+            if self.trained_blocks != whole:
+                block = self.encoder.blocks[len(self.encoder.blocks) - whole - 1]
+                for part in (block.norm2, block.mlp):
+                    yield from part.modules()
+
+
+class GlobalBatchNorm(nn.Module):
+    """BatchNorm without affine terms over features that take no gradient: statistics of all ranks' batch.
+
+    Equal to `nn.BatchNorm1d(D, affine=False, eps=1e-6)` on the whole batch, in float32 whatever the model's precision.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6, momentum: float = 0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, D] -> [B, D] float32."""
+        x = x.detach().float()
+        if not self.training:
+            return (x - self.running_mean) * torch.rsqrt(self.running_var + self.eps)
+        count = _over_ranks(torch.tensor(float(len(x)), device=x.device))
+        mean = _over_ranks(x.sum(0)) / count  # [D]
+        var = _over_ranks(((x - mean) ** 2).sum(0)) / count  # [D]
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        return (x - mean) * torch.rsqrt(var + self.eps)
+
+    def _apply(self, fn, recurse=True):
+        """Moves and conversions of the module; the statistics stay float32 (bf16 would stop following the mean)."""
+        super()._apply(fn, recurse)
+        self.running_mean, self.running_var = self.running_mean.float(), self.running_var.float()
+        return self
+
+
+def build_classifier(
+    name: str | None = None,
+    *,
+    classes: int,
+    image_size: int = 224,
+    patch_size: int | None = None,
+    width: int | None = None,
+    depth: int | None = None,
+    heads: int | None = None,
+    pool: str = "mean",
+    batch_norm: bool = False,
+    trained_blocks: float | None = None,
+    drop_path: float = 0.0,
+) -> Classifier:
+    """A classifier with fresh weights (drawn from torch's generator).
+
+    name: one of `mae_scale.models.vit.SIZES`; patch_size (px), width, depth and heads override it, or all are given.
+    pool: "mean" of the patch tokens, then LayerNorm; or "cls", the class token after the encoder's norm.
+    batch_norm: an affine-free BatchNorm in front of the head; only with a frozen encoder.
+    trained_blocks: None trains everything; k the last k blocks, the norm after them and the head; 0.5 (1.5, ...) also
+        the MLP of the block before; 0 the head alone. The rest has requires_grad False.
+    Raises UsageError naming what does not fit.
+    """
+    size = resolve_size(name, patch_size=patch_size, width=width, depth=depth, heads=heads)
+    if pool not in ("mean", "cls"):
+        raise UsageError(f"pool is {pool!r}; expected mean or cls")
+    if classes < 2:
+        raise UsageError(f"a classifier of {classes} classes; expected at least 2")
+    if batch_norm and trained_blocks != 0:
+        raise UsageError(
+            f"classifier.batch_norm needs a frozen encoder (classifier.trained_blocks=0), found {trained_blocks}"
+        )
+    if trained_blocks is not None and not (0 <= trained_blocks <= size.depth and 2 * trained_blocks % 1 == 0):
+        raise UsageError(
+            f"classifier.trained_blocks={trained_blocks:g} does not fit a model of {size.depth} blocks; "
+            f"expected 0, 0.5, 1, 1.5, ... up to {size.depth}, or null for everything"
+        )
+    return Classifier(
+        size,
+        image_size=image_size,
+        classes=classes,
+        pool=pool,
+        batch_norm=batch_norm,
+        trained_blocks=trained_blocks,
+        drop_path=drop_path,
+    )
+
+
+def _over_ranks(value: Tensor) -> Tensor:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(value)
+    return value
