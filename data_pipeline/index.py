@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.order import generator
 from data_pipeline.scanning import (
     CHUNK_NAMES,
     COLUMNS,
@@ -95,6 +96,24 @@ class Index:
         shard = int(self.shard[image])
         inside = os.fsdecode(self.rows.name(int(image))) if shard < 0 else self.shard_names[shard]
         return self.root / inside
+
+    def few(self, count: int, *, seed: int) -> Index:
+        """An index of `count` images of each class, drawn by the seed, in the order of this one.
+
+        Raises UsageError when a class has fewer.
+        """
+        chosen = []
+        for label in np.unique(self.label):
+            images = np.flatnonzero(self.label == label)
+            if len(images) < count:
+                name = self.classes[label] if self.classes else str(label)
+                raise UsageError(
+                    f"data.labels_a_class={count}: class {name} has {len(images)} images; choose at most that many"
+                )
+            draws = generator(seed, "few", int(label)).bit_generator.random_raw(len(images))
+            chosen.append(images[np.argsort(draws, kind="stable")[:count]])
+        rows = self.rows.take(np.sort(np.concatenate(chosen)))
+        return Index(self.root, rows, self.classes, self.shard_names, self.shard_bytes)
 
     def summary(self) -> str:
         """One line for people."""

@@ -66,6 +66,7 @@ class _Loader:
             index,
             decoder,
             _Replan(index, self.augmentation, seed, global_batch, image_size),
+            seed=seed,
             threads=threads,
             limit=bad_image_limit,
             on_bad_image=on_bad_image,

@@ -1,4 +1,4 @@
-"""Plans to tensors in a background thread, for both loaders: read, decode, replace bad images, queue."""
+"""Plans to tensors in a background thread, for both loaders: read, decode, replace bad images, erase, queue."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 from data_pipeline.headers import BadImage
 from data_pipeline.index import Index
-from data_pipeline.order import BatchPlan
+from data_pipeline.order import BatchPlan, erasing_noise
 from data_pipeline.pipelines import Decoder
 from data_pipeline.reading import ByteReader
 from mae_scale.errors import RunError
@@ -32,8 +32,9 @@ log = logging.getLogger("mae_scale.data")
 class Batch:
     """A micro-batch of n images.
 
-    `images` float32 [n, 3, S, S], normalised by ImageNet's mean and std, on the GPU that decoded them or on
-    the CPU (pinned when there is a GPU); `labels` int64 [n] on the same device, -1 without a label;
+    `images` float32 [n, 3, S, S], normalised by ImageNet's mean and std, then erased in boxes where that was
+    drawn, on the GPU that decoded them or on the CPU (pinned when there is a GPU); `labels` int64 [n] on the
+    same device, -1 without a label;
     `sample_ids` int64 [n] (NumPy), rows of the index, those of the replacements where images were bad;
     `positions` int64 [n] (NumPy) in the global batch; `valid` bool [n] (NumPy), False for filling and for bad
     images of an evaluation; `step` the number of the batch; `replaced` how many of the n were bad.
@@ -52,8 +53,9 @@ class Loading:
     """Turns plans into batches, replacing images that cannot be read or decoded by the next readable ones.
 
     `replan(step, position, sample_id)` gives the one-row plan of another image in that place, with the same
-    random numbers. Whether an image is bad is judged anew each time, so that a batch depends on the files
-    alone and not on what this process met before. `bad_images` maps each bad name met so far to its reason.
+    random numbers; `seed` is for the noise of random erasing. Whether an image is bad is judged anew each time,
+    so that a batch depends on the files alone and not on what this process met before. `bad_images` maps each bad
+    name met so far to its reason.
     """
 
     def __init__(
@@ -62,13 +64,14 @@ class Loading:
         decoder: Decoder,
         replan: Callable[[int, int, int], BatchPlan],
         *,
+        seed: int,
         threads: int,
         limit: float,
         on_bad_image: Literal["replace", "stop"],
         invalidate: bool = False,
     ):
         self.index, self.decoder, self.replan = index, decoder, replan
-        self.threads, self.on_bad_image, self.invalidate = threads, on_bad_image, invalidate
+        self.seed, self.threads, self.on_bad_image, self.invalidate = seed, threads, on_bad_image, invalidate
         self.allowed = max(1, int(limit * len(index)))
         self.limit = limit
         self.bad_images: dict[str, str] = {}
@@ -126,7 +129,8 @@ class Loading:
         labels = self.index.label[plan.sample_ids].astype(np.int64)
         if self.decoder.device_id is not None and self._stream is None:
             self._stream = torch.cuda.Stream(self.decoder.device_id)  # one: the allocator keeps memory by stream
-        tensors = to_torch(images, labels, self._stream)
+        patches = erasing_noise(plan, seed=self.seed, step=step)
+        tensors = to_torch(images, labels, patches, self._stream)
         return Batch(*tensors, plan.sample_ids, plan.positions, valid, step, len(replaced))
 
     def _neighbour(self, reader: ByteReader, step: int, plan: BatchPlan, row: int) -> tuple[np.ndarray, BatchPlan]:
@@ -173,22 +177,31 @@ def _listed(found: dict[str, str]) -> str:
     return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
 
 
-def to_torch(images, labels: np.ndarray, stream: torch.cuda.Stream | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """DALI's dense float32 tensor list and int64 labels as torch tensors, complete when this returns.
+def to_torch(
+    images, labels: np.ndarray, patches: list[tuple[tuple, np.ndarray]], stream: torch.cuda.Stream | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """DALI's dense float32 tensor list, with `patches` (of `erasing_noise`) written over it, and int64 labels as
+    torch tensors, complete when this returns.
 
     On the CPU nothing is copied: DALI's default executor leaves an output to whoever refers to it. On the GPU
     the copy is made and waited for on `stream`; the consumer's stream is recorded in `Stream`.
     """
     if stream is None:
-        tensors = torch.from_dlpack(images.as_tensor()), torch.from_numpy(labels)
+        tensors = _erased(torch.from_dlpack(images.as_tensor()), patches), torch.from_numpy(labels)
         return tuple(t.pin_memory() for t in tensors) if torch.cuda.is_available() else tensors
     with torch.cuda.stream(stream):
         tensors = (
-            torch.from_dlpack(images.as_tensor()).clone(),
+            _erased(torch.from_dlpack(images.as_tensor()).clone(), patches),
             torch.from_numpy(labels).to(stream.device),
         )
     stream.synchronize()
     return tensors
+
+
+def _erased(images: torch.Tensor, patches: list[tuple[tuple, np.ndarray]]) -> torch.Tensor:
+    for place, noise in patches:
+        images[place] = torch.from_numpy(noise)
+    return images
 
 
 class Stream:

@@ -1,5 +1,5 @@
-"""Which images make up global batch t, and how each is cropped, flipped and coloured: pure functions of the
-seed.
+"""Which images make up global batch t, and how each is cropped, flipped, coloured and erased: pure functions of
+the seed.
 
 Every number is drawn for the whole global batch from a counter-based generator keyed by (seed, what for,
 step), and then cut to the positions that are asked for. So it depends on (seed, step, position in the global
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_pipeline.augmentations import EVALUATION_CROP, Augmentation
+from data_pipeline.rand_augment import LAYERS, draw_operations
 from mae_scale.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 10  # of torchvision's RandomResizedCrop, before it falls back to the middle of the image
 _PER_CROP = 4 * ATTEMPTS
+ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # timm's RandomErasing
 _WORD = 2**64
 
 
@@ -34,7 +36,9 @@ class BatchPlan:
     the stored image that is decoded; `regions` float32 [n, 4] (y0, x0, y1, x1, in pixels of that part) is
     resized to the output: the whole part for a random resized crop. `flips` int32 [n] (1: mirrored). `jitter`
     float32 [n, 3] (brightness, contrast, saturation factors) applied in the order `jitter_order` int32 [n,
-    3]. `valid` bool [n] is False for positions that only fill up the last batch of an evaluation.
+    3]. `operations` int32 [n, 2] of RandAugment (-1: none) have `arguments` float32 [n, 2]. `erase` int32 [n, 4]
+    (y, x, height, width) is the box of the output that is filled with noise, all 0 for none. `valid` bool [n] is
+    False for positions that only fill up the last batch of an evaluation.
     """
 
     positions: np.ndarray
@@ -44,6 +48,9 @@ class BatchPlan:
     flips: np.ndarray
     jitter: np.ndarray
     jitter_order: np.ndarray
+    operations: np.ndarray
+    arguments: np.ndarray
+    erase: np.ndarray
     valid: np.ndarray
 
     def __len__(self) -> int:
@@ -116,6 +123,7 @@ def plan_batch(
     draws = generator(seed, "augmentation", step).random((global_batch, _PER_CROP + 8))[positions]
     heights, widths = index.height[sample_ids], index.width[sample_ids]
     crops, regions = _crops(augmentation, draws[:, :_PER_CROP], heights, widths, image_size)
+    operations, arguments = _operations(augmentation, seed, step, global_batch, positions)
     strength = augmentation.jitter
     return BatchPlan(
         positions=positions,
@@ -125,6 +133,9 @@ def plan_batch(
         flips=(draws[:, _PER_CROP] < augmentation.flip).astype(np.int32),
         jitter=(1 - strength + 2 * strength * draws[:, _PER_CROP + 1 : _PER_CROP + 4]).astype(np.float32),
         jitter_order=np.argsort(draws[:, _PER_CROP + 4 : _PER_CROP + 7], axis=1).astype(np.int32),
+        operations=operations,
+        arguments=arguments,
+        erase=_boxes_to_erase(augmentation, seed, step, global_batch, positions, image_size),
         valid=np.ones(len(positions), bool),
     )
 
@@ -168,6 +179,9 @@ def _crops(
         regions = np.concatenate([np.zeros_like(crops[:, :2]), crops[:, 2:]], axis=1)
         return crops, regions.astype(np.float32)
     size = np.stack([heights, widths], axis=1).astype(np.int64)
+    whole = np.concatenate([np.zeros_like(size), size], axis=1).astype(np.int32)
+    if augmentation.crop == "whole":
+        return whole, whole.astype(np.float32)
     resized = int(image_size / EVALUATION_CROP) * size // size.min(axis=1, keepdims=True)
     room = resized - image_size
     centre = augmentation.crop == "centre"
@@ -175,7 +189,6 @@ def _crops(
     offset = np.rint(room / 2) if centre else np.floor(draws[:, :2] * (room + 1))
     start = offset * size / resized
     end = (offset + image_size) * size / resized
-    whole = np.concatenate([np.zeros_like(size), size], axis=1).astype(np.int32)
     return whole, np.concatenate([start, end], axis=1).astype(np.float32)
 
 
@@ -191,23 +204,79 @@ def random_resized_crops(
     `draws` float64 [n, 40] in [0, 1): area, log-ratio, y and x of each of ten attempts; the first that fits
     counts, otherwise the largest middle crop whose ratio is allowed.
     """
-    n = len(heights)
-    height, width = heights.astype(np.int64)[:, None], widths.astype(np.int64)[:, None]
-    area, log_ratio, y, x = np.moveaxis(draws.reshape(n, ATTEMPTS, 4), 2, 0)
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
-    low, high = np.log(ratio)
-    aspect = np.exp(low + (high - low) * log_ratio)
-    w = np.rint(np.sqrt(area * aspect)).astype(np.int64)
-    h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    y = np.floor(y * (height - h + 1)).astype(np.int64)
-    x = np.floor(x * (width - w + 1)).astype(np.int64)
-    first = np.argmax(fits, axis=1)
-    found = np.stack([y, x, h, w], axis=2)[np.arange(n), first]
+    height, width = heights.astype(np.int64), widths.astype(np.int64)
+    boxes = _attempts(draws, height, width, scale, ratio)
+    sides = boxes[:, :, 2:]
+    fits = ((sides > 0) & (sides <= np.stack([height, width], axis=1)[:, None])).all(axis=2)
+    found = boxes[np.arange(len(boxes)), np.argmax(fits, axis=1)]
 
-    height, width = height[:, 0], width[:, 0]
     in_ratio = width / height
     h = np.where(in_ratio < min(ratio), np.rint(width / min(ratio)).astype(np.int64), height)
     w = np.where(in_ratio > max(ratio), np.rint(height * max(ratio)).astype(np.int64), width)
     middle = np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1)
     return np.where(fits.any(axis=1)[:, None], found, middle).astype(np.int32)
+
+
+def _attempts(
+    draws: np.ndarray, height: np.ndarray, width: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
+) -> np.ndarray:
+    """Boxes int64 [n, 10, 4] (y, x, height, width) of draws [n, 40], also those that do not fit into [n] `height` x
+    `width`."""
+    area, log_ratio, y, x = np.moveaxis(draws.reshape(len(draws), ATTEMPTS, 4), 2, 0)
+    height, width = height[:, None], width[:, None]
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
+    low, high = np.log(ratio)
+    aspect = np.exp(low + (high - low) * log_ratio)
+    w = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+    h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    y = np.floor(y * (height - h + 1)).astype(np.int64)
+    x = np.floor(x * (width - w + 1)).astype(np.int64)
+    return np.stack([y, x, h, w], axis=2)
+
+
+def _operations(
+    augmentation: Augmentation, seed: int, step: int, global_batch: int, positions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(operations, arguments) of BatchPlan."""
+    if not augmentation.rand_augment:
+        shape = len(positions), LAYERS
+        return np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
+    random = generator(seed, "rand_augment", step)
+    uniform, normal = random.random((global_batch, LAYERS, 3)), random.standard_normal((global_batch, LAYERS))
+    return draw_operations(uniform[positions], normal[positions])
+
+
+def _boxes_to_erase(
+    augmentation: Augmentation, seed: int, step: int, global_batch: int, positions: np.ndarray, image_size: int
+) -> np.ndarray:
+    """`erase` of BatchPlan."""
+    if not augmentation.erasing:
+        return np.zeros((len(positions), 4), np.int32)
+    draws = generator(seed, "erasing_box", step).random((global_batch, 1 + _PER_CROP))[positions]
+    return erasing_boxes(draws, image_size, augmentation.erasing)
+
+
+def erasing_boxes(draws: np.ndarray, image_size: int, probability: float) -> np.ndarray:
+    """timm's RandomErasing (Zhong et al., 2017) for n images: int32 [n, 4] (y, x, height, width), 0 for none.
+
+    `draws` float64 [n, 41] in [0, 1): whether to erase, then as for `random_resized_crops`; the first of ten
+    attempts that is smaller than the image counts, and none is erased when there is none.
+    """
+    side = np.full(len(draws), image_size)
+    boxes = _attempts(draws[:, 1:], side, side, ERASED_AREA, ERASED_RATIO)
+    fits = (boxes[:, :, 2:] < image_size).all(axis=2)
+    found = boxes[np.arange(len(boxes)), np.argmax(fits, axis=1)]
+    erased = (draws[:, 0] < probability) & fits.any(axis=1)
+    return np.where(erased[:, None], found, 0).astype(np.int32)
+
+
+def erasing_noise(plan: BatchPlan, *, seed: int, step: int) -> list[tuple[tuple, np.ndarray]]:
+    """What random erasing writes: for each box of `plan`, its place in images [n, 3, S, S] and float32 [3, height,
+    width] of standard normal noise."""
+    patches = []
+    for row in np.flatnonzero(plan.erase[:, 2]):
+        y, x, height, width = plan.erase[row].tolist()
+        random = generator(seed, "erasing", step, int(plan.positions[row]))
+        place = int(row), slice(None), slice(y, y + height), slice(x, x + width)
+        patches.append((place, random.standard_normal((3, height, width), np.float32)))
+    return patches

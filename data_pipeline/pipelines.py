@@ -11,6 +11,7 @@ import numpy as np
 from data_pipeline.augmentations import Augmentation, jitter_colours, jitter_slots, resize_crop
 from data_pipeline.headers import BadImage
 from data_pipeline.order import BatchPlan
+from data_pipeline.rand_augment import apply_operations, to_matrices
 from mae_scale.errors import UsageError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -47,7 +48,7 @@ def decoding_device(device: str = "auto") -> str:
 
 
 class Decoder:
-    """Decodes, crops, resizes, flips and normalises up to `max_batch` images at a time.
+    """Decodes, crops, resizes, flips, augments and normalises up to `max_batch` images at a time.
 
     `device` is "cpu" or "mixed" (with `device_id`); `threads` decode. Not safe to call from two threads at
     once.
@@ -88,6 +89,9 @@ class Decoder:
         }
         if self.augmentation.jitter:
             inputs["levels"], inputs["saturation"] = jitter_slots(plan.jitter, plan.jitter_order)
+        if self.augmentation.rand_augment:
+            inputs["operations"], inputs["arguments"] = plan.operations, plan.arguments
+            inputs["matrices"] = to_matrices(plan.operations, plan.arguments, self.image_size)
         try:
             return self._pipeline.run(**inputs)[0]
         except RuntimeError as error:
@@ -101,21 +105,16 @@ class Decoder:
     def _build(self):
         dali = import_dali()
         fn, types = dali.fn, dali.types
-        # Affinity stays off: ranks that share a machine would all be tied to its first cores.
-        pipeline = dali.Pipeline(
-            batch_size=self.max_batch,
-            num_threads=self.threads,
-            device_id=self.device_id,
-            prefetch_queue_depth=1,
-            set_affinity=False,
-        )
-        with pipeline:
+
+        # With conditionals, an operation of RandAugment runs on the images for which it was drawn.
+        @dali.pipeline_def(enable_conditionals=self.augmentation.rand_augment)
+        def graph():
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
             start = fn.external_source(name="crop_start", dtype=types.INT32, ndim=1)
             shape = fn.external_source(name="crop_shape", dtype=types.INT32, ndim=1)
             region_start = fn.external_source(name="region_start", dtype=types.FLOAT, ndim=1)
             region_end = fn.external_source(name="region_end", dtype=types.FLOAT, ndim=1)
-            flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
+            mirror = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
             images = fn.decoders.image_slice(
                 encoded,
                 start,
@@ -131,15 +130,30 @@ class Decoder:
                 levels = fn.external_source(name="levels", dtype=types.FLOAT, ndim=2)
                 saturation = fn.external_source(name="saturation", dtype=types.FLOAT, ndim=0)
                 images = jitter_colours(images, levels, saturation)
-            images = fn.crop_mirror_normalize(
+            if self.augmentation.rand_augment:
+                operations = fn.external_source(name="operations", dtype=types.INT32, ndim=1)
+                arguments = fn.external_source(name="arguments", dtype=types.FLOAT, ndim=1)
+                matrices = fn.external_source(name="matrices", dtype=types.FLOAT, ndim=3)
+                images = fn.flip(images, horizontal=mirror)  # before the operations, as timm
+                mirror = 0
+                images = apply_operations(images, operations, arguments, matrices)
+            return fn.crop_mirror_normalize(
                 images,
-                mirror=flip,
+                mirror=mirror,
                 mean=[255 * value for value in IMAGENET_MEAN],
                 std=[255 * value for value in IMAGENET_STD],
                 dtype=types.FLOAT,
                 output_layout="CHW",
             )
-            pipeline.set_outputs(images)
+
+        # Affinity stays off: ranks that share a machine would all be tied to its first cores.
+        pipeline = graph(
+            batch_size=self.max_batch,
+            num_threads=self.threads,
+            device_id=self.device_id,
+            prefetch_queue_depth=1,
+            set_affinity=False,
+        )
         pipeline.build()
         return pipeline
 

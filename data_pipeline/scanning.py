@@ -90,6 +90,13 @@ class Rows:
         columns = {name: column[first:last] for name, column in self.columns.items()}
         return Rows(self.names[begin : max(begin, end)], self.ends[first:last] - begin, columns)
 
+    def take(self, rows: np.ndarray) -> Rows:
+        """The rows of these numbers, without the bad files."""
+        names = [self.name(int(row)) for row in rows]
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        return Rows(np.frombuffer(b"".join(names), np.uint8), ends, columns)
+
     def name(self, row: int) -> bytes:
         return self.names[int(self.ends[row - 1]) if row else 0 : int(self.ends[row])].tobytes()
 

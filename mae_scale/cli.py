@@ -29,13 +29,20 @@ Overrides = Annotated[
 ]
 
 
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged name, or a path.", show_default=False)]
+Out = Annotated[Path, typer.Option(help="Output folder; a run found there goes on.", show_default=False)]
+Nproc = Annotated[int, typer.Option(min=1, help="Local ranks to start when no launcher has.")]
+TrackingUri = Annotated[Optional[str], typer.Option(help="MLflow tracking URI; off: none.", show_default=False)]  # noqa: UP045
+Weights = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="A run's folder, a checkpoint, or a file of weights (ours, the authors', timm's, Hugging Face's)."),
+]
+Json = Annotated[Optional[Path], typer.Option("--json", help="Write the figures there, too.", show_default=False)]  # noqa: UP045
+
+
 @app.command()
 def pretrain(
-    recipe: Annotated[str, typer.Argument(help="A packaged name, such as pretrain/vit_huge_1600ep, or a path.")],
-    overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="Output folder; a run found there goes on.")] = ...,
-    nproc: Annotated[int, typer.Option(min=1, help="Local ranks to start when no launcher has.")] = 1,
-    tracking_uri: Annotated[Optional[str], typer.Option(help="MLflow tracking URI; off: none.")] = None,  # noqa: UP045
+    recipe: RecipeName, overrides: Overrides = None, out: Out = ..., nproc: Nproc = 1, tracking_uri: TrackingUri = None
 ) -> None:
     """Pre-train a masked autoencoder.
 
@@ -43,24 +50,94 @@ def pretrain(
     """
     # Before the heavy imports: a request to stop that comes during them is kept.
     preemption.listen()
+    from mae_scale.training.pretrain import Pretraining
+
+    raise typer.Exit(_train("pretrain", Pretraining, recipe, overrides, out, nproc, tracking_uri))
+
+
+@app.command()
+def finetune(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Out = ...,
+    weights: Weights = None,
+    nproc: Nproc = 1,
+    tracking_uri: TrackingUri = None,
+    json: Json = None,
+) -> None:
+    """Train a classifier: end to end, its last blocks, its head alone, or everything from scratch, as the recipe says.
+
+    Example: `mae-scale finetune finetune/vit_huge_224 --weights runs/vit_huge --out runs/vit_huge_224
+    data.root=/data/imagenet/train data.val_root=/data/imagenet/val`
+    """
+    preemption.listen()
+    from mae_scale.training.finetune import Finetuning
+
+    raise typer.Exit(_classify("finetune", Finetuning, recipe, overrides, out, weights, nproc, tracking_uri, json))
+
+
+@app.command()
+def probe(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Out = ...,
+    weights: Weights = None,
+    nproc: Nproc = 1,
+    tracking_uri: TrackingUri = None,
+    json: Json = None,
+) -> None:
+    """Linear probing: the head alone is trained on a frozen encoder; `finetune` with a recipe of that kind.
+
+    Example: `mae-scale probe probe/vit_large --weights runs/vit_large --out runs/vit_large_probe
+    data.root=/data/imagenet/train data.val_root=/data/imagenet/val`
+    """
+    preemption.listen()
+    from mae_scale.training.finetune import Probing
+
+    raise typer.Exit(_classify("probe", Probing, recipe, overrides, out, weights, nproc, tracking_uri, json))
+
+
+def _classify(command, job_class, recipe, overrides, out, weights, nproc, tracking_uri, json) -> int:
+    """A classifier's training; the exit code. What was measured is written to `json` by rank 0."""
+    overrides = list(overrides or [])
+    if weights is not None:
+        overrides.append(f"classifier.weights={weights}")
+    code = _train(command, job_class, recipe, overrides, out, nproc, tracking_uri)
+    if json is not None and code == EXIT_DONE and os.environ.get("RANK", "0") == "0":
+        from mae_scale.training.finetune import EVALUATION
+
+        if not (out / EVALUATION).exists():
+            raise UsageError(f"--json {json}: nothing was measured; add data.val_root=/path/to/validation images")
+        _write_text(json, (out / EVALUATION).read_text(encoding="utf-8"))
+    return code
+
+
+def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri) -> int:
+    """A training job as this rank, or with local ranks started here; the exit code."""
     from mae_scale.recipe import load_recipe
-    from mae_scale.training import pretrain as job
     from mae_scale.training.distributed import launched
     from mae_scale.training.launcher import launch_local_ranks
 
     overrides = list(overrides or [])
     if tracking_uri is not None:
         overrides.append(f"tracking.uri={tracking_uri}")
-    loaded = load_recipe(recipe, overrides)
+    job = job_class(load_recipe(recipe, overrides), out)
     if launched():
-        job.check(loaded, out, int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))))
-        raise typer.Exit(job.pretrain(loaded, out))
-    job.check(loaded, out, nproc)
+        job.check(int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))))
+        return job.run()
+    job.check(nproc)
     if nproc == 1:
-        raise typer.Exit(job.pretrain(loaded, out))
+        return job.run()
     # Here, once and with a progress bar; the ranks then find the index fresh.
-    job.prepare(loaded, out)
-    raise typer.Exit(launch_local_ranks(nproc, ["pretrain", recipe, *overrides, "--out", str(out)]))
+    job.prepare()
+    return launch_local_ranks(nproc, [command, recipe, *overrides, "--out", str(out)])
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--json {path} cannot be written: {error.strerror}") from None
 
 
 @app.command()

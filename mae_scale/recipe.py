@@ -5,7 +5,7 @@ import hashlib
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -20,7 +20,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The autoencoder. A name brings patch size, width, depth and heads; without one they must be given."""
+    """The autoencoder, or the classifier's encoder. A name brings patch size, width, depth and heads; without one they must be given."""
 
     name: str | None = "vit_large_patch16"
     image_size: int = Field(224, gt=0, description="pixels a side")
@@ -44,9 +44,13 @@ class DataSection(Section):
     root: Path | None = None
     val_root: Path | None = None
     index: Path | None = Field(None, description="index file; by default beside the data")
-    augmentation: Literal["random_resized_crop", "random_resized_crop_color_jitter", "fixed_crop", "none"] = (
-        "random_resized_crop"
-    )
+    augmentation: Literal[
+        "random_resized_crop", "random_resized_crop_color_jitter", "fixed_crop", "none", "rand_augment"
+    ] = "random_resized_crop"
+    crop_scale: float | None = Field(None, gt=0, le=1, description="smallest share of the area; else the kind's")
+    flip: float | None = Field(None, ge=0, le=1, description="probability of a horizontal flip; else the kind's")
+    random_erasing: float = Field(0.0, ge=0, le=1, description="probability to fill a rectangle with noise")
+    labels_a_class: int | None = Field(None, gt=0, description="train on so many images of each class, drawn by seed")
     device: Literal["auto", "cpu", "gpu"] = "auto"
     threads: int = Field(4, gt=0, description="decoding threads a rank")
     global_batch: int = Field(4096, gt=0)
@@ -57,10 +61,12 @@ class DataSection(Section):
 class OptimSection(Section):
     """lr = base_lr x global_batch / 256."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "lars"] = "adamw"
     base_lr: float = Field(1.5e-4, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = Field(0.9, ge=0, lt=1, description="of lars")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="a classifier's layer has this times the lr of the next")
     clip_grad_norm: float | None = Field(None, gt=0)
 
 
@@ -70,6 +76,23 @@ class ScheduleSection(Section):
     epochs: int = Field(800, gt=0)
     warmup_epochs: int = Field(40, ge=0)
     stop_after_steps: int | None = Field(None, gt=0, description="end early, the curve unchanged")
+
+
+class ClassifierSection(Section):
+    """What stands on the encoder and what of both is trained; a recipe with this section trains a classifier."""
+
+    weights: Path | None = Field(None, description="where it starts: a file, a checkpoint or a run's folder")
+    from_scratch: bool = Field(False, description="supervised training from fresh weights")
+    pool: Literal["mean", "cls"] = Field("mean", description="mean of the patch tokens, then a norm; or the cls token")
+    batch_norm: bool = Field(False, description="affine-free BatchNorm before the head, over all ranks; frozen encoder")
+    trained_blocks: float | None = Field(
+        None, ge=0, description="the last so many, 0.5: the MLP of the last; 0: the head alone; null: everything"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    mixup: float = Field(0.0, ge=0, description="alpha of the Beta distribution; 0: off")
+    cutmix: float = Field(0.0, ge=0, description="alpha of the Beta distribution; 0: off")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of an average of the weights, which is evaluated")
+    evaluate_every_epochs: int = Field(1, gt=0, description="on data.val_root; and at the end")
 
 
 class EngineSection(Section):
@@ -132,6 +155,7 @@ class Recipe(Section):
     data: DataSection = DataSection()
     optim: OptimSection = OptimSection()
     schedule: ScheduleSection = ScheduleSection()
+    classifier: ClassifierSection | None = None
     engine: EngineSection = EngineSection()
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
@@ -156,13 +180,14 @@ class Recipe(Section):
 
 # What may differ between one start of a run and the next, for it does not change what is computed.
 FREE_SECTIONS = ("engine.", "checkpoint.", "tracking.")
-FREE_KEYS = {"schedule.stop_after_steps", "data.threads", "data.device"}
+FREE_KEYS = {"schedule.stop_after_steps", "data.threads", "data.device", "classifier.evaluate_every_epochs"}
 
 
 def differing_keys(old: Recipe, new: Recipe) -> list[str]:
     """The keys that would change what is computed, each as "section.key: old -> new"."""
     before, after = _computed(old.flat()), _computed(new.flat())
-    return [f"{k}: {before[k]} -> {after[k]}" for k in before if before[k] != after[k]]
+    keys = dict.fromkeys([*before, *after])
+    return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
 
 
 def _computed(flat: dict[str, Any]) -> dict[str, Any]:
@@ -264,7 +289,30 @@ def _validated(tree: dict, source: str) -> Recipe:
             f"recipe {source}: schedule.warmup_epochs={recipe.schedule.warmup_epochs} leaves nothing of "
             f"schedule.epochs={recipe.schedule.epochs}; expected fewer"
         )
+    if problem := _contradiction(recipe):
+        raise UsageError(f"recipe {source}: {problem}")
     return recipe
+
+
+def _contradiction(recipe: Recipe) -> str | None:
+    """What two keys say against each other, where one of them would be passed over in silence."""
+    classifier, optim = recipe.classifier, recipe.optim
+    if classifier is None:
+        for key, found in (
+            ("optim.layer_decay", optim.layer_decay != 1),
+            ("optim.name=lars", optim.name == "lars"),
+            ("data.labels_a_class", recipe.data.labels_a_class is not None),
+        ):
+            if found:
+                return f"{key} is a classifier's; pre-training does not have it"
+        return None
+    if classifier.from_scratch and classifier.weights:
+        return f"classifier.from_scratch=true and classifier.weights={classifier.weights}; drop one of them"
+    if classifier.from_scratch and classifier.trained_blocks is not None:
+        return "classifier.from_scratch=true trains everything; drop classifier.trained_blocks"
+    if optim.name == "lars" and classifier.trained_blocks != 0:
+        return "optim.name=lars is for linear probing (classifier.trained_blocks=0); use adamw"
+    return None
 
 
 def _subject(key: str, error: dict) -> str:
@@ -285,5 +333,6 @@ def _reason(error: dict) -> str:
 
 def _keys_of(section: str) -> list[str]:
     field = Recipe.model_fields.get(section)
-    annotation = field and field.annotation
-    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, Section) else []
+    annotations = (get_args(field.annotation) or (field.annotation,)) if field else ()
+    sections = [a for a in annotations if isinstance(a, type) and issubclass(a, Section)]
+    return list(sections[0].model_fields) if sections else []

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
-from mae_scale.checkpoints.shards import ShardReader
+from mae_scale.checkpoints.shards import ShardReader, digest_of
 from mae_scale.checkpoints.store import Damaged, list_checkpoints, newest_whole, read_manifest, verify
 from mae_scale.errors import RunError, UsageError
+from mae_scale.models.classifier import Classifier
+from mae_scale.models.classifier_weights import classifier_to_hf, classifier_to_official, classifier_to_timm
 from mae_scale.models.mae import MaskedAutoencoder
-from mae_scale.models.weights import to_hf, to_official, to_timm
+from mae_scale.models.weights import read_weights, to_hf, to_official, to_timm
 from mae_scale.recipe import Recipe
-from mae_scale.training.assemble import build_model
+from mae_scale.training.assemble import build_classifier_of, build_model
+from mae_scale.training.optimizers import EMA
 
-# An encoder that takes the mask tokens itself leaves its decoder without one, which those layouts require.
-FORMATS: dict[str, Callable[[MaskedAutoencoder], dict[str, torch.Tensor]]] = {
-    "official": lambda model: to_official(model, decoder=not model.encoder_mask_tokens),
-    "timm": to_timm,
-    "hf": lambda model: to_hf(model, decoder=not model.encoder_mask_tokens),
-    "safetensors": lambda model: dict(model.state_dict()),
-}
+FORMATS = ("official", "timm", "hf", "safetensors")
+FROZEN = "frozen.safetensors"  # in a run's folder: the weights that it does not train
+
+
+def weights_in(model: MaskedAutoencoder | Classifier, layout: str) -> dict[str, torch.Tensor]:
+    """A model's weights by the names of a layout, one of FORMATS; safetensors: our own names."""
+    if layout == "safetensors":
+        return dict(model.state_dict())
+    if isinstance(model, Classifier):
+        to = {"official": classifier_to_official, "timm": classifier_to_timm, "hf": classifier_to_hf}
+        return to[layout](model)
+    # An encoder that takes the mask tokens itself leaves its decoder without one, which those layouts require.
+    decoder = not model.encoder_mask_tokens
+    to = {"official": partial(to_official, decoder=decoder), "timm": to_timm, "hf": partial(to_hf, decoder=decoder)}
+    return to[layout](model)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -43,31 +54,64 @@ def find_checkpoint(path: Path) -> Path:
     return path
 
 
-def checkpoint_model(checkpoint: Path) -> tuple[MaskedAutoencoder, Recipe]:
-    """The model of a checkpoint, float32 on the host, in evaluation mode; and the recipe of its run."""
+def checkpoint_model(checkpoint: Path) -> tuple[MaskedAutoencoder | Classifier, Recipe]:
+    """The model of a checkpoint, float32 on the host, in evaluation mode; and the recipe of its run.
+
+    Weights of which an average was kept are that average; those that the run does not train lie in its folder.
+    """
     manifest = read_manifest(checkpoint)
     recipe = Recipe.model_validate(manifest["recipe"])
-    model = build_model(recipe)
+    if recipe.classifier is None:
+        model, weights = build_model(recipe), "weight"
+    else:
+        model = build_classifier_of(recipe, len(manifest["classes"]))
+        weights = EMA if recipe.classifier.ema is not None else "weight"
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    state = read_frozen(checkpoint.parent.parent / FROZEN, manifest) if manifest.get("frozen") else {}
     with ShardReader(checkpoint / name for name in manifest["files"]) as reader:
-        state = {}
         for name in reader.names:
             part, _, key = name.partition("/")
-            if part in ("weight", "buffer"):
+            if part in (weights, "buffer"):
                 key = key.removeprefix("model.")
                 state[key] = reader.whole(name).view(shapes[key])
     model.load_state_dict(state)
     return model.eval(), recipe
 
 
-def export_weights(model: MaskedAutoencoder, path: Path, layout: str) -> None:
+def read_frozen(path: Path, manifest: dict) -> dict[str, torch.Tensor]:
+    """The weights that a run does not train. Raises RunError when they are not those of its checkpoint."""
+    try:
+        found = digest_of(path)
+    except OSError as error:
+        raise RunError(f"{path}, the weights that the run does not train, cannot be read: {error.strerror}") from None
+    if found != manifest["frozen"]:
+        raise RunError(
+            f"{path}, the weights that the run does not train, is not the file that its checkpoints were written with "
+            f"(sha256 {found[:12]}, expected {manifest['frozen'][:12]}); restore it"
+        )
+    return load_file(path)
+
+
+def starting_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights that --weights names: a file in any layout, a checkpoint, or a run's folder (its newest whole one).
+
+    Raises UsageError when there is nothing usable at that place, RunError when a checkpoint is damaged.
+    """
+    if not path.is_dir():
+        return read_weights(path)
+    model, _ = checkpoint_model(find_checkpoint(path))
+    # Our own names of an autoencoder have no positions, and those of another grid are to be resampled.
+    return dict(model.state_dict()) if isinstance(model, Classifier) else to_official(model, decoder=False)
+
+
+def export_weights(model: MaskedAutoencoder | Classifier, path: Path, layout: str) -> None:
     """Write a model's weights, float32, in one of FORMATS: as safetensors, or with .pth as the authors' files are.
 
     The file appears under its name only when it is whole. Raises UsageError when it cannot be written.
     """
     if path.suffix not in (".safetensors", ".pth"):
         raise UsageError(f"{path}: expected a name that ends in .safetensors or .pth")
-    state = {name: tensor.detach().float().contiguous() for name, tensor in FORMATS[layout](model).items()}
+    state = {name: tensor.detach().float().contiguous() for name, tensor in weights_in(model, layout).items()}
     beside = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

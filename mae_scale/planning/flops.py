@@ -108,12 +108,12 @@ def training_flops(forward_flops: int) -> int:
     return 3 * forward_flops
 
 
-def mfu(images_per_second: float, *, forward_flops: int, peak_flops_per_s: float, devices: int = 1) -> float:
+def mfu(images_per_second: float, *, training_flops: int, peak_flops_per_s: float, devices: int = 1) -> float:
     """Model FLOPs utilisation: the share, 0 to 1, of the devices' peak that training at that rate uses.
 
-    images_per_second over all devices; forward_flops an image; peak_flops_per_s of one device.
+    images_per_second over all devices; training_flops an image; peak_flops_per_s of one device.
     """
-    return images_per_second * training_flops(forward_flops) / (peak_flops_per_s * devices)
+    return images_per_second * training_flops / (peak_flops_per_s * devices)
 
 
 def peak_flops_per_s(device_name: str, precision: str = "bf16") -> float | None:

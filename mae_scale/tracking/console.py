@@ -159,6 +159,7 @@ class Console(NullConsole):
             f"lr {metrics.get('train/lr', math.nan):9.2e}",
             f"{rate:8.1f} images/s",
             f"{duration(left):>12} left",
+            *([f"val top-1 {metrics['val/top1']:6.2f} %"] if "val/top1" in metrics else []),
         )
 
     def _print(self, text: str, style: str | None = None) -> None:

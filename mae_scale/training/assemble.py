@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from mae_scale.models.classifier import Classifier, build_classifier
 from mae_scale.models.mae import MaskedAutoencoder, build_mae
 from mae_scale.recipe import Recipe
 from mae_scale.training.activation_checkpointing import checkpoint_activations
@@ -13,6 +14,24 @@ from mae_scale.training.ds_config import BatchLayout, compiles, deepspeed_config
 def build_model(recipe: Recipe) -> MaskedAutoencoder:
     """The autoencoder of a recipe, freshly initialised from torch's generator."""
     return build_mae(**recipe.model.model_dump())
+
+
+def build_classifier_of(recipe: Recipe, classes: int) -> Classifier:
+    """The classifier of a recipe for so many classes, freshly initialised from torch's generator."""
+    model, section = recipe.model, recipe.classifier
+    return build_classifier(
+        model.name,
+        classes=classes,
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+        width=model.width,
+        depth=model.depth,
+        heads=model.heads,
+        pool=section.pool,
+        batch_norm=section.batch_norm,
+        trained_blocks=section.trained_blocks,
+        drop_path=model.drop_path,
+    )
 
 
 def scale_out(objective: nn.Module, recipe: Recipe, layout: BatchLayout, device: torch.device):

@@ -6,13 +6,14 @@ the background. What is taken from it here is only where things lie; tests compa
 moves them is seen.
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from mae_scale.checkpoints.shards import EngineState, Piece, share_of
-from mae_scale.training.optimizers import MOMENTS, fresh_state
+from mae_scale.training.optimizers import EMA, fresh_state, moments
 
 LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -35,8 +36,10 @@ class Fragment:
 class DeepSpeedState:
     """The training state of a DeepSpeed engine; it holds no tensors of its own."""
 
-    def __init__(self, engine, optimizer: torch.optim.Optimizer):
+    def __init__(self, engine, optimizer: torch.optim.Optimizer, *, ema: bool):
         """optimizer: torch's, which the engine has wrapped. Its moments are made here, zero, and its step count is 0.
+
+        ema: an average of the weights is kept beside them.
 
         DeepSpeed's bf16 and fp16 optimiser without ZeRO makes an empty first step, which would put the bias
         correction one step ahead.
@@ -46,22 +49,24 @@ class DeepSpeedState:
         self._fragments = list(self._find_fragments())
         self._masters = list({id(f.master): f.master for f in self._fragments}.values())
         for master in self._masters:
-            optimizer.state[master] = fresh_state(master)
+            optimizer.state[master] = fresh_state(optimizer, master, ema=ema)
 
     def state(self) -> EngineState:
         """The pieces and numbers of this rank."""
         pieces = []
         for f in self._fragments:
             pieces.append(Piece(f"weight/{f.name}", f.start, f.of(f.master)))
-            moments = self._optimizer.state[f.master]
-            pieces += [Piece(f"{key}/{f.name}", f.start, f.of(moments[key])) for key in MOMENTS]
+            kept = moments(self._optimizer.state[f.master])
+            pieces += [Piece(f"{key}/{f.name}", f.start, f.of(value)) for key, value in kept.items()]
         buffers = buffer_pieces(self._engine.module)
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         replicated = self._stage == 0
         own = share_of(pieces, rank, world_size) if replicated else list(pieces)
         own += share_of(buffers, rank, world_size)
         # A rank without a master (fewer elements than ranks) has no step count of its own: rank 0 always has one.
-        steps = [int(self._optimizer.state[master]["step"]) for master in self._masters[:1]]
+        # LARS has none at all.
+        states = [self._optimizer.state[master] for master in self._masters]
+        steps = [int(state["step"]) for state in states[:1] if "step" in state]
         scaler = self._loss_scaler()
         scalars = {
             "optimizer_steps": steps[0] if steps else None,
@@ -70,12 +75,41 @@ class DeepSpeedState:
         return EngineState([*pieces, *buffers], own, scalars)
 
     def restored(self, scalars: dict) -> None:
-        """After the pieces were filled: step counts, loss scale, and the low-precision weights from the masters."""
+        """After the pieces were filled: step counts, loss scale, and the weights from the masters."""
         for master in self._masters:
-            self._optimizer.state[master]["step"].fill_(scalars["optimizer_steps"])
+            if "step" in self._optimizer.state[master]:
+                self._optimizer.state[master]["step"].fill_(scalars["optimizer_steps"])
         if scalars["loss_scaler"] and (scaler := self._loss_scaler()):
             for key, value in scalars["loss_scaler"].items():
                 setattr(scaler, key, value)
+        self._refresh()
+
+    @torch.no_grad()
+    def average(self, weight: float | torch.Tensor) -> None:
+        """Move the average of the weights towards them: ema += weight x (weights - ema)."""
+        for master in self._masters:
+            self._optimizer.state[master][EMA].lerp_(master, weight)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with the average in place of its weights, until the end of the block. All ranks call it."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for master in self._masters:
+            average = self._optimizer.state[master][EMA]
+            weights = master.clone()
+            master.copy_(average)
+            average.copy_(weights)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """The weights that the model computes with, from the masters."""
         zero = self._zero
         with torch.no_grad():
             if self._stage == 3:

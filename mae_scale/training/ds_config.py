@@ -158,6 +158,15 @@ def refuse_wrong_combinations(recipe: Recipe, *, gpu: bool) -> None:
             "engine.compile=true with FairScale's fully sharded engine has not been shown to be right; use false",
         ),
         (
+            recipe.optim.name == "lars" and stage != 0 and not fairscale,
+            f"optim.name=lars with ZeRO {stage} would take a rank's part of all weights for one layer, and scale it "
+            "wrongly without an error; use engine.zero_stage=0 (linear probing trains the head alone)",
+        ),
+        (
+            fairscale and recipe.classifier is not None and recipe.classifier.ema is not None,
+            "classifier.ema with engine.backend=fairscale is not supported; use backend=deepspeed",
+        ),
+        (
             recipe.data.device == "gpu" and not gpu,
             "data.device=gpu: no GPU is visible here; use data.device=auto or cpu",
         ),

@@ -18,7 +18,13 @@ from mae_scale.checkpoints.shards import EngineState
 from mae_scale.recipe import Recipe
 from mae_scale.training.deepspeed_state import DeepSpeedState
 from mae_scale.training.distributed import collective_timeout, extensions_folder
-from mae_scale.training.optimizers import adamw_options, parameter_groups, set_learning_rate, skip_if_not_finite
+from mae_scale.training.optimizers import (
+    optimizer_class,
+    optimizer_options,
+    parameter_groups,
+    set_learning_rate,
+    skip_if_not_finite,
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class DeepSpeedEngine:
     """An objective under DeepSpeed.
 
     An objective is a module whose forward takes the tensors of a micro-batch and returns its mean loss, and whose
-    `never_decayed` names parameters that have no weight decay.
+    `never_decayed` names parameters that have no weight decay. Only what requires a gradient is trained and stored.
     """
 
     def __init__(self, objective: nn.Module, recipe: Recipe, config: dict, device: torch.device):
@@ -46,17 +52,16 @@ class DeepSpeedEngine:
             deepspeed.init_distributed(dist_init_required=False, verbose=False)
         give_timeout(collective_timeout(recipe.engine.collective_timeout_s, device.type))
         objective.to(device)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(objective, recipe.optim.weight_decay, objective.never_decayed),
-            **adamw_options(recipe.optim),
-        )
+        groups = parameter_groups(objective, recipe.optim)
+        optimizer = optimizer_class(recipe.optim)(groups, **optimizer_options(recipe.optim))
         self.name = f"deepspeed ZeRO {config['zero_optimization'].get('stage', 0)}"
         self.config = config
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=objective, optimizer=optimizer, config=config, dist_init_required=False
         )
         self._optimizer = optimizer
-        self._state = DeepSpeedState(self._engine, optimizer)
+        self._ema = recipe.classifier.ema if recipe.classifier else None
+        self._state = DeepSpeedState(self._engine, optimizer, ema=self._ema is not None)
 
     def train_step(self, micro_batches: Iterable[tuple[torch.Tensor, ...]], lr: float) -> StepResult:
         """One update from `accumulation` micro-batches at learning rate lr."""
@@ -74,7 +79,21 @@ class DeepSpeedEngine:
                 norm, skipped = whole.item, skip_if_not_finite(self._optimizer, whole)
             engine.step()
             losses.append(loss.detach().float())
+        if self._ema is not None:
+            whole = self._keeps_whole_gradients()
+            found = self._optimizer.found_inf if whole else torch.tensor(float(self._overflowed()))
+            self._state.average((1 - self._ema) * (1 - found))
         return StepResult(torch.stack(losses).mean(), lambda: float(norm()), skipped)
+
+    @torch.no_grad()
+    def predict(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """What the objective gives in evaluation mode. All ranks call it, equally often."""
+        self._engine.eval()
+        return self._engine(*tensors)
+
+    def averaged(self) -> contextlib.AbstractContextManager:
+        """A block in which predict() uses the average of the weights, where one is kept. All ranks enter it."""
+        return contextlib.nullcontext() if self._ema is None else self._state.averaged()
 
     def state(self) -> EngineState:
         """What this rank holds of the training state, as views of it."""

@@ -12,9 +12,10 @@ from mae_scale.training.deepspeed_state import buffer_pieces
 from mae_scale.training.ds_config import BatchLayout
 from mae_scale.training.engine import StepResult
 from mae_scale.training.optimizers import (
-    MOMENTS,
-    adamw_options,
     fresh_state,
+    moments,
+    optimizer_class,
+    optimizer_options,
     parameter_groups,
     set_learning_rate,
     skip_if_not_finite,
@@ -37,23 +38,24 @@ class FairScaleEngine:
         self._clip, self._accumulation = recipe.optim.clip_grad_norm, layout.accumulation
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         # Grouped before sharding: a shard has one dimension, whatever its parameter had.
-        groups = parameter_groups(objective, recipe.optim.weight_decay, objective.never_decayed)
+        groups = parameter_groups(objective, recipe.optim)
+        kind, options = optimizer_class(recipe.optim), optimizer_options(recipe.optim)
         self._rank, self._world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self._parameters = dict(objective.named_parameters())
+        self._parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self._shapes = {p: p.shape for p in self._parameters.values()}
         self._sharded = stage == 3
         if self._sharded:
             self._model = _fully_sharded(objective)
-            self._optimizer = torch.optim.AdamW(groups, **adamw_options(recipe.optim))
+            self._optimizer = kind(groups, **options)
         else:
             from fairscale.optim import OSS
 
             self._model = nn.parallel.DistributedDataParallel(objective)
-            self._optimizer = OSS(groups, optim=torch.optim.AdamW, **adamw_options(recipe.optim))
+            self._optimizer = OSS(groups, optim=kind, **options)
         optimizer = self._own_optimizer()
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                optimizer.state[parameter] = fresh_state(parameter)
+                optimizer.state[parameter] = fresh_state(optimizer, parameter, ema=False)
 
     def train_step(self, micro_batches: Iterable[tuple[torch.Tensor, ...]], lr: float) -> StepResult:
         """One update from `accumulation` micro-batches at learning rate lr."""
@@ -78,6 +80,17 @@ class FairScaleEngine:
         self._optimizer.step()
         return StepResult(torch.stack(losses).mean(), norm.item, skipped)
 
+    @torch.no_grad()
+    def predict(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """What the objective gives in evaluation mode. All ranks call it, equally often."""
+        self._model.eval()
+        with self._autocast:
+            return self._model(*tensors)
+
+    def averaged(self) -> contextlib.AbstractContextManager:
+        """No average of the weights is kept here (refuse_wrong_combinations)."""
+        return contextlib.nullcontext()
+
     def state(self) -> EngineState:
         """What this rank holds of the training state, as views of it."""
         buffers = buffer_pieces(self.objective)
@@ -90,16 +103,17 @@ class FairScaleEngine:
             pieces.append(piece)
             if state := optimizer.state.get(parameter):
                 # With OSS all ranks have all weights, and the one that has a parameter's moments writes it.
-                steps = int(state["step"])
-                moments = [Piece(f"{key}/{name}", start, state[key].view(-1)[:n]) for key in MOMENTS]
-                pieces += moments
-                own += [piece, *moments]
+                steps = int(state["step"]) if "step" in state else None
+                kept = [Piece(f"{key}/{name}", start, value.view(-1)[:n]) for key, value in moments(state).items()]
+                pieces += kept
+                own += [piece, *kept]
         return EngineState(pieces, own, {"optimizer_steps": steps, "loss_scaler": None})
 
     def restored(self, scalars: dict) -> None:
         """To be called by all ranks when the pieces of state() were filled, with the scalars that lay beside them."""
         for state in self._own_optimizer().state.values():
-            state["step"].fill_(scalars["optimizer_steps"])
+            if "step" in state:
+                state["step"].fill_(scalars["optimizer_steps"])
 
     def close(self) -> None:
         """Nothing is held but memory."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -17,7 +18,7 @@ from data_pipeline.loader import ImageLoader
 from data_pipeline.order import steps_per_epoch
 from mae_scale.checkpoints.resume import load_newest
 from mae_scale.checkpoints.saver import Saver
-from mae_scale.errors import RunError
+from mae_scale.errors import RunError, UsageError
 from mae_scale.planning.flops import mfu
 from mae_scale.recipe import Recipe
 from mae_scale.tracking.events import Events
@@ -43,8 +44,8 @@ class Run:
     index: Index
     facts: dict
     """What a checkpoint's manifest says about the run beside the step."""
-    forward_flops: int
-    """Of one image."""
+    training_flops: int
+    """Of one image, forward and backward."""
     peak_flops: float | None
     """What the device could do a second in the run's precision, where that is known."""
     control: Control
@@ -81,6 +82,16 @@ class Run:
         )
 
 
+class Evaluator(Protocol):
+    """What is measured beside the loss; the loop knows nothing more of it. All ranks call it."""
+
+    def due(self, done: int) -> bool:
+        """Whether it is called after update `done`."""
+
+    def __call__(self) -> dict[str, float]:
+        """Metrics by name."""
+
+
 class RollBack(Exception):
     """Too many steps in a row, up to step `done`, had gradients that are not finite."""
 
@@ -92,7 +103,15 @@ class RollBack(Exception):
 def resume(run: Run, engine) -> int:
     """Load the run's newest whole checkpoint, if there is one; the number of updates done. All ranks call it."""
     manifest = load_newest(engine, run.checkpoints, index=run.index.digest())
-    return 0 if manifest is None else manifest["step"]
+    if manifest is None:
+        return 0
+    if manifest.get("frozen") != run.facts.get("frozen"):
+        raise UsageError(
+            "the weights that this run does not train are not those that its checkpoints were written with; "
+            f"restore the file in {run.out}, or choose another --out",
+            on_all_ranks=True,
+        )
+    return manifest["step"]
 
 
 def train(
@@ -102,6 +121,7 @@ def train(
     open_loader: Callable[[int], ImageLoader],
     start: int,
     tracking: Tracking,
+    evaluate: Evaluator | None = None,
 ) -> str | None:
     """Updates start+1 ... run.last_step, with log lines and checkpoints on the way. All ranks call it.
 
@@ -112,7 +132,7 @@ def train(
     while True:
         try:
             with open_loader(start) as loader:
-                return _updates(run, engine, tensors_of, loader, start, tracking)
+                return _updates(run, engine, tensors_of, loader, start, tracking, evaluate)
         except RollBack as reason:
             start = _roll_back(run, engine, tracking, reason)
         except RunError:
@@ -121,7 +141,15 @@ def train(
             raise
 
 
-def _updates(run: Run, engine, tensors_of: Callable, loader: ImageLoader, start: int, tracking: Tracking) -> str | None:
+def _updates(
+    run: Run,
+    engine,
+    tensors_of: Callable,
+    loader: ImageLoader,
+    start: int,
+    tracking: Tracking,
+    evaluate: Evaluator | None,
+) -> str | None:
     clock, batches = _Clock(run), iter(loader)
     skipped_in_a_row, owed, losses = 0, False, []
     for step in range(start, run.last_step):
@@ -139,8 +167,13 @@ def _updates(run: Run, engine, tensors_of: Callable, loader: ImageLoader, start:
             log.warning("step %d: the gradients are not finite; nothing was updated", done)
         else:
             skipped_in_a_row = 0
-        if stop or _due(done, run.recipe.tracking.log_every_steps) or done in (start + 1, run.last_step):
+        measure = evaluate is not None and evaluate.due(done)
+        logged = _due(done, run.recipe.tracking.log_every_steps) or done in (start + 1, run.last_step)
+        if stop or measure or logged:
             metrics = _metrics(run, result, loader, lr, clock, done)
+            if measure:
+                metrics |= evaluate()
+                clock.restart(done)
             tracking.log(done, done / run.steps_per_epoch, metrics)
             losses.append(metrics["train/loss"])
         if skipped_in_a_row >= run.recipe.checkpoint.rollback_after_skips:
@@ -257,7 +290,7 @@ def _metrics(run: Run, result, loader: ImageLoader, lr: float, clock: _Clock, do
     if run.peak_flops:
         metrics["perf/mfu"] = mfu(
             rates["perf/images_per_second"],
-            forward_flops=run.forward_flops,
+            training_flops=run.training_flops,
             peak_flops_per_s=run.peak_flops,
             devices=run.ranks.world_size,
         )

@@ -67,7 +67,7 @@ def plain_loop(clip: float | None = None, device: str = "cpu", overrides: tuple[
     """Losses, gradient norms and sums of weights of torch.optim.AdamW in float32, the whole global batch at once."""
     objective, recipe = tiny_objective([*overrides])
     objective.to(device)
-    groups = parameter_groups(objective, recipe.optim.weight_decay, objective.never_decayed)
+    groups = parameter_groups(objective, recipe.optim)
     optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas)
     losses, norms = [], []
     for step in range(STEPS):

@@ -76,7 +76,7 @@ def test_mfu_is_the_share_of_the_peak():
     forward = mae_forward_flops("vit_large_patch16")
     assert training_flops(forward) == 3 * forward
     rate = 8 * 312e12 / (3 * forward) / 2
-    assert mfu(rate, forward_flops=forward, peak_flops_per_s=312e12, devices=8) == pytest.approx(0.5)
+    assert mfu(rate, training_flops=3 * forward, peak_flops_per_s=312e12, devices=8) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

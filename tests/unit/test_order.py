@@ -1,16 +1,21 @@
-"""Order and crops are pure functions of (seed, step, position); crops are distributed as torchvision's."""
+"""Order, crops and erased boxes are pure functions of (seed, step, position), distributed as torchvision's and timm's."""
 
+import hashlib
+import random
 import time
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import ks_2samp
+from timm.data import random_erasing
 from torchvision.transforms import RandomResizedCrop
 
 from data_pipeline.augmentations import augmentation, jitter_slots
 from data_pipeline.order import (
     epoch_permutation,
+    erasing_boxes,
+    erasing_noise,
     generator,
     plan_batch,
     plan_evaluation,
@@ -24,6 +29,17 @@ PERMUTATION = [1, 0, 4, 9, 8, 7, 3, 2, 5, 6]
 SAMPLE_IDS = [53, 54, 36, 24]
 CROPS = [[168, 91, 272, 245], [154, 81, 316, 410], [0, 9, 58, 66], [7, 1, 219, 258]]
 FLIPS = [0, 0, 1, 1]
+OPERATIONS = [[-1, -1], [14, 12], [2, -1], [-1, -1]]
+ARGUMENTS = [[0, 0], [-0.38498, 0.29402], [0, 0], [0, 0]]
+ERASE = [[12, 72, 48, 111], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+DIGESTS = {  # of plans made before there was RandAugment
+    "random_resized_crop": "e527aa94487e9d36",
+    "random_resized_crop_color_jitter": "1d5517349c25d809",
+    "fixed_crop": "527971b09cc5719a",
+    "none": "461fbe33a8afcf06",
+    "evaluation": "461fbe33a8afcf06",
+}
+DIGESTED = ("positions", "sample_ids", "crops", "regions", "flips", "jitter", "jitter_order", "valid")
 
 
 class Sizes:
@@ -61,6 +77,23 @@ def test_order_and_crops_are_the_same_in_every_version():
     assert plan.sample_ids.tolist() == SAMPLE_IDS
     assert plan.crops.tolist() == CROPS
     assert plan.flips.tolist() == FLIPS
+    plan = plan_batch(Sizes(), augmentation("rand_augment", erasing=0.5), seed=7, step=40, global_batch=4)
+    assert plan.flips.tolist() == FLIPS
+    assert plan.operations.tolist() == OPERATIONS
+    assert plan.arguments.tolist() == pytest.approx(np.array(ARGUMENTS), abs=1e-5)
+    assert plan.erase.tolist() == ERASE
+
+
+@pytest.mark.parametrize("name", DIGESTS)
+def test_plans_are_what_they_were_before_rand_augment(name):
+    digest = hashlib.blake2b(digest_size=8)
+    for seed, step in ((0, 0), (7, 40), (3, 10**6)):
+        plan = plan_batch(Sizes(), augmentation(name), seed=seed, step=step, global_batch=24)
+        for column in DIGESTED:
+            digest.update(np.ascontiguousarray(getattr(plan, column)).tobytes())
+        assert (plan.operations == -1).all()
+        assert not plan.erase.any()
+    assert digest.hexdigest() == DIGESTS[name]
 
 
 def test_every_image_is_seen_exactly_once_an_epoch_but_for_the_remainder():
@@ -91,15 +124,15 @@ def test_too_few_images_for_one_global_batch_is_a_clear_error():
         steps_per_epoch(100, 128)
 
 
-@pytest.mark.parametrize("name", ["random_resized_crop_color_jitter", "fixed_crop", "none"])
+@pytest.mark.parametrize("name", ["random_resized_crop_color_jitter", "fixed_crop", "none", "rand_augment"])
 def test_any_part_of_a_global_batch_is_the_part_of_the_whole(name):
     index = Sizes()
+    kind = augmentation(name, erasing=0.5)
     common = {"seed": 3, "step": 17, "global_batch": 24}
-    whole = plan_batch(index, augmentation(name), **common)
+    whole = plan_batch(index, kind, **common)
+    assert len({tuple(box) for box in whole.erase}) > 4
     for positions in (slice(0, 12), slice(12, 24), slice(7, 8), np.array([20, 3])):
-        assert columns(plan_batch(index, augmentation(name), positions=positions, **common)) == columns(
-            whole[positions]
-        )
+        assert columns(plan_batch(index, kind, positions=positions, **common)) == columns(whole[positions])
 
 
 def test_the_same_image_at_another_step_or_position_is_cropped_anew():
@@ -148,6 +181,62 @@ def test_an_image_that_no_attempt_fits_falls_back_as_torchvision_does(height, wi
     assert tuple(ours[0]) == theirs
 
 
+@pytest.mark.parametrize("size", [224, 32])
+def test_erased_boxes_are_distributed_as_timms(monkeypatch, size):
+    count, probability = 8000, 0.25
+
+    class Image(list):
+        def __setitem__(self, place, _):
+            self.append([place[1].start, place[2].start, *(part.stop - part.start for part in place[1:])])
+
+    monkeypatch.setattr(random_erasing, "_get_pixels", lambda *_, **__: None)
+    erasing = random_erasing.RandomErasing(probability, mode="pixel", max_count=1, device="cpu")
+    random.seed(0)
+    images = [Image() for _ in range(count)]
+    for image in images:
+        erasing._erase(image, 3, size, size, torch.float32)
+    theirs = np.array([box for image in images for box in image], float)
+    ours = erasing_boxes(generator(0, "test", 0).random((count, 41)), size, probability)
+    assert ours.dtype == np.int32
+    assert not ours[ours[:, 2] == 0].any()
+    ours = ours[ours[:, 2] > 0].astype(float)
+    assert abs(len(ours) / count - probability) < 0.015
+    assert abs(len(ours) - len(theirs)) < 4 * np.sqrt(2 * count * probability * (1 - probability))
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, :2] + ours[:, 2:] <= size).all()
+    assert (ours[:, 2:] < size).all()
+    for quantity in (
+        lambda b: b[:, 0],
+        lambda b: b[:, 1],
+        lambda b: b[:, 2],
+        lambda b: b[:, 3],
+        lambda b: b[:, 2] * b[:, 3],
+        lambda b: b[:, 3] / b[:, 2],
+    ):
+        assert ks_2samp(quantity(ours), quantity(theirs)).pvalue > 0.001
+
+
+def test_noise_is_standard_normal_and_belongs_to_its_position():
+    common = {"seed": 1, "step": 5, "global_batch": 16}
+    plan = plan_batch(Sizes(), augmentation("none", erasing=1.0), **common)
+    patches = erasing_noise(plan, seed=1, step=5)
+    assert [place[0] for place, _ in patches] == list(range(16))
+    for (row, channels, *place), noise in patches:
+        y, x, height, width = plan.erase[row]
+        assert (channels, place) == (slice(None), [slice(y, y + height), slice(x, x + width)])
+        assert (noise.shape, noise.dtype) == ((3, height, width), np.float32)
+    values = np.concatenate([noise.ravel() for _, noise in patches])
+    assert abs(values.mean()) < 0.01
+    assert abs(values.std() - 1) < 0.01
+    assert abs((np.abs(values) < 1).mean() - 0.6827) < 0.01
+    assert len({noise[0, 0, 0] for _, noise in patches}) == 16
+    (place, noise), _ = erasing_noise(plan[np.array([9, 2])], seed=1, step=5)
+    assert place[0] == 0
+    assert np.array_equal(noise, patches[9][1])
+    for seed, step in ((2, 5), (1, 6)):
+        assert not np.array_equal(erasing_noise(plan, seed=seed, step=step)[9][1], noise)
+
+
 def test_fixed_crops_have_one_size_and_every_offset():
     count = 2000
     plan = plan_batch(
@@ -176,6 +265,36 @@ def test_no_augmentation_draws_nothing():
 def test_unknown_augmentation_is_a_clear_error():
     with pytest.raises(UsageError, match="unknown augmentation 'cutout'; expected one of random_resized_crop,"):
         augmentation("cutout")
+
+
+def test_options_replace_parts_of_an_augmentation():
+    index = Sizes(2000, 300, 400)
+    kind = augmentation("rand_augment", crop_scale=0.5, flip=0.1, erasing=0.3)
+    plan = plan_batch(index, kind, seed=0, step=0, global_batch=2000)
+    share = plan.crops[:, 2] * plan.crops[:, 3] / (300 * 400)
+    assert 0.49 < share.min() < 0.52
+    assert abs(plan.flips.mean() - 0.1) < 0.03
+    assert abs((plan.erase[:, 2] > 0).mean() - 0.3) < 0.04
+    plan = plan_batch(index, augmentation("rand_augment"), seed=0, step=0, global_batch=2000)
+    share = plan.crops[:, 2] * plan.crops[:, 3] / (300 * 400)
+    assert 0.07 < share.min() < 0.1
+    assert abs(plan.flips.mean() - 0.5) < 0.05
+    assert augmentation("random_resized_crop") == RANDOM_RESIZED
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("fixed_crop", {"crop_scale": 0.5}, "crop_scale is 0.5, but augmentation 'fixed_crop' has no random"),
+        ("rand_augment", {"crop_scale": 0.0}, "crop_scale is 0.0; expected a share"),
+        ("rand_augment", {"crop_scale": 1.5}, "crop_scale is 1.5; expected a share"),
+        ("rand_augment", {"flip": 1.5}, "flip is 1.5; expected a probability"),
+        ("rand_augment", {"erasing": -0.1}, "erasing is -0.1; expected a probability"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_a_clear_error(name, options, message):
+    with pytest.raises(UsageError, match=message):
+        augmentation(name, **options)
 
 
 def test_colour_jitter_draws_its_range_in_every_order():
@@ -219,10 +338,11 @@ def test_evaluation_gives_every_image_once_and_marks_the_filling():
     assert seen == list(range(23))
 
 
-def test_planning_a_global_batch_of_4096_takes_milliseconds():
+@pytest.mark.parametrize("kind", [RANDOM_RESIZED, augmentation("rand_augment", erasing=0.25)], ids=lambda k: k.name)
+def test_planning_a_global_batch_of_4096_takes_milliseconds(kind):
     index = Sizes(5000)
-    plan_batch(index, RANDOM_RESIZED, seed=0, step=0, global_batch=4096)
+    plan_batch(index, kind, seed=0, step=0, global_batch=4096)
     start = time.process_time()
     for _ in range(5):
-        plan_batch(index, RANDOM_RESIZED, seed=0, step=0, global_batch=4096, positions=slice(0, 64))
+        plan_batch(index, kind, seed=0, step=0, global_batch=4096, positions=slice(0, 64))
     assert (time.process_time() - start) / 5 < 0.1

@@ -9,6 +9,7 @@ from timm.scheduler import CosineLRScheduler
 
 from mae_scale.errors import UsageError
 from mae_scale.models.mae import build_mae
+from mae_scale.objectives.reconstruct import Reconstruct
 from mae_scale.recipe import load_recipe
 from mae_scale.training.ds_config import batch_layout, compiles, deepspeed_config, refuse_wrong_combinations
 from mae_scale.training.optimizers import parameter_groups
@@ -56,8 +57,7 @@ def test_biases_norms_and_tokens_are_not_decayed_and_everything_else_is():
         decoder_depth=1,
         decoder_heads=2,
     )
-    never = {name.rpartition(".")[2] for name in model.no_weight_decay()}
-    decayed, plain = parameter_groups(model, 0.05, never)
+    decayed, plain = parameter_groups(Reconstruct(model, seed=0), load_recipe("demo").optim)
     names = {id(p): n for n, p in model.named_parameters()}
     assert {names[id(p)] for p in plain["params"]} == {
         n for n in names.values() if n.endswith(("bias", "cls_token", "mask_token")) or "norm" in n

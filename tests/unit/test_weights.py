@@ -127,6 +127,40 @@ def test_a_classifiers_file_is_named_as_such():
         load_timm(tiny(), state)
 
 
+def test_hugging_faces_classifier_is_named_as_such():
+    state = to_hf(tiny(), decoder=False)
+    state |= {"classifier.weight": torch.zeros(10, 32), "classifier.bias": torch.zeros(10)}
+    with pytest.raises(UsageError, match="classifier's file"):
+        load_hf(tiny(), state)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("change", [{"patch_size": 4}, {"width": 64}, {"depth": 3}])
+def test_a_file_of_another_size_is_one_clear_error(layout, change):
+    to, load = LAYOUTS[layout]
+    sizes = {"patch_size": 8, "width": 32, "depth": 2, **change}
+    found = "patch {patch_size} px, width {width}, {depth} blocks".format(**sizes)
+    with pytest.raises(UsageError) as refused:
+        load(tiny(), to(tiny(**change)))
+    assert str(refused.value).startswith(f"these are weights of a ViT of other sizes ({found}), this recipe's model is")
+    assert "wrong shape" not in str(refused.value)
+
+
+def test_hugging_faces_bare_encoder_is_read():
+    model, other = tiny(0), tiny(1)
+    state = to_hf(model, decoder=False)
+    report = load_hf(other, {key.removeprefix("vit."): value for key, value in state.items()})
+    assert all(key.startswith("encoder.") for key in report.loaded)
+    assert same(other.encoder.state_dict(), model.encoder.state_dict())
+
+
+def test_a_query_of_another_shape_is_missing():
+    state = to_hf(tiny())
+    state["vit.encoder.layer.1.attention.attention.query.weight"] = torch.zeros(32, 33)
+    with pytest.raises(UsageError, match=r"blocks\.1\.attn\.qkv\.weight"):
+        load_hf(tiny(), state)
+
+
 def test_learned_positions_are_refused():
     state = to_official(tiny())
     state["pos_embed"] = state["pos_embed"] + 0.01

@@ -1,0 +1,172 @@
+"""RandAugment (Cubuk et al., 2020) as timm's `rand-m9-mstd0.5-inc1`: what is drawn an image, and the DALI operators
+that apply it.
+
+Two layers; each applies, with probability 0.5, one of 15 operations whose strength is drawn around magnitude 9. The
+numbers come from `order`; only `apply_operations`, inside a DALI graph, needs DALI.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from nvidia.dali.pipeline import DataNode
+
+LAYERS = 2
+PROBABILITY = 0.5
+MAGNITUDE, MAGNITUDE_STD, MAGNITUDE_MAX = 9.0, 0.5, 10.0
+FILL = (124.0, 116.0, 104.0)  # ImageNet's mean colour, of 255: what geometric operations show beyond the image
+SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's ImageFilter.SMOOTH
+
+# The operations, named after timm's; neighbours share a DALI operator.
+OPERATIONS = 15
+(
+    AUTO_CONTRAST,
+    EQUALIZE,
+    INVERT,
+    POSTERIZE,
+    SOLARIZE,
+    SOLARIZE_ADD,
+    BRIGHTNESS,
+    CONTRAST,
+    COLOR,
+    SHARPNESS,
+    ROTATE,
+    SHEAR_X,
+    SHEAR_Y,
+    TRANSLATE_X,
+    TRANSLATE_Y,
+) = range(OPERATIONS)
+
+
+def draw_operations(uniform: np.ndarray, normal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(operations int32 [n, 2], arguments float32 [n, 2]) of `uniform` [n, 2, 3] in [0, 1) (which operation,
+    whether it is applied, its sign) and `normal` [n, 2] (standard normal).
+
+    Operations are numbers of the list above, drawn with replacement, or -1 where none is applied.
+    """
+    operations = (uniform[..., 0] * OPERATIONS).astype(np.int32)
+    magnitudes = np.clip(MAGNITUDE + MAGNITUDE_STD * normal, 0, MAGNITUDE_MAX)
+    arguments = to_arguments(operations, magnitudes, np.where(uniform[..., 2] < 0.5, -1, 1))
+    applied = uniform[..., 1] < PROBABILITY
+    return np.where(applied, operations, np.int32(-1)), np.where(applied, arguments, np.float32(0))
+
+
+def to_arguments(operations: np.ndarray, magnitudes: np.ndarray, signs: np.ndarray) -> np.ndarray:
+    """timm's arguments of `operations` at `magnitudes` in [0, 10]: float32, of the shape of all three.
+
+    Rotate: degrees; Shear: a share; TranslateRel: a share of the side; Posterize: the bits kept; Solarize: the
+    threshold; SolarizeAdd: the levels added; the four enhancements: the factor, 1 for no change. `signs` (1 or
+    -1) turn rotations, shears and translations round and say whether a factor is above or below 1.
+    """
+    level = magnitudes / 10
+    signed = signs * level
+    none, enhanced = 0 * level, np.maximum(0.1, 1 + signed * 0.9)
+    by_operation = [
+        *[none] * 3,
+        4 - np.floor(level * 4),
+        256 - np.floor(level * 256),
+        np.floor(level * 110),
+        *[enhanced] * 4,
+        signed * 30,
+        *[signed * 0.3] * 2,
+        *[signed * 0.45] * 2,
+    ]
+    return np.choose(operations, by_operation).astype(np.float32)
+
+
+def to_matrices(operations: np.ndarray, arguments: np.ndarray, image_size: int) -> np.ndarray:
+    """Where each pixel of the output is found in the input, in pixels from the corner: float32 [..., 3, 3] of
+    operations and arguments [...], the identity for an operation that is not geometric.
+
+    A rotation is about the middle, counter-clockwise as Pillow's.
+    """
+    angle = np.radians(arguments, dtype=np.float64)
+    cos, sin, middle = np.cos(angle), np.sin(angle), image_size / 2
+    rotate, moved = operations == ROTATE, arguments * image_size
+    matrices = np.tile(np.eye(3, dtype=np.float32), (*operations.shape, 1, 1))
+    matrices[..., 0, 0] = matrices[..., 1, 1] = np.where(rotate, cos, 1)
+    matrices[..., 0, 1] = np.select([rotate, operations == SHEAR_X], [-sin, arguments])
+    matrices[..., 1, 0] = np.select([rotate, operations == SHEAR_Y], [sin, arguments])
+    matrices[..., 0, 2] = np.select([rotate, operations == TRANSLATE_X], [middle * (1 - cos + sin), moved])
+    matrices[..., 1, 2] = np.select([rotate, operations == TRANSLATE_Y], [middle * (1 - cos - sin), moved])
+    return matrices
+
+
+def apply_operations(images: DataNode, operations: DataNode, arguments: DataNode, matrices: DataNode) -> DataNode:
+    """DALI, in a graph with conditionals: uint8 RGB images [S, S, 3] with both layers of operations.
+
+    `operations` [2], `arguments` [2] and `matrices` [2, 3, 3] (of `to_matrices`) are on the host.
+    """
+    for layer in range(LAYERS):
+        images = _apply(images, operations[layer], arguments[layer], matrices[layer])
+    return images
+
+
+def _apply(images: DataNode, operation: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:
+    """One operation on each image.
+
+    What Pillow, and so timm, does otherwise: geometric operations stop at the image's edge, where this blends the
+    last pixels with the fill colour, and are bicubic with a coefficient of -0.5, OpenCV's -0.75 here; equalising
+    rounds its step to a whole number of pixels, which matters in images of less than about 200 pixels; sharpness
+    leaves the outermost pixels as they are.
+    """
+    from nvidia.dali import fn, math, types
+
+    white = types.Constant(255, dtype=types.UINT8)  # x ^ white is 255 - x
+    if operation >= ROTATE:
+        images = fn.experimental.warp_perspective(
+            images, matrix=matrix, interp_type=types.INTERP_CUBIC, border_mode="constant", fill_value=list(FILL)
+        )
+    elif operation >= BRIGHTNESS:
+        images = _enhance(images, operation, argument)
+    elif operation == SOLARIZE_ADD:
+        images = images + (images < 128) * _uint8(argument)
+    elif operation == SOLARIZE:
+        images = images ^ ((images >= argument) * white)
+    elif operation == POSTERIZE:
+        # no bits, at magnitude 10 alone: black, where newer Pillows raise an error
+        images = images & _uint8(256.0 - math.pow(2.0, 8.0 - argument))
+    elif operation == INVERT:
+        images = images ^ white
+    elif operation == EQUALIZE:
+        # Pillow counts the darker pixels, DALI (as OpenCV) also those as dark: on the negative they agree
+        images = fn.equalize(images ^ white) ^ white
+    elif operation == AUTO_CONTRAST:
+        low = fn.reductions.min(images, axis_names="HW", keep_dims=True)
+        high = fn.reductions.max(images, axis_names="HW", keep_dims=True)
+        flat = high == low  # a channel of one value stays as it is
+        scale = 255.0 / (high - low + flat * white)
+        images = _linear(images, scale, -scale * low * (high > low))
+    return images
+
+
+def _enhance(images: DataNode, operation: DataNode, factor: DataNode) -> DataNode:
+    """Pillow's ImageEnhance: the image x `factor` and what is missing to 1 of the grey image (colour), its mean
+    (contrast), the smooth image (sharpness) or black (brightness)."""
+    from nvidia.dali import fn, types
+
+    if operation == SHARPNESS:
+        smooth = fn.filter(images, types.Constant(SMOOTH, device=images.device), border="clamp")
+        images = _linear(images, factor, smooth * (1.0 - factor))
+    elif operation == BRIGHTNESS:
+        images = _linear(images, factor, 0.0)
+    else:
+        grey = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
+        if operation == CONTRAST:
+            grey = _uint8(fn.reductions.mean(grey, axis_names="HW", keep_dims=True))
+        images = _linear(images, factor, grey * (1.0 - factor))
+    return images
+
+
+def _linear(images: DataNode, scale: DataNode, offset: DataNode | float) -> DataNode:
+    """images x scale + offset, cut to whole levels as Pillow does, where DALI rounds."""
+    return _uint8(images * scale + (offset - 0.4999))
+
+
+def _uint8(values: DataNode) -> DataNode:
+    from nvidia.dali import fn, types
+
+    return fn.cast(values, dtype=types.UINT8)  # rounded and clipped

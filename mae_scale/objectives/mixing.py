@@ -1,0 +1,83 @@
+"""Mixup and cutmix of neighbours in the global batch, and the smoothed targets of what results.
+
+Sources: mixup, Zhang et al., arXiv 1710.09412; cutmix, Yun et al., arXiv 1905.04899; label smoothing, Szegedy et al.,
+arXiv 1512.00567. As timm's `Mixup(mode="pair", switch_prob=0.5)` mixes, with one difference: an image's partner is its
+neighbour (positions 2j and 2j + 1) and not the one at the other end of the batch, so that both are on one rank, in one
+micro-batch. The order of the images is random anyway.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.order import generator
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How n images are mixed with their neighbours.
+
+    `share` float32 [n] is what an image keeps of its label, and with mixup of its pixels; `box` int64 [n, 4] (y0, y1,
+    x0, x1) is what cutmix takes from the neighbour, empty with mixup.
+    """
+
+    share: np.ndarray
+    box: np.ndarray
+
+
+def draw_mix(
+    *, mixup: float, cutmix: float, image_size: int, seed: int, step: int, positions: np.ndarray
+) -> Mix | None:
+    """The mix of images at `positions` int [n] of the global batch of a step, in pairs; None when both alphas are 0.
+
+    A pure function of (seed, step, position). With both alphas each pair is cut or mixed with equal chance; the share
+    is Beta(alpha, alpha), and with cutmix 1 - (area of the clipped box) / (area of the image).
+    """
+    if not (mixup or cutmix):
+        return None
+    share = np.ones(len(positions), np.float32)
+    box = np.zeros((len(positions), 4), np.int64)
+    for row in range(0, len(positions), 2):
+        random = generator(seed, "mix", step, int(positions[row]) // 2)
+        cut = bool(cutmix) and (not mixup or random.random() < 0.5)
+        kept = random.beta(*2 * [cutmix if cut else mixup])
+        if cut:
+            side = int(image_size * np.sqrt(1 - kept))
+            y, x = random.integers(0, image_size, 2)
+            edges = np.clip([y - side // 2, y + side // 2, x - side // 2, x + side // 2], 0, image_size)
+            box[row : row + 2] = edges
+            kept = 1 - (edges[1] - edges[0]) * (edges[3] - edges[2]) / image_size**2
+        share[row : row + 2] = kept
+    return Mix(share, box)
+
+
+def mix_images(images: Tensor, mix: Mix) -> Tensor:
+    """images [n, 3, S, S] of neighbours in pairs -> mixed images, of the same shape, dtype and device."""
+    partners = _neighbours(images)
+    cut = mix.box[:, 1] > mix.box[:, 0]
+    weight = torch.from_numpy(np.where(cut, 1, mix.share).astype(np.float32)).to(images.device)[:, None, None, None]
+    mixed = images * weight + partners * (1 - weight)
+    for row in np.flatnonzero(cut):
+        y0, y1, x0, x1 = mix.box[row]
+        mixed[row, :, y0:y1, x0:x1] = partners[row, :, y0:y1, x0:x1]
+    return mixed
+
+
+def soft_targets(labels: Tensor, classes: int, *, label_smoothing: float, mix: Mix | None) -> Tensor:
+    """labels int64 [n] -> float32 [n, classes], each row's sum 1: smoothed, and shared with the neighbour's label."""
+    off = label_smoothing / classes
+    targets = torch.full((len(labels), classes), off, device=labels.device)
+    targets.scatter_(1, labels[:, None], 1 - label_smoothing + off)
+    if mix is None:
+        return targets
+    share = torch.from_numpy(mix.share).to(labels.device)[:, None]
+    return targets * share + _neighbours(targets) * (1 - share)
+
+
+def _neighbours(rows: Tensor) -> Tensor:
+    """[n, ...] with rows 2j and 2j + 1 changed for each other."""
+    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)

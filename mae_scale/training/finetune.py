@@ -1,0 +1,201 @@
+"""Everything after pre-training as a job: fine-tuning, partial fine-tuning, linear probing, supervised from scratch."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from data_pipeline.index import Index, load_index, open_index
+from mae_scale.checkpoints.export import FROZEN, checkpoint_model, export_weights, starting_weights
+from mae_scale.checkpoints.shards import digest_of
+from mae_scale.checkpoints.store import list_checkpoints
+from mae_scale.errors import UsageError
+from mae_scale.evaluation.measure import measure, report
+from mae_scale.evaluation.sets import EvaluationSet, folder_set
+from mae_scale.models.classifier import Classifier
+from mae_scale.models.classifier_weights import load_classifier
+from mae_scale.objectives.classify import Classify
+from mae_scale.planning.flops import vit_forward_macs
+from mae_scale.tracking.run import Tracking
+from mae_scale.training.assemble import build_classifier_of
+from mae_scale.training.ds_config import BatchLayout
+from mae_scale.training.job import Job
+from mae_scale.training.loop import Run, write_json
+from mae_scale.training.optimizers import parameter_groups
+
+EVALUATION = "evaluation.json"
+VALIDATION_INDEX = "val_index.npz"
+
+
+class Finetuning(Job):
+    """A classifier is trained on labels, all of it or a part."""
+
+    def refuse(self, layout: BatchLayout) -> None:
+        section = self.recipe.classifier
+        if section is None:
+            raise UsageError("the recipe has no section classifier: it pre-trains; use `mae-scale pretrain` for it")
+        with torch.device("meta"):
+            build_classifier_of(self.recipe, 2)
+        if section.weights is None and not section.from_scratch:
+            raise UsageError(
+                "no weights to start from; add --weights PATH (a run's folder, a checkpoint or a file of weights), "
+                "or classifier.from_scratch=true"
+            )
+        if section.weights is not None and not section.weights.exists():
+            raise UsageError(f"--weights {section.weights} does not exist; expected a run's folder or a weights file")
+        if (section.mixup or section.cutmix) and layout.micro_batch % 2:
+            raise UsageError(
+                f"mixup and cutmix mix neighbours, and a rank's micro-batch is {layout.micro_batch} images; "
+                "choose an even engine.micro_batch (or data.global_batch), or classifier.mixup=0 classifier.cutmix=0"
+            )
+        if section.batch_norm and layout.accumulation > 1:
+            raise UsageError(
+                f"classifier.batch_norm takes its statistics from the whole global batch, and this layout cuts it into "
+                f"{layout.accumulation} steps; drop engine.micro_batch: a frozen encoder keeps nothing for a backward "
+                "pass, so a rank's whole share fits"
+            )
+
+    def choose_images(self, index: Index) -> Index:
+        unlabelled = int((index.label < 0).sum())
+        if unlabelled:
+            raise UsageError(
+                f"{unlabelled:,} of the {len(index):,} images in {index.root} have no label; expected a folder a class "
+                "(or a .cls member beside each image of a shard)"
+            )
+        labels = self.recipe.data.labels_a_class
+        return index if labels is None else index.few(labels, seed=self.recipe.seed)
+
+    def prepare(self) -> None:
+        super().prepare()
+        root = self.recipe.data.val_root
+        if root is None:
+            return
+        index = load_index(self.out / "index.npz", self.recipe.data.root)
+        kept = self.out / VALIDATION_INDEX
+        validation = load_index(kept, root) if kept.exists() else open_index(root)
+        folder_set(validation, num_classes=len(index.classes), class_names=index.classes)  # refuses what does not fit
+        if not kept.exists():
+            validation.save(kept)
+
+    def objective(self, index: Index) -> Classify:
+        model = build_classifier_of(self.recipe, len(index.classes))
+        frozen = self.out / FROZEN
+        begun = bool(list_checkpoints(self.out / "checkpoints"))
+        if self.recipe.classifier.weights is not None and not begun:
+            self._start_from(model)
+        if self.recipe.classifier.trained_blocks is not None:
+            self._share_frozen(model, frozen, begun)
+        return Classify(model, self.recipe.classifier, seed=self.recipe.seed)
+
+    def facts(self, index: Index) -> dict:
+        frozen = self.out / FROZEN
+        return {"classes": index.classes, "frozen": digest_of(frozen) if frozen.exists() else None}
+
+    def training_flops(self) -> int:
+        """Of one image; a frozen part has no backward pass (He et al., partial fine-tuning)."""
+        model, trained = self.recipe.model, self.recipe.classifier.trained_blocks
+        sizes = {"image_size": model.image_size, "patch_size": model.patch_size, "width": model.width}
+        whole = vit_forward_macs(model.name, depth=model.depth, **sizes)
+        if trained is None:
+            return 2 * 3 * whole
+        with torch.device("meta"):
+            depth = len(build_classifier_of(self.recipe, 2).encoder.blocks)
+        none = vit_forward_macs(model.name, depth=0, **sizes)
+        return int(2 * (whole + 2 * (whole - none) * trained / depth))
+
+    def evaluator(self, run: Run, engine) -> "Validation | None":
+        if run.recipe.data.val_root is None:
+            return None
+        validation = load_index(run.out / VALIDATION_INDEX, run.recipe.data.val_root)
+        classes = run.index.classes
+        return Validation(run, engine, folder_set(validation, num_classes=len(classes), class_names=classes))
+
+    def finish(self, run: Run, tracking: Tracking) -> str:
+        weights = run.out / "export" / "model.safetensors"
+        if not weights.exists():
+            model, _ = checkpoint_model(list_checkpoints(run.checkpoints)[-1][1])
+            export_weights(model, weights, "official")
+        said = f"weights in {weights}"
+        if (run.out / EVALUATION).exists():
+            found = json.loads((run.out / EVALUATION).read_text())
+            said = f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} % of {found['images']:,} images; {said}"
+        return said
+
+    def describe(self, objective: Classify) -> list[str]:
+        """What is trained, and with layer-wise decay each layer's share of the learning rate."""
+        total = sum(p.numel() for p in objective.parameters())
+        groups = parameter_groups(objective, self.recipe.optim)
+        trained = sum(p.numel() for group in groups for p in group["params"])
+        said = [f"{trained:,} of {total:,} parameters are trained, for {objective.model.classes} classes"]
+        if self.recipe.optim.layer_decay < 1:
+            said += [
+                f"  {group['name']:24}  lr x {group['lr_scale']:.4f}  weight decay {group['weight_decay']:g}  "
+                f"{sum(p.numel() for p in group['params']):>12,} parameters"
+                for group in groups
+            ]
+        return said
+
+    def _start_from(self, model: Classifier) -> None:
+        """Load the recipe's weights, and note what of them was used."""
+        path = self.recipe.classifier.weights
+        loaded = load_classifier(model, starting_weights(path))
+        fresh = f"; fresh: {_places(loaded.not_set)}" if loaded.not_set else ""
+        unused = f"; unused: {_places(loaded.unused)}" if loaded.unused else ""
+        self.notes.append(f"{len(loaded.loaded)} tensors from {path}{fresh}{unused}")
+
+    def _share_frozen(self, model: Classifier, file: Path, begun: bool) -> None:
+        """The weights that are not trained: kept once in the run's folder by rank 0, from where every start reads them."""
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        if torch.distributed.get_rank() == 0 and not file.exists():
+            if begun:  # lost: what is read anew must have the digest that the checkpoints know
+                self._start_from(model)
+            beside = file.with_name(f".{file.name}.partial")
+            save_file({name: tensor for name, tensor in model.state_dict().items() if name in frozen}, beside)
+            beside.rename(file)
+        torch.distributed.barrier()
+        model.load_state_dict(load_file(file), strict=False)
+
+
+class Probing(Finetuning):
+    """Fine-tuning of the head alone."""
+
+    def refuse(self, layout: BatchLayout) -> None:
+        section = self.recipe.classifier
+        if section is not None and section.trained_blocks != 0:
+            raise UsageError(
+                f"linear probing trains the head alone, and the recipe has classifier.trained_blocks="
+                f"{section.trained_blocks}; use a recipe such as probe/vit_large, or `mae-scale finetune`"
+            )
+        super().refuse(layout)
+
+
+class Validation:
+    """Top-1 and top-5 on data.val_root every so many epochs and at the end; the last one is kept as a JSON file."""
+
+    def __init__(self, run: Run, engine, one: EvaluationSet):
+        self._run, self._engine, self._set = run, engine, one
+
+    def due(self, done: int) -> bool:
+        every = self._run.recipe.classifier.evaluate_every_epochs * self._run.steps_per_epoch
+        return done % every == 0 or done == self._run.total_steps
+
+    def __call__(self) -> dict[str, float]:
+        run, names = self._run, self._run.index.classes
+        with self._engine.averaged():
+            accuracy = measure(
+                self._engine.predict, self._set, run.recipe, classes=len(names), ranks=run.ranks, device=run.device
+            )
+        if run.ranks.is_first:
+            write_json(run.out / EVALUATION, report(accuracy, names))
+        found = accuracy.results()
+        return {"val/top1": found["top1"], "val/top5": found["top5"], "val/loss": found["loss"]}
+
+
+def _places(names: list[str]) -> str:
+    """Names of tensors, told shortly by their first parts and how many there are of each."""
+    parts: dict[str, int] = {}
+    for name in names:
+        part = name.split(".")[0]
+        parts[part] = parts.get(part, 0) + 1
+    return ", ".join(f"{part} ({count})" if count > 1 else part for part, count in parts.items())

@@ -1,0 +1,293 @@
+"""One training job: recipe -> images -> objective, engine -> loop -> what is left of it. Kinds of it fill in the gaps."""
+
+import os
+import platform
+import subprocess
+from abc import ABC, abstractmethod
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data_pipeline.augmentations import augmentation
+from data_pipeline.index import Index, load_index, open_index
+from data_pipeline.loader import ImageLoader
+from data_pipeline.order import steps_per_epoch
+from data_pipeline.pipelines import decoding_device
+from mae_scale.checkpoints.saver import Saver
+from mae_scale.checkpoints.store import Retention
+from mae_scale.errors import EXIT_DONE, EXIT_STOPPED, UsageError
+from mae_scale.planning.flops import peak_flops_per_s
+from mae_scale.recipe import Recipe, differing_keys, load_recipe
+from mae_scale.tracking.events import Events
+from mae_scale.tracking.figures import loss_curve_figure
+from mae_scale.tracking.metrics_log import read_metrics
+from mae_scale.tracking.run import Tracking
+from mae_scale.tracking.uri import tracking_uri
+from mae_scale.training.assemble import scale_out
+from mae_scale.training.control import Control
+from mae_scale.training.distributed import process_group, ranks_from_environment
+from mae_scale.training.ds_config import (
+    BatchLayout,
+    batch_layout,
+    deepspeed_config,
+    precision_of,
+    refuse_wrong_combinations,
+    zero_stage_of,
+)
+from mae_scale.training.loop import Evaluator, Run, resume, train, write_json
+
+
+class Job(ABC):
+    """A recipe and its output folder; what a kind of training decides is in its subclass."""
+
+    def __init__(self, recipe: Recipe, out: Path):
+        self.recipe, self.out = recipe, out
+        self.notes: list[str] = []  # said by rank 0 when the run begins
+
+    @abstractmethod
+    def refuse(self, layout: BatchLayout) -> None:
+        """UsageError for what this kind of training cannot do."""
+
+    @abstractmethod
+    def objective(self, index: Index) -> nn.Module:
+        """What is trained, on the host, its weights those of the start; the same on every rank."""
+
+    @abstractmethod
+    def training_flops(self) -> int:
+        """Of one image, forward and backward."""
+
+    @abstractmethod
+    def finish(self, run: Run, tracking: Tracking) -> str:
+        """After the whole schedule, on rank 0: weights and pictures, from the files; a line on where they are."""
+
+    def choose_images(self, index: Index) -> Index:
+        """What of the images is trained on. UsageError when they do not do."""
+        return index
+
+    def describe(self, objective: nn.Module) -> list[str]:
+        """Lines on what is trained, said at the start."""
+        return []
+
+    def facts(self, index: Index) -> dict:
+        """What else a checkpoint's manifest says."""
+        return {}
+
+    def evaluator(self, run: Run, engine) -> Evaluator | None:
+        """What is measured now and then beside the loss."""
+        return None
+
+    def check(self, world_size: int) -> None:
+        """Everything that can be refused before a rank is started; UsageError says what to do."""
+        recipe, out = self.recipe, self.out
+        gpu = torch.cuda.is_available()
+        if recipe.data.root is None:
+            raise UsageError("data.root is not set; add data.root=/path/to/train (a folder of images or of tar shards)")
+        refuse_wrong_combinations(recipe, gpu=gpu)
+        layout = batch_layout(recipe, world_size)
+        if recipe.engine.backend == "deepspeed":
+            deepspeed_config(recipe, layout, gpu=gpu)
+        decoding_device(recipe.data.device)
+        tracking_uri(recipe.tracking.uri, out)
+        self.refuse(layout)
+        self.augmentation()
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"--out {out} is a file, expected a folder (or a name for a new one)")
+        if (out / "recipe.yaml").exists():
+            different = differing_keys(load_recipe(str(out / "recipe.yaml")), recipe)
+            if different:
+                raise UsageError(
+                    f"--out {out} holds a run of another recipe ({'; '.join(different)}); "
+                    f"start it with its own recipe, or choose another --out"
+                )
+
+    def prepare(self) -> None:
+        """Once a start, before the ranks meet: the output folder, with the recipe and the index of the run's images.
+
+        The index stays what it was at the run's first start, so that a resumed run goes on in the same order; what
+        has turned bad since is replaced and counted by the loader.
+        """
+        recipe, kept = self.recipe, self.out / "index.npz"
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if kept.exists():
+                index = load_index(kept, recipe.data.root)
+            else:
+                index = self.choose_images(open_index(recipe.data.root, recipe.data.index))
+            steps_per_epoch(len(index), recipe.data.global_batch)  # refuses a batch larger than the data
+            if not kept.exists():
+                index.save(kept)
+            recipe.save(self.out / "recipe.yaml")
+        except OSError as error:
+            raise UsageError(f"--out {self.out} cannot be written to: {error.strerror}") from None
+
+    def run(self) -> int:
+        """Run as this process's rank, from where the output folder stands to the end; the exit code.
+
+        EXIT_DONE, or EXIT_STOPPED after SIGTERM or SIGUSR1 to any rank, when a checkpoint was written.
+        """
+        recipe, out = self.recipe, self.out
+        ranks = ranks_from_environment()
+        layout = batch_layout(recipe, ranks.world_size)
+        if ranks.is_first:
+            self.prepare()
+        timeout_s = recipe.engine.collective_timeout_s
+        with process_group(ranks, timeout_s) as device, Control(ranks, timeout_s) as control:
+            index = load_index(out / "index.npz", recipe.data.root)
+            torch.manual_seed(recipe.seed)
+            objective = self.objective(index)
+            self.notes += self.describe(objective)
+            engine = scale_out(objective, recipe, layout, device)
+            gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+            run = Run(
+                recipe,
+                out,
+                ranks,
+                device,
+                layout,
+                index,
+                facts(recipe, engine, index, ranks.world_size) | self.facts(index),
+                self.training_flops(),
+                peak_flops_per_s(gpu, precision_of(recipe, gpu=True)) if gpu else None,
+                control,
+                saver(recipe, out),
+                Events(out / "events.jsonl"),
+            )
+            start = resume(run, engine)
+            with Tracking(
+                recipe,
+                out,
+                speaks=ranks.is_first,
+                start=start,
+                total_steps=run.last_step,
+                steps_per_epoch=run.steps_per_epoch,
+                tags=tags(run),
+            ) as tracking:
+                tracking.console.message("\n".join([headline(run, engine, start), *self.notes]))
+                if ranks.is_first:
+                    write_json(out / "engine.json", engine.config)
+                    tracking.artifact(out / "recipe.yaml")
+                    tracking.artifact(out / "engine.json")
+                stopped = None
+                if start < run.last_step:
+                    run.events.add("start", start, world_size=ranks.world_size, engine=engine.name)
+                    loader = partial(self.image_loader, run)
+                    stopped = train(
+                        run, engine, objective.tensors, loader, start, tracking, self.evaluator(run, engine)
+                    )
+                tracking.artifact(run.events.path)
+                if stopped:
+                    tracking.console.message(f"stopped by {stopped}; the same command goes on from the last checkpoint")
+                elif ranks.is_first:
+                    tracking.console.message(self._end(run, tracking))
+            engine.close()
+        return EXIT_STOPPED if stopped else EXIT_DONE
+
+    def _end(self, run: Run, tracking: Tracking) -> str:
+        """The loss curve; and when the schedule is done, what the kind of training leaves."""
+        figures = run.out / "figures"
+        loss_curve_figure(read_metrics(run.out / "metrics.jsonl"), figures / "loss_curve.png")
+        tracking.artifact(figures / "loss_curve.png", "figures")
+        if run.last_step < run.total_steps:
+            return f"done: stopped early, checkpoints in {run.checkpoints}; figures in {figures}"
+        return f"done: {self.finish(run, tracking)}; figures in {figures}"
+
+    def augmentation(self):
+        """The recipe's."""
+        data = self.recipe.data
+        return augmentation(
+            data.augmentation, crop_scale=data.crop_scale, flip=data.flip, erasing=data.random_erasing
+        )
+
+    def image_loader(self, run: Run, start: int) -> ImageLoader:
+        """This rank's batches from update `start` on."""
+        data = run.recipe.data
+        return ImageLoader(
+            run.index,
+            self.augmentation(),
+            image_size=run.recipe.model.image_size,
+            global_batch=data.global_batch,
+            micro_batch=run.layout.micro_batch,
+            rank=run.ranks.rank,
+            world_size=run.ranks.world_size,
+            seed=run.recipe.seed,
+            device=data.device,
+            device_id=run.ranks.local_rank,
+            threads=data.threads,
+            start_step=start,
+            stop_step=run.last_step,
+            batch_of=run.events.batch_of,
+            bad_image_limit=data.bad_image_limit,
+            on_bad_image=data.on_bad_image,
+        )
+
+
+def saver(recipe: Recipe, out: Path) -> Saver:
+    """What writes the run's checkpoints."""
+    checkpoint = recipe.checkpoint
+    retention = Retention(checkpoint.keep, checkpoint.keep_every_epochs, checkpoint.keep_best)
+    timeout_s = recipe.engine.collective_timeout_s
+    return Saver(out / "checkpoints", retention, background=checkpoint.background, timeout_s=timeout_s)
+
+
+def facts(recipe: Recipe, engine, index: Index, world_size: int) -> dict:
+    """What a checkpoint's manifest says of the run."""
+    return {
+        "world_size": world_size,
+        "engine": engine.name,
+        "zero_stage": zero_stage_of(recipe),
+        "precision": precision_of(recipe, gpu=torch.cuda.is_available()),
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_digest": recipe.digest(),
+        "index": index.digest(),
+        "versions": {name: _version(name) for name in ("mae-scale", "torch", "deepspeed", "fairscale")},
+    }
+
+
+def tags(run: Run) -> dict[str, str | int | None]:
+    """MLflow tags of this start."""
+    environment = os.environ
+    return {
+        "git_commit": _git_commit(),
+        "host": platform.node(),
+        "world_size": run.ranks.world_size,
+        "engine": run.facts["engine"],
+        "zero_stage": run.facts["engine"].rpartition(" ")[2] if "ZeRO" in run.facts["engine"] else None,
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu",
+        "slurm_job_id": environment.get("SLURM_JOB_ID"),
+        "slurm_array_job_id": environment.get("SLURM_ARRAY_JOB_ID"),
+        "slurm_restart_count": environment.get("SLURM_RESTART_COUNT"),
+        "slurm_nodes": environment.get("SLURM_JOB_NUM_NODES"),
+        "unreadable_images": len(run.index.bad),
+    }
+
+
+def headline(run: Run, engine, start: int) -> str:
+    """Two lines on what this start will do."""
+    layout, schedule = run.layout, run.recipe.schedule
+    whence = f"going on from step {start}" if start else "from the beginning"
+    if start == run.last_step:
+        whence = f"all {start} steps are done"
+    return (
+        f"{run.index.summary()}; {run.steps_per_epoch} steps an epoch, {schedule.epochs} epochs, "
+        f"{run.total_steps} steps; {whence}\n"
+        f"{engine.name}, {layout.world_size} rank(s) on {run.device.type} x {layout.micro_batch} images "
+        f"x {layout.accumulation} = global batch {layout.global_batch}; peak lr {run.recipe.lr:.3g}"
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, where it runs from a repository."""
+    done = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
+    )
+    return done.stdout.strip() or None if done.returncode == 0 else None
