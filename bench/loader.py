@@ -1,7 +1,7 @@
 """How much CPU time does an image cost? Our loader (DALI) beside torchvision, on 500 x 375 photographs.
 
 Each way reads JPEGs from disk, takes a random resized crop (bicubic with antialias), flips, normalises and batches,
-in one process on one decoding thread. Rounds of all ways are interleaved and the medians shown. CPU time is that of
+in one process on one decoding thread; fine-tuning's way also goes through RandAugment. Rounds of all ways are interleaved and the medians shown. CPU time is that of
 all threads of the process, which a busy machine disturbs less than images a second.
 
     python bench/loader.py [--images 128] [--rounds 5] [--sizes 224 448] [--json [PATH]]
@@ -32,10 +32,11 @@ from data_pipeline.samples import write_photos
 BATCH = 32
 
 
-def ours(index: Index, size: int, device: str) -> Callable[[], int]:
+def ours(index: Index, size: int, device: str, kind: str = "random_resized_crop") -> Callable[[], int]:
     """A round: one epoch through a loader that is kept."""
     loader = ImageLoader(
         index,
+        kind,
         image_size=size,
         global_batch=BATCH,
         micro_batch=BATCH,
@@ -112,8 +113,10 @@ def main() -> None:
         index = build_index(write_photos(Path(folder) / "photos", options.images), progress=False)
         for size in options.sizes:
             ways = {"ours (DALI, cpu)": ours(index, size, "cpu")}
+            ways["ours, RandAugment (cpu)"] = ours(index, size, "cpu", "rand_augment")
             if decoding_device("auto") == "mixed":
                 ways["ours (DALI, mixed)"] = ours(index, size, "gpu")
+                ways["ours, RandAugment (mixed)"] = ours(index, size, "gpu", "rand_augment")
             ways["torchvision, Pillow"] = torchvision(index, size, tensors=False)
             ways["torchvision.io, tensors"] = torchvision(index, size, tensors=True)
             results[size] = measure(ways, options.rounds)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 
 from data_pipeline.loader import EvaluationLoader
-from mae_scale.evaluation.accuracy import Accuracy
+from mae_scale.evaluation.accuracy import NO_PREDICTION, Accuracy
 from mae_scale.evaluation.sets import EvaluationSet
 from mae_scale.recipe import Recipe
 from mae_scale.training.distributed import Ranks
@@ -62,11 +63,13 @@ def report(accuracy: Accuracy, names: list[str] | None) -> dict:
     names = names or [str(number) for number in range(accuracy.num_classes)]
     taken: dict[int, list[tuple[int, int]]] = {}
     for (true, predicted), count in accuracy.pairs.items():
-        if predicted not in (true, -1):
+        if predicted not in (true, NO_PREDICTION):
             taken.setdefault(true, []).append((count, predicted))
     per_class = []
     for number, images, top1 in accuracy.per_class():
         most = sorted(taken.get(number, []), key=lambda pair: (-pair[0], pair[1]))[:CONFUSIONS_SHOWN]
         confused = {names[predicted]: count for count, predicted in most}
         per_class.append({"class": names[number], "images": images, "top1": top1, "taken_for": confused})
-    return {**accuracy.results(), "per_class": per_class}
+    results = accuracy.results()
+    loss = results["loss"] if math.isfinite(results["loss"]) else None  # JSON has no NaN
+    return {**results, "loss": loss, "per_class": per_class}

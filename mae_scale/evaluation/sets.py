@@ -165,7 +165,7 @@ def _folder_classes(index: Index, num_classes: int, class_names: list[str] | Non
     strange = [name for name in held if name not in class_of]
     if strange:
         raise UsageError(
-            f"{index.root} holds {len(strange)} class folders that the training data did not have: {_some(strange)}; "
+            f"{index.root} holds class folders that the training data did not have ({len(strange)}): {_some(strange)}; "
             f"expected names such as {_some(class_names)}; remove or rename them, or give the right folder"
         )
     return np.array([class_of.get(name, -1) for name in names], np.int64)
@@ -245,7 +245,7 @@ def _open_corruption(name: str, folder: Path) -> EvaluationSet:
     strange = sorted(_folders(folder) - set(imagenet_wnids()))
     if strange:
         raise UsageError(
-            f"{folder} holds {len(strange)} folders that are no classes of ImageNet-1K: {_some(strange)}; expected "
+            f"{folder} holds folders that are no classes of ImageNet-1K ({len(strange)}): {_some(strange)}; expected "
             f"folders named by wnid, such as {imagenet_wnids()[0]}; remove them"
         )
     index = _open_labelled(folder)

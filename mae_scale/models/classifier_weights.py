@@ -84,6 +84,13 @@ def load_classifier(model: Classifier, state: StateDict) -> LoadReport:
     return report
 
 
+def classes_in(state: StateDict) -> int | None:
+    """Classes of a file's head, in any of the layouts; None when it has none."""
+    given, _ = _release_names(state)
+    head = given.get("head.weight")
+    return None if head is None or head.ndim != 2 else len(head)
+
+
 def classifier_to_official(model: Classifier) -> StateDict:
     """The authors' fine-tuned files: cls_token, pos_embed [1, 1 + L, D], patch_embed.proj.*, blocks.*,
     fc_norm.* (pooled by mean) or norm.* (by cls), head.*.

@@ -205,7 +205,7 @@ class Encoder(nn.Module):
         if removed is not None and self.mask_token is not None:
             masked = self.mask_token + self.pos_embed[1:].to(dtype)[removed]  # [B, R, D]
             x = torch.cat([x, masked], dim=1)  # [B, K + R, D]
-        cls = (self.cls_token + cls_position).expand(x.shape[0], -1, -1)  # [B, 1, D]; a fixed cls_position is zero
+        cls = (self.cls_token + cls_position).expand(x.shape[0], -1, -1)  # [B, 1, D]
         x = torch.cat([cls, x], dim=1)  # [B, 1 + K, D]
         if branch_scales is None or not self.training:
             for block in self.blocks:

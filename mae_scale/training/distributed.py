@@ -91,6 +91,26 @@ def process_group(ranks: Ranks, timeout_s: float):
     torch.distributed.destroy_process_group()
 
 
+def first_then_others(work):
+    """Each rank's own result of work(), done by rank 0 first: it may write what the others then find.
+
+    What it raises with an explanation, all raise, and rank 0 says it.
+    """
+    import torch
+
+    first, answer = torch.distributed.get_rank() == 0, [None]
+    if first:
+        try:
+            result = work()
+        except (UsageError, RunError) as error:
+            error.on_all_ranks = True
+            answer = [error]
+    torch.distributed.broadcast_object_list(answer)
+    if answer[0] is not None:
+        raise answer[0]
+    return result if first else work()
+
+
 def collective_timeout(timeout_s: float, device_type: str) -> timedelta:
     """Of a group for tensors on that type of device: NCCL's is twice the recipe's (see process_group)."""
     return timedelta(seconds=2 * timeout_s if device_type == "cuda" else timeout_s)

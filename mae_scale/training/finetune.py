@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from data_pipeline.index import Index, load_index, open_index
 from mae_scale.checkpoints.export import FROZEN, checkpoint_model, export_weights, starting_weights
@@ -17,8 +17,10 @@ from mae_scale.models.classifier import Classifier
 from mae_scale.models.classifier_weights import load_classifier
 from mae_scale.objectives.classify import Classify
 from mae_scale.planning.flops import vit_forward_macs
+from mae_scale.tracking.metrics_log import write_atomically
 from mae_scale.tracking.run import Tracking
 from mae_scale.training.assemble import build_classifier_of
+from mae_scale.training.distributed import first_then_others
 from mae_scale.training.ds_config import BatchLayout
 from mae_scale.training.job import Job
 from mae_scale.training.loop import Run, write_json
@@ -83,7 +85,7 @@ class Finetuning(Job):
         frozen = self.out / FROZEN
         begun = bool(list_checkpoints(self.out / "checkpoints"))
         if self.recipe.classifier.weights is not None and not begun:
-            self._start_from(model)
+            first_then_others(lambda: self._start_from(model))
         if self.recipe.classifier.trained_blocks is not None:
             self._share_frozen(model, frozen, begun)
         return Classify(model, self.recipe.classifier, seed=self.recipe.seed)
@@ -140,19 +142,22 @@ class Finetuning(Job):
         """Load the recipe's weights, and note what of them was used."""
         path = self.recipe.classifier.weights
         loaded = load_classifier(model, starting_weights(path))
+        if "pos_embed" in loaded.not_set:
+            raise UsageError(
+                f"{path} has no positions, so the image size that it was trained at is not known; "
+                "write it anew with `mae-scale export --format official`"
+            )
         fresh = f"; fresh: {_places(loaded.not_set)}" if loaded.not_set else ""
         unused = f"; unused: {_places(loaded.unused)}" if loaded.unused else ""
         self.notes.append(f"{len(loaded.loaded)} tensors from {path}{fresh}{unused}")
 
     def _share_frozen(self, model: Classifier, file: Path, begun: bool) -> None:
-        """The weights that are not trained: kept once in the run's folder by rank 0, from where every start reads them."""
+        """The weights that are not trained: kept once in the run's folder, from where every rank and start reads them."""
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         if torch.distributed.get_rank() == 0 and not file.exists():
             if begun:  # lost: what is read anew must have the digest that the checkpoints know
                 self._start_from(model)
-            beside = file.with_name(f".{file.name}.partial")
-            save_file({name: tensor for name, tensor in model.state_dict().items() if name in frozen}, beside)
-            beside.rename(file)
+            write_atomically(file, save({name: t for name, t in model.state_dict().items() if name in frozen}))
         torch.distributed.barrier()
         model.load_state_dict(load_file(file), strict=False)
 

@@ -1,4 +1,4 @@
-"""One training job: recipe -> images -> objective, engine -> loop -> what is left of it. Kinds of it fill in the gaps."""
+"""One training job: recipe -> images -> objective, engine -> loop -> what it leaves. Kinds of it fill in the gaps."""
 
 import os
 import platform
@@ -197,9 +197,7 @@ class Job(ABC):
     def augmentation(self):
         """The recipe's."""
         data = self.recipe.data
-        return augmentation(
-            data.augmentation, crop_scale=data.crop_scale, flip=data.flip, erasing=data.random_erasing
-        )
+        return augmentation(data.augmentation, crop_scale=data.crop_scale, flip=data.flip, erasing=data.random_erasing)
 
     def image_loader(self, run: Run, start: int) -> ImageLoader:
         """This rank's batches from update `start` on."""

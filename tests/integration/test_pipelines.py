@@ -101,6 +101,15 @@ def test_evaluation_crop_equals_torchvisions(index, kind, size):
         assert largest < 20, index.name(i)
 
 
+@pytest.mark.parametrize("size", [224, 448, 30])
+def test_the_whole_image_is_resized_as_torchvision_does(index, size):
+    _, ours = decoded(index, "evaluation_whole", size)
+    for i, image in enumerate(originals(index)):
+        mean, largest = difference(ours[i], F.resize(image, [size, size], BICUBIC))
+        assert mean < (0.25 if size > 32 else 0.5), index.name(i)
+        assert largest < 16, index.name(i)
+
+
 def test_fixed_crop_equals_torchvisions_for_the_same_offset(index):
     plan, ours = decoded(index, "fixed_crop", 224)
     for i, image in enumerate(originals(index)):

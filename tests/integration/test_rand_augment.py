@@ -123,7 +123,7 @@ def test_operations_on_colours_are_timms(ours, images, name):
 
 @pytest.mark.parametrize("name", [name for name in TIMM if TIMM[name] >= ROTATE])
 def test_geometric_operations_are_timms(ours, images, name):
-    """A quarter of a pixel elsewhere, bilinear for bicubic, or the other sign would differ by more on the photographs."""
+    """Bilinear for bicubic, or a quarter of a pixel elsewhere, would differ by more on the photographs."""
     operations, arguments = one_layer(name)
     white = Image.new("RGB", (SIZE, SIZE), (255, 255, 255))
     for kind in ("photo 0", "photo 1", "gradient"):

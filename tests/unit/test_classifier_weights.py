@@ -243,10 +243,7 @@ def test_a_file_of_another_size_is_one_clear_error(change):
     )
     for write in PRE_TRAINED.values():
         refused(
-            ours(),
-            write(source),
-            f"these are weights of a ViT of other sizes {found}",
-            f"model is a ViT of other sizes {own}",
+            ours(), write(source), f"weights of a ViT of other sizes {found}", f"model is a ViT of other sizes {own}"
         )
 
 
@@ -293,6 +290,12 @@ def test_half_a_norm_or_head_is_not_enough(pool, key):
     refused(ours(pool), state, f"missing (1): {key}")
 
 
+def test_the_cls_token_needs_the_pre_trained_norm():
+    state = {key: value for key, value in to_timm(autoencoder()).items() if not key.startswith("norm.")}
+    refused(ours("cls"), state, "missing (2): norm.weight, norm.bias")
+    assert load_classifier(ours("mean"), state).unused == []
+
+
 @pytest.mark.parametrize("key", ["reg_token", "norm.weight", "head_dist.weight", "blocks.0.ls1.gamma"])
 def test_other_models_parts_are_listed(key):
     refused(ours(), {**peer_timm().state_dict(), key: torch.zeros(32)}, f"unexpected (1): {key}")
@@ -305,11 +308,8 @@ def test_files_of_other_architectures_are_refused():
 
 
 # Below, files as published: their names and shapes written out here, not asked of the code under test.
-RELEASES = {  # patch, width, depth
-    "vit_base_patch16": (16, 768, 12),
-    "vit_large_patch16": (16, 1024, 24),
-    "vit_huge_patch14": (14, 1280, 32),
-}
+# Patch, width, depth.
+RELEASES = {"vit_base_patch16": (16, 768, 12), "vit_large_patch16": (16, 1024, 24), "vit_huge_patch14": (14, 1280, 32)}
 
 
 def published(patch, width, depth, *, patches, norm, classes=None, decoder=False):
@@ -371,9 +371,7 @@ def test_pre_trained_files_of_true_size_fit(name, decoder):
         ("vit_huge_patch14", 448, 633_028_840, 633.03),
     ],
 )
-def test_fine_tuned_files_of_true_size_fit_and_have_the_published_number_of_parameters(
-    name, image_size, count, millions
-):
+def test_fine_tuned_files_of_true_size_have_the_published_number_of_parameters(name, image_size, count, millions):
     patch, width, depth = RELEASES[name]
     patches = (image_size // patch) ** 2
     state = meta(published(patch, width, depth, patches=patches, norm="fc_norm", classes=1000))

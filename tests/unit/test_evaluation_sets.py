@@ -107,7 +107,7 @@ def test_a_folder_that_training_did_not_have_is_named(tmp_path):
     put(tmp_path, "ant/1.jpg", "yak/1.jpg")
     (tmp_path / "empty").mkdir()  # holds no image, so that it needs no class
     message = refusal(tmp_path, num_classes=2, class_names=["ant", "bee"])
-    assert "1 class folders that the training data did not have: yak;" in message
+    assert "class folders that the training data did not have (1): yak;" in message
     put(tmp_path, "bee/1.jpg")
     (tmp_path / "yak/1.jpg").unlink()
     (one,) = opened(tmp_path, num_classes=2, class_names=["ant", "bee"])
@@ -198,6 +198,8 @@ def test_missing_and_strange_classes_are_counted_and_named(tmp_path):
     assert f"lacks 7 of the 200 class folders ({', '.join(wnids[:5])} and 2 more)" in message
     assert "holds 1 that do not belong to it (n01440764)" in message
     assert not (tmp_path / INDEX_NAME).exists()
+    put(tmp_path, *(f"{wnid}/x.jpg" for wnid in wnids[:7]))
+    assert "it holds 1 that do not belong to it (n01440764);" in refusal(tmp_path, kind="imagenet-a")
     put(tmp_path / "above", f"imagenet-a/{wnids[0]}/x.jpg")
     assert "lacks 200 of the 200" in refusal(tmp_path / "above", kind="imagenet-a")
 
@@ -247,7 +249,7 @@ def test_imagenet_c_with_other_classes_is_refused(tmp_path):
     for corruption in ALEXNET_ERROR:
         put(tmp_path, *corruption_files(corruption))
     put(tmp_path, f"{next(iter(ALEXNET_ERROR))}/1/n99999999/x.JPEG")
-    assert "1 folders that are no classes of ImageNet-1K: n99999999" in refusal(tmp_path, kind="imagenet-c")
+    assert "folders that are no classes of ImageNet-1K (1): n99999999" in refusal(tmp_path, kind="imagenet-c")
 
 
 @pytest.mark.parametrize("kind", ["imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-c"])

@@ -1,4 +1,5 @@
-"""Order, crops and erased boxes are pure functions of (seed, step, position), distributed as torchvision's and timm's."""
+"""Order, crops and erased boxes are pure functions of (seed, step, position), distributed as torchvision's and
+timm's."""
 
 import hashlib
 import random

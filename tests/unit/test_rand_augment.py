@@ -1,11 +1,11 @@
-"""What RandAugment draws is what timm's `rand-m9-mstd0.5-inc1` draws: by its level functions, and beside timm itself."""
+"""RandAugment draws what timm's `rand-m9-mstd0.5-inc1` draws: by its level functions, and beside timm itself."""
 
 import random
 
 import numpy as np
 import pytest
 from scipy.stats import chi2_contingency, ks_2samp
-from timm.data import auto_augment
+from timm.data import auto_augment, create_transform
 
 from data_pipeline import rand_augment
 from data_pipeline.order import generator
@@ -38,7 +38,7 @@ def ours():
 
 @pytest.fixture(scope="module")
 def theirs():
-    """timm's RandAugment run COUNT times on lists, to which its operations, replaced, add what they were called with."""
+    """timm's RandAugment run COUNT times on lists, to which its operations, replaced, add their arguments."""
     whole = auto_augment.rand_augment_transform("rand-m9-mstd0.5-inc1", {"img_mean": (124, 116, 104)})
     for operation in whole.ops:
         name = operation.name
@@ -51,6 +51,13 @@ def theirs():
 def test_the_operations_are_timms_fifteen():
     assert set(TIMM) == set(auto_augment._RAND_INCREASING_TRANSFORMS)
     assert sorted(TIMM.values()) == list(range(rand_augment.OPERATIONS))
+
+
+def test_the_fill_colour_is_that_of_timms_training_transform():
+    transform = create_transform(224, is_training=True, auto_augment="rand-m9-mstd0.5-inc1")
+    (whole,) = [part for part in transform.transforms if isinstance(part, auto_augment.RandAugment)]
+    assert {operation.kwargs["fillcolor"] for operation in whole.ops} == {rand_augment.FILL}
+    assert whole.num_layers == rand_augment.LAYERS
 
 
 @pytest.mark.parametrize("sign", [1, -1])
