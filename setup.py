@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-DALI = "nvidia-dali-cuda{cuda}>=2.0"
+DALI = "nvidia-dali-cuda{cuda}>=2.4"
 
 setup(
     name="mae-scale",

@@ -1,8 +1,9 @@
 """How much CPU time does an image cost? Our loader (DALI) beside torchvision, on 500 x 375 photographs.
 
 Each way reads JPEGs from disk, takes a random resized crop (bicubic with antialias), flips, normalises and batches,
-in one process on one decoding thread; fine-tuning's way also goes through RandAugment. Rounds of all ways are interleaved and the medians shown. CPU time is that of
-all threads of the process, which a busy machine disturbs less than images a second.
+in one process on one decoding thread; one of ours also goes through RandAugment, as in fine-tuning. Rounds of all
+ways are interleaved and the medians shown. CPU time is that of all threads of the process, which a busy machine
+disturbs less than images a second.
 
     python bench/loader.py [--images 128] [--rounds 5] [--sizes 224 448] [--json [PATH]]
 """

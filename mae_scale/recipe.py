@@ -20,7 +20,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The autoencoder, or the classifier's encoder. A name brings patch size, width, depth and heads; without one they must be given."""
+    """The autoencoder, or a classifier's encoder. A name brings patch size, width, depth, heads."""
 
     name: str | None = "vit_large_patch16"
     image_size: int = Field(224, gt=0, description="pixels a side")

@@ -71,7 +71,7 @@ def trained_classifier(recipe: Recipe) -> tuple[Classifier, list[str] | None]:
     classes = classes_in(state)
     if classes is None:
         raise UsageError(
-            f"--weights {path} has no classifier's head to evaluate; fine-tune or probe it first, or give what that left"
+            f"--weights {path} has no classifier's head to evaluate; fine-tune or probe it first, and give that run"
         )
     names = read_manifest(find_checkpoint(path))["classes"] if path.is_dir() else None
     model = build_classifier_of(recipe, classes)

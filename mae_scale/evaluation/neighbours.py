@@ -34,7 +34,7 @@ CHUNK = 4096  # training features compared with a batch at a time
 
 @dataclass(frozen=True)
 class Features:
-    """Of some images: `vectors` float32 [n, D] of length 1, `labels` int64 [n], `images` int64 [n], rows of the index."""
+    """Of n images: `vectors` float32 [n, D] of length 1, `labels` int64 [n], `images` int64 [n], rows of the index."""
 
     vectors: Tensor
     labels: Tensor

@@ -142,7 +142,8 @@ class Encoder(nn.Module):
     The patch projection is a linear layer over a patch's p*p*3 numbers, so that chosen patches alone can be
     embedded. Positions are computed, not learned and not stored: they follow from width and grid; with
     `learned_positions`, for what comes after pre-training, they are a parameter that begins as those.
-    Without `final_norm` features leave the last block as they are. With `mask_tokens` removed patches enter as a learned token instead of not at all (the slow ablation).
+    Without `final_norm` features leave the last block as they are. With `mask_tokens` removed patches enter as a
+    learned token instead of not at all (the slow ablation).
     `drop_path` is the last block's rate of stochastic depth; forward is given what is dropped, it draws nothing.
     """
 

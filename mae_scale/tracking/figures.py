@@ -1,4 +1,4 @@
-"""The two pictures of a pre-training run: what it reconstructs, and its loss curve."""
+"""The pictures of a pre-training run, what it reconstructs and its loss curve; and what all pictures are made with."""
 
 import io
 import math
@@ -27,7 +27,7 @@ def reconstruction_figure(images, mask, prediction_pixels, path: Path, *, patch_
     channel, in the space of the normalised images. NumPy arrays or torch tensors, on any device. The visible
     patches of the reconstruction are the original's. Raises ValueError when shapes do not belong together.
     """
-    images, mask, prediction = (_array(value) for value in (images, mask, prediction_pixels))
+    images, mask, prediction = (as_array(value) for value in (images, mask, prediction_pixels))
     count, channels, height, width = images.shape
     grid = (height // patch_size, width // patch_size)
     expected = (count, grid[0] * grid[1], channels * patch_size**2)
@@ -36,7 +36,7 @@ def reconstruction_figure(images, mask, prediction_pixels, path: Path, *, patch_
             f"images {images.shape} in patches of {patch_size} px need a mask {expected[:2]} and a "
             f"prediction {expected}; found {mask.shape} and {prediction.shape}"
         )
-    original = np.clip(images.transpose(0, 2, 3, 1) * STD + MEAN, 0, 1)
+    original = pictures_of(images)
     predicted = np.clip(_unpatchify(prediction, grid, patch_size) * STD + MEAN, 0, 1)
     removed = _unpatchify(np.repeat(mask[:, :, None], patch_size**2 * channels, 2), grid, patch_size) > 0.5
     pictures = (original, np.where(removed, GREY, original), np.where(removed, predicted, original))
@@ -62,13 +62,13 @@ def _draw_bands(pictures: Sequence[np.ndarray], path: Path) -> None:
             for column, picture in enumerate(pictures[row][band * columns : (band + 1) * columns]):
                 left = label_width + column * (width + gap)
                 canvas[top : top + height, left : left + width] = picture
-    figure = _figure((canvas_width / dpi, canvas_height / dpi), dpi)
+    figure = new_figure((canvas_width / dpi, canvas_height / dpi), dpi)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(canvas, interpolation="nearest", aspect="auto")
     axes.axis("off")
     for y, name in labels:
         axes.text(label_width - 12, y, name, ha="right", va="center", fontsize=13, color="#222222")
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def loss_curve_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -76,7 +76,7 @@ def loss_curve_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     `rows`: as of `read_metrics`; each with epoch and the metrics it has. What is not finite is left out.
     """
-    figure = _figure((8, 5.5), 120)
+    figure = new_figure((8, 5.5), 120)
     loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     curves = (
         (loss_axes, "train/loss", "training loss", "#1f5fa8"),
@@ -95,7 +95,7 @@ def loss_curve_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     lr_axes.set_xlabel("epoch")
     figure.align_ylabels()
     figure.tight_layout()
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def _unpatchify(patches: np.ndarray, grid: tuple[int, int], patch_size: int) -> np.ndarray:
@@ -105,7 +105,13 @@ def _unpatchify(patches: np.ndarray, grid: tuple[int, int], patch_size: int) -> 
     return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(len(patches), rows * patch_size, columns * patch_size, -1)
 
 
-def _array(value) -> np.ndarray:
+def pictures_of(images) -> np.ndarray:
+    """Images [N, 3, H, W], normalised by ImageNet's mean and standard deviation -> RGB [N, H, W, 3] in [0, 1]."""
+    return np.clip(as_array(images).transpose(0, 2, 3, 1) * STD + MEAN, 0, 1)
+
+
+def as_array(value) -> np.ndarray:
+    """A float32 array of an array or a tensor on any device; what is not a number becomes 0."""
     if hasattr(value, "detach"):
         value = value.detach().cpu().float().numpy()
     return np.nan_to_num(np.asarray(value, dtype=np.float32))
@@ -115,7 +121,7 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _figure(size_inches: tuple[float, float], dpi: int):
+def new_figure(size_inches: tuple[float, float], dpi: int):
     """A figure drawn by Agg, apart from pyplot and its global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -125,7 +131,8 @@ def _figure(size_inches: tuple[float, float], dpi: int):
     return figure
 
 
-def _save(figure, path: Path) -> None:
+def save_png(figure, path: Path) -> None:
+    """Write the figure as a PNG, whole or not at all, and the folder it goes to."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=figure.dpi)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

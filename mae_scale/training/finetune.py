@@ -152,7 +152,7 @@ class Finetuning(Job):
         self.notes.append(f"{len(loaded.loaded)} tensors from {path}{fresh}{unused}")
 
     def _share_frozen(self, model: Classifier, file: Path, begun: bool) -> None:
-        """The weights that are not trained: kept once in the run's folder, from where every rank and start reads them."""
+        """What is not trained: kept once in the folder of the run, from where every rank and start reads it."""
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         if torch.distributed.get_rank() == 0 and not file.exists():
             if begun:  # lost: what is read anew must have the digest that the checkpoints know

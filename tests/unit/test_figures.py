@@ -89,8 +89,8 @@ def test_prediction_that_is_not_finite_does_not_stop_the_run(tmp_path):
 
 def test_loss_curve_has_loss_and_learning_rate_against_the_epoch(tmp_path, monkeypatch):
     caught = []
-    save = figures._save
-    monkeypatch.setattr(figures, "_save", lambda figure, path: (caught.append(figure), save(figure, path)))
+    save = figures.save_png
+    monkeypatch.setattr(figures, "save_png", lambda figure, path: (caught.append(figure), save(figure, path)))
     rows = [
         {"step": 1, "epoch": 0.5, "train/loss": 2.0, "train/lr": 1e-4},
         {"step": 2, "epoch": 1.0, "train/loss": math.nan, "train/lr": 2e-4},

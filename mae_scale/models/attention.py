@@ -1,0 +1,28 @@
+"""Where a classifier looks: the attention weights of its last block, which fused attention does not give."""
+
+import torch
+from torch import Tensor
+
+from mae_scale.models.classifier import Classifier
+
+
+@torch.inference_mode()
+def last_attention(model: Classifier, images: Tensor) -> Tensor:
+    """images [N, 3, S, S], normalised -> attention to each patch in the last block, float32 [N, heads, L].
+
+    Of the token that is pooled: the cls token's, or with pool "mean" the mean over all patches'. What goes to the
+    cls token is left out, so that the L numbers sum to at most 1.
+    """
+    attention = model.encoder.blocks[-1].attn
+    caught = []
+    hook = attention.qkv.register_forward_hook(lambda module, inputs, output: caught.append(output))
+    try:
+        model.features(images)
+    finally:
+        hook.remove()
+    count, tokens, _ = caught[0].shape  # [N, 1 + L, 3 * D]
+    qkv = caught[0].float().reshape(count, tokens, 3, attention.num_heads, attention.head_dim)
+    query, key, _ = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, 1 + L, D / heads]
+    query = query[:, :, 1:] if model.pool == "mean" else query[:, :, :1]  # [N, heads, Q, D / heads]
+    weights = (query @ key.transpose(-2, -1) * attention.scale).softmax(-1)  # [N, heads, Q, 1 + L]
+    return weights[..., 1:].mean(2)
