@@ -252,11 +252,22 @@ def doctor(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, run and pictures.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
+    transfer: Annotated[
+        bool, typer.Option("--transfer", help="The paper's comparison in small: every way of transfer, three seeds.")
+    ] = False,
+    json: Json = None,
 ) -> None:
     """The whole story on a laptop: data, pre-training with two ranks, probe, pictures, MLflow.
 
-    Example: `mae-scale demo --out demo`
+    Example: `mae-scale demo --out demo`, then `mae-scale demo --out demo --transfer --json transfer.json`
     """
+    if transfer:
+        from mae_scale.transfer_demo import run_transfer
+
+        run_transfer(out, json)
+        return
+    if json is not None:
+        raise UsageError("--json is for `demo --transfer`; the plain demo prints its two figures")
     from mae_scale.demo import run_demo
 
     run_demo(out, seed)
@@ -266,7 +277,10 @@ def demo(
 def submit(
     recipes: Annotated[
         list[str],
-        typer.Argument(metavar="RECIPE... [section.key=value ...]", help="A chain; overrides are for every recipe."),
+        typer.Argument(
+            metavar="RECIPE... [section.key=value ...]",
+            help="A chain; overrides are for every recipe, those of the section classifier for classifiers.",
+        ),
     ],
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of each job.")],
     out: Annotated[Path, typer.Option(help="Parent folder: DIR/slurm, and a folder for each recipe.")],
@@ -289,7 +303,10 @@ def submit(
 ) -> None:
     """Send a chain of Slurm jobs, a recipe each, each after the one before has succeeded.
 
-    Example: `mae-scale submit pretrain/vit_huge_1600ep --nodes 16 --out runs data.root=/data/imagenet/train`
+    A classifier without weights starts from the link before it.
+
+    Example: `mae-scale submit pretrain/vit_huge_1600ep finetune/vit_huge_224 finetune/vit_huge_448 --nodes 16
+    --out runs data.root=/data/imagenet/train data.val_root=/data/imagenet/val`
     """
     from mae_scale import submit as jobs
 

@@ -139,6 +139,9 @@ class TrackingSection(Section):
     uri: str | None = Field(None, description="MLflow tracking URI; off: none")
     experiment: str = "mae-scale"
     run_name: str | None = None
+    registered_model: str | None = Field(
+        None, description="a classifier's name in MLflow's model registry; null: logged to the run only"
+    )
     log_every_steps: int = Field(20, gt=0)
 
     @field_validator("uri", mode="before")

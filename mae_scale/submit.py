@@ -11,11 +11,17 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from mae_scale.errors import RunError, UsageError
-from mae_scale.recipe import Recipe, load_recipe
-from mae_scale.training.ds_config import batch_layout, refuse_wrong_combinations
+import torch
 
-KINDS = ("pretrain", "finetune")
+from mae_scale.errors import RunError, UsageError
+from mae_scale.models.classifier_weights import load_classifier
+from mae_scale.models.weights import to_official
+from mae_scale.recipe import Recipe, load_recipe
+from mae_scale.training.assemble import build_classifier_of, build_model
+from mae_scale.training.ds_config import batch_layout, refuse_wrong_combinations
+from mae_scale.training.finetune import Finetuning
+from mae_scale.training.pretrain import Pretraining
+
 PROLOGUE = "environment.sh"
 # What sbatch would read from the environment, above what the rendered script says.
 SITE_VARIABLES = {"partition": "SBATCH_PARTITION", "account": "SBATCH_ACCOUNT", "time": "SBATCH_TIMELIMIT"}
@@ -58,7 +64,8 @@ class Shape:
 class Link:
     """One job of the chain: its recipe, its folder, its script and what the script says."""
 
-    recipe: str
+    name: str
+    recipe: Recipe
     out: Path
     script: Path
     text: str
@@ -67,20 +74,22 @@ class Link:
 def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
     """Check, render and send the chain of the recipes in `words`; what holds an = is an override for all of them.
 
-    Raises UsageError before anything is sent, RunError when sbatch refuses a link after all.
+    Those of the section classifier are for classifiers only. A classifier that needs weights and has none set starts
+    from the link before it. Raises UsageError before anything is sent, RunError when sbatch refuses a link after all.
     """
-    recipes = [word for word in words if "=" not in word]
+    names = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word]
-    if not recipes:
+    if not names:
         raise UsageError("no recipe given; expected one or more, such as pretrain/vit_huge_1600ep")
     out = out.absolute()
     prologue = _prologue()
     shape = _with_site(shape, prologue)
-    links = []
-    for recipe in recipes:
-        template = _template(recipe)
-        check(load_recipe(recipe, overrides), recipe, shape)
-        links.append(_link(len(links) + 1, recipe, overrides, template, shape, out))
+    links: list[Link] = []
+    for name in names:
+        links.append(_link(name, overrides, shape, out, links))
+    unused = [override for override in overrides if _of_classifier(override)]
+    if unused and not any(link.recipe.classifier for link in links):
+        raise UsageError(f"'{unused[0]}' is for recipes with a section classifier; found {', '.join(names)}")
     _refuse_shared_folders(links)
     slurm = shutil.which("sbatch") is not None and shutil.which("sinfo") is not None
     if slurm and dry_run:
@@ -102,15 +111,39 @@ def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
     send(links)
 
 
-def check(recipe: Recipe, name: str, shape: Shape) -> None:
-    """What can be refused before a job waits in a queue; UsageError says what to do."""
+def check(recipe: Recipe, name: str, shape: Shape, start: Link | None = None) -> None:
+    """What can be refused before a job waits in a queue; UsageError says what to do.
+
+    start: the link whose weights, which are not there yet, the recipe starts from.
+    """
     try:
         if recipe.data.root is None:
             raise UsageError("data.root is not set; add data.root=/path/to/train, as the nodes see it")
-        batch_layout(recipe, shape.ranks)
+        layout = batch_layout(recipe, shape.ranks)
         refuse_wrong_combinations(recipe, gpu=shape.gpus_per_node > 0)
+        if start is not None:
+            refuse_other_model(start, recipe)
+            needs_none = recipe.classifier.model_copy(update={"weights": None, "from_scratch": True})
+            recipe = recipe.model_copy(update={"classifier": needs_none})
+        job = (Pretraining if recipe.classifier is None else Finetuning)(recipe, Path())
+        job.refuse(layout)
+        job.augmentation()
     except UsageError as error:
         raise UsageError(f"{name} on {shape.nodes} nodes x {shape.ranks_per_node} ranks: {error}") from None
+
+
+def refuse_other_model(start: Link, recipe: Recipe) -> None:
+    """UsageError when the classifier of a recipe cannot start from what a link will leave."""
+    classes = 2  # as many on both sides: the data are not looked at
+    try:
+        with torch.device("meta"):
+            if start.recipe.classifier is None:
+                left = to_official(build_model(start.recipe), decoder=False)
+            else:
+                left = build_classifier_of(start.recipe, classes).state_dict()
+            load_classifier(build_classifier_of(recipe, classes), left)
+    except UsageError as error:
+        raise UsageError(f"it starts from {start.name}, and {error}") from None
 
 
 def check_partition(shape: Shape) -> None:
@@ -184,37 +217,50 @@ def send(links: list[Link]) -> None:
             if jobs:
                 _run(["scancel", *jobs])
             raise RunError(
-                f"sbatch refused link {number}, {link.recipe}: {_last_line(sent.stderr)}"
+                f"sbatch refused link {number}, {link.name}: {_last_line(sent.stderr)}"
                 + (f"; cancelled the links before it ({', '.join(jobs)})" if jobs else "")
             )
         after = f", after {jobs[-1]}" if jobs else ""
         jobs.append(sent.stdout.strip().partition(";")[0])  # JOB or JOB;CLUSTER
-        print(f"job {jobs[-1]}{after}: {link.recipe} -> {link.out}")
+        print(f"job {jobs[-1]}{after}: {link.name} -> {link.out}")
     print(f"scripts and logs in {links[0].script.parent}; squeue --jobs={','.join(jobs)} shows them")
 
 
-def _template(recipe: str) -> str:
-    """The text of the template of a recipe's kind: the first folder of its name, else pre-training."""
-    kind = recipe.split("/")[0]
-    kind = kind if kind in KINDS else KINDS[0]
-    template = resources.files("slurm").joinpath(f"{kind}.sbatch")
-    if not template.is_file():
-        raise UsageError(f"recipe '{recipe}': jobs of the kind '{kind}' are not there yet; submit pretrain/... recipes")
-    return template.read_text(encoding="utf-8")
+def _link(name: str, overrides: list[str], shape: Shape, out: Path, before: list[Link]) -> Link:
+    """The link after those `before`, checked."""
+    classifies = load_recipe(name).classifier is not None
+    overrides = [override for override in overrides if classifies or not _of_classifier(override)]
+    recipe = load_recipe(name, overrides)
+    if recipe.classifier is not None and recipe.classifier.weights is None and not recipe.classifier.from_scratch:
+        if not before:
+            raise UsageError(
+                f"{name} has no weights to start from; put the recipe that trains them before it, or add "
+                "classifier.weights=PATH (a run's folder, a checkpoint or a file of weights)"
+            )
+        overrides.append(f"classifier.weights={before[-1].out}")
+        recipe = load_recipe(name, overrides)
+    weights = recipe.classifier.weights if recipe.classifier else None
+    start = next((link for link in before if weights and link.out == weights.absolute()), None)
+    check(recipe, name, shape, start)
 
-
-def _link(number: int, recipe: str, overrides: list[str], template: str, shape: Shape, out: Path) -> Link:
-    path = Path(recipe)
+    path = Path(name)
     # A recipe of one's own is found from any directory; a packaged one by its name.
-    name, given = (path.stem, str(path.absolute())) if path.is_file() else (recipe.replace("/", "-"), recipe)
-    folder = out / name
-    options = {
-        **shape.options(),
-        "job-name": f"mae-{name}",
-        "output": str(out / "slurm" / f"{number}-{name}-%j.log"),
-    }
-    text = render(template, options, [given, "--out", str(folder), *overrides], _venv())
-    return Link(recipe, folder, out / "slurm" / f"{number}-{name}.sbatch", text)
+    label, given = (path.stem, str(path.absolute())) if path.is_file() else (name.replace("/", "-"), name)
+    folder, beginning = out / label, out / "slurm" / f"{len(before) + 1}-{label}"
+    options = {**shape.options(), "job-name": f"mae-{label}", "output": f"{beginning}-%j.log"}
+    template = "pretrain.sbatch" if recipe.classifier is None else "finetune.sbatch"
+    text = render(
+        resources.files("slurm").joinpath(template).read_text(encoding="utf-8"),
+        options,
+        [given, "--out", str(folder), *overrides],
+        _venv(),
+    )
+    return Link(name, recipe, folder, Path(f"{beginning}.sbatch"), text)
+
+
+def _of_classifier(override: str) -> bool:
+    """Whether an override is of the section classifier, which would make a classifier of any recipe."""
+    return override.partition("=")[0].partition(".")[0] == "classifier"
 
 
 def _refuse_shared_folders(links: list[Link]) -> None:
@@ -222,7 +268,7 @@ def _refuse_shared_folders(links: list[Link]) -> None:
         for other in links[:number]:
             if link.out == other.out:
                 raise UsageError(
-                    f"{other.recipe} and {link.recipe} would both write to {link.out}; give each recipe once: "
+                    f"{other.name} and {link.name} would both write to {link.out}; give each recipe once: "
                     "a job that meets its time limit goes on by itself"
                 )
 

@@ -98,7 +98,7 @@ class MlflowTracker:
         self._delivered: dict[str, set[int]] = defaultdict(set)  # metric name -> steps that MLflow has
         self._log_inode, self._log_offset = None, 0
         self._final_status: str | None = None
-        self._wake, self._closing, self._abandoned = (threading.Event() for _ in range(3))
+        self._wake, self._closing, self._abandoned, self._answered = (threading.Event() for _ in range(4))
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -106,6 +106,10 @@ class MlflowTracker:
     def run_id(self) -> str | None:
         """The MLflow run's id; None until the server has answered for the first time."""
         return self._state["run_id"]
+
+    def wait_for_run(self, timeout_s: float) -> str | None:
+        """The MLflow run's id when the server has answered in this start; None when not within `timeout_s`."""
+        return self.run_id if self._answered.wait(timeout_s) else None
 
     def notify(self) -> None:
         """metrics.jsonl has a new row."""
@@ -174,7 +178,7 @@ class MlflowTracker:
                         logger.warning(
                             "MLflow (%s) does not take metrics: %s. The run goes on; they wait in %s",
                             redacted(self.uri),
-                            _reason(error),
+                            reason(error),
                             self._log_path,
                         )
                     down = True
@@ -226,6 +230,7 @@ class MlflowTracker:
         self._delivered = delivered
         self._log_offset = 0
         self._connected = True
+        self._answered.set()
 
     def _known_run(self):
         """The run of mlflow.json, or one that a request without an answer has made, or None."""
@@ -333,7 +338,7 @@ class MlflowTracker:
             except Exception as error:
                 if not quietly:
                     where = redacted(self.uri)
-                    logger.warning("MLflow (%s) does not take %s yet: %s", where, path, _reason(error))
+                    logger.warning("MLflow (%s) does not take %s yet: %s", where, path, reason(error))
                 return True
             with self._state_lock:
                 self._state["artifacts"].pop(0)
@@ -375,14 +380,14 @@ def _name(key: str) -> str:
     return re.sub(r"[^\w./\- :]", "_", key)[:NAME_LENGTH]
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """One short line; of the layers of a connection's errors, what the operating system said."""
     text = str(error).strip()
     for phrase in CONNECTION_ERRORS:
         if phrase in text:
             return phrase
     first_line = text.splitlines()[0] if text else ""
-    return redacted(f"{type(error).__name__}: {first_line[:200]}".removesuffix(": "))
+    return redacted(f"{type(error).__name__}: {first_line[:200].rstrip('.')}".removesuffix(": "))
 
 
 def _user() -> str:

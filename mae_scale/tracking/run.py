@@ -27,7 +27,8 @@ class Tracking:
         tags: Mapping[str, Any],
     ):
         """start: the updates already done; total_steps: after this many this start ends."""
-        self._log = self._mlflow = None
+        self._log = None
+        self.mlflow: MlflowTracker | None = None  # rank 0's, unless tracking is off
         self.console = NullConsole()
         if not speaks:
             return
@@ -35,7 +36,7 @@ class Tracking:
         self._log = MetricsLog(out / "metrics.jsonl", start)
         uri = tracking_uri(recipe.tracking.uri, out)
         if uri is not None:
-            self._mlflow = MlflowTracker(
+            self.mlflow = MlflowTracker(
                 out,
                 uri=uri,
                 experiment=recipe.tracking.experiment,
@@ -49,8 +50,8 @@ class Tracking:
         if self._log is not None:
             self._log.append(step, epoch, metrics)
             self.console.update(step, metrics)
-        if self._mlflow is not None:
-            self._mlflow.notify()
+        if self.mlflow is not None:
+            self.mlflow.notify()
 
     def rewind(self, step: int) -> None:
         """The run has gone back to a step: rows behind it are dropped, and each step is still there once."""
@@ -61,7 +62,7 @@ class Tracking:
     @property
     def mlflow_run_id(self) -> str | None:
         """The id of the MLflow run, on rank 0 and once MLflow has answered."""
-        return self._mlflow.run_id if self._mlflow is not None else None
+        return self.mlflow.run_id if self.mlflow is not None else None
 
     def sync(self) -> None:
         """Wait until what was logged is on the disk; before a checkpoint that counts on it."""
@@ -70,8 +71,8 @@ class Tracking:
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Send a file to MLflow, when its turn comes."""
-        if self._mlflow is not None:
-            self._mlflow.log_artifact(path, folder)
+        if self.mlflow is not None:
+            self.mlflow.log_artifact(path, folder)
 
     def __enter__(self) -> "Tracking":
         self.console.__enter__()
@@ -80,8 +81,8 @@ class Tracking:
     def __exit__(self, kind, error, traceback) -> None:
         if self._log is not None:
             self._log.close()
-        if self._mlflow is not None:
+        if self.mlflow is not None:
             status = "FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED"
-            self._mlflow.close(status)
+            self.mlflow.close(status)
         self.console.__exit__(kind, error, traceback)
         sys.stdout.flush()

@@ -9,7 +9,7 @@ import numpy as np
 
 from mae_scale.tracking.figures import as_array, new_figure, pictures_of, save_png
 
-BLUE, GREY, DARK = "#1f5fa8", "#8a8a8a", "#222222"
+BLUE, ORANGE, GREY, DARK = "#1f5fa8", "#c0562b", "#8a8a8a", "#222222"
 RIGHT, WRONG = "#159a63", "#d1432f"
 MOST_BARS = 40  # classes that have a bar each; of more, a curve and those at its ends
 NAMED_AT_AN_END = 10
@@ -47,7 +47,7 @@ def per_class_figure(report: Mapping[str, Any], path: Path) -> None:
     overall = report["top1"]
     if math.isfinite(overall):
         line = axes.axvline if len(classes) <= MOST_BARS else axes.axhline
-        line(overall, color=DARK, linewidth=1, linestyle="--")
+        line(overall, color=ORANGE, linewidth=1.4, linestyle="--")
     axes.set_title(f"{overall:.1f} % of all {report['images']:,} images (dashed)", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -61,9 +61,8 @@ def _bars(axes, classes: Sequence[Mapping[str, Any]]) -> None:
     axes.set_yticks(range(len(classes)), [_short(one["class"]) for one in classes], fontsize=9)
     axes.tick_params(axis="y", length=0)
     for row, one in enumerate(classes):
-        text = f"{one['top1']:.1f}  of {one['images']:,}"
-        axes.text(one["top1"] + 1, row, text, va="center", fontsize=8, color=DARK)
-    axes.set_xlim(0, 118)
+        axes.text(102, row, f"{one['top1']:.1f} % of {one['images']:,}", va="center", fontsize=8, color=DARK)
+    axes.set_xlim(0, 124)
     axes.set_xticks(range(0, 101, 20))
     axes.set_ylim(-0.7, len(classes) - 0.3)
     axes.set_xlabel("top-1 accuracy (%)")
@@ -92,7 +91,7 @@ def attention_figure(images, attention, path: Path, patch_size: int) -> None:
         axes[row, 0].imshow(pictures[row])
         for column, one in enumerate(maps[row], start=1):
             axes[row, column].imshow(
-                one.reshape(grid, grid), cmap=MAP_COLOURS, vmin=0, vmax=one.max() or 1, interpolation="bicubic"
+                one.reshape(grid, grid), cmap=MAP_COLOURS, vmin=0, vmax=one.max() or 1, interpolation="spline16"
             )
     for column, title in enumerate(titles):
         axes[0, column].set_title(title, fontsize=10, color=DARK)
@@ -177,9 +176,8 @@ def partial_curve_figure(points: Sequence[tuple[float, float, float | None]], pa
         axes.annotate(
             f"{top1:.1f}",
             (place, top1 - (std or 0)),
-            xytext=(0, -14),
+            xytext=(4, -13),
             textcoords="offset points",
-            ha="center",
             fontsize=9,
         )
     axes.set_xticks(places, [f"{one:g}" for one in blocks])

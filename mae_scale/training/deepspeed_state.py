@@ -113,6 +113,8 @@ class DeepSpeedState:
         zero = self._zero
         with torch.no_grad():
             if self._stage == 3:
+                # What is still gathered, from a forward pass without a step after it, would not be gathered anew.
+                zero.parameter_offload.partition_all_parameters()
                 for group in range(len(zero.fp16_groups)):
                     zero._reassign_or_swap_out_partitioned_parameters(group)
                 if zero.persistent_parameters:

@@ -1,11 +1,14 @@
 """Everything after pre-training as a job: fine-tuning, partial fine-tuning, linear probing, supervised from scratch."""
 
 import json
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
+from data_pipeline.augmentations import augmentation
 from data_pipeline.index import Index, load_index, open_index
 from mae_scale.checkpoints.export import FROZEN, checkpoint_model, export_weights, starting_weights
 from mae_scale.checkpoints.shards import digest_of
@@ -13,21 +16,27 @@ from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.errors import UsageError
 from mae_scale.evaluation.measure import measure, report
 from mae_scale.evaluation.sets import EvaluationSet, folder_set
+from mae_scale.models.attention import last_attention
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.classifier_weights import load_classifier
 from mae_scale.objectives.classify import Classify
 from mae_scale.planning.flops import vit_forward_macs
+from mae_scale.tracking.figures import pictures_of
 from mae_scale.tracking.metrics_log import write_atomically
+from mae_scale.tracking.model_registry import keep_classifier
 from mae_scale.tracking.run import Tracking
+from mae_scale.tracking.transfer_figures import attention_figure, per_class_figure
 from mae_scale.training.assemble import build_classifier_of
 from mae_scale.training.distributed import first_then_others
 from mae_scale.training.ds_config import BatchLayout
 from mae_scale.training.job import Job
 from mae_scale.training.loop import Run, write_json
 from mae_scale.training.optimizers import parameter_groups
+from mae_scale.training.pretrain import some_images
 
 EVALUATION = "evaluation.json"
 VALIDATION_INDEX = "val_index.npz"
+FIGURE_IMAGES = 8
 
 
 class Finetuning(Job):
@@ -115,9 +124,19 @@ class Finetuning(Job):
 
     def finish(self, run: Run, tracking: Tracking) -> str:
         weights = run.out / "export" / "model.safetensors"
+        trained = cache(lambda: checkpoint_model(list_checkpoints(run.checkpoints)[-1][1])[0])
         if not weights.exists():
-            model, _ = checkpoint_model(list_checkpoints(run.checkpoints)[-1][1])
-            export_weights(model, weights, "official")
+            for picture in draw_figures(trained(), run):
+                tracking.artifact(picture, "figures")
+            export_weights(trained(), weights, "official")
+        if tracking.mlflow is not None:
+            keep_classifier(
+                tracking.mlflow,
+                run.out,
+                lambda: (trained(), np.rint(255 * pictures_of(shown_images(run, 1)))),
+                class_names=run.index.classes,
+                registered_name=self.recipe.tracking.registered_model,
+            )
         said = f"weights in {weights}"
         if (run.out / EVALUATION).exists():
             found = json.loads((run.out / EVALUATION).read_text())
@@ -195,6 +214,25 @@ class Validation:
             write_json(run.out / EVALUATION, report(accuracy, names))
         found = accuracy.results()
         return {"val/top1": found["top1"], "val/top5": found["top5"], "val/loss": found["loss"]}
+
+
+def shown_images(run: Run, count: int) -> torch.Tensor:
+    """Some validation images (training images without data.val_root) [N, 3, S, S], cut as in evaluation."""
+    root = run.recipe.data.val_root
+    index = run.index if root is None else load_index(run.out / VALIDATION_INDEX, root)
+    return some_images(index, count, run.recipe, augmentation("evaluation"))
+
+
+def draw_figures(model: Classifier, run: Run) -> list[Path]:
+    """Where the model looks, and the accuracy of each class where it was measured; the pictures' files."""
+    figures = run.out / "figures"
+    pictures = [figures / "attention.png"]
+    images = shown_images(run, FIGURE_IMAGES)
+    attention_figure(images, last_attention(model, images), pictures[0], model.patch_size)
+    if (run.out / EVALUATION).exists():
+        pictures.append(figures / "per_class.png")
+        per_class_figure(json.loads((run.out / EVALUATION).read_text()), pictures[1])
+    return pictures
 
 
 def _places(names: list[str]) -> str:

@@ -1,11 +1,13 @@
 """Jobs on a real Slurm of two nodes: training, stopping, requeueing, chains, and the templates as sbatch reads them."""
 
 import itertools
+import json
 import signal
 import sys
 
 import psutil
 import pytest
+from safetensors.torch import load_file
 
 from tests.cluster.conftest import TEMPLATES, Cluster, last_step, losses, manifest_steps
 from tests.tiny import STEPS_PER_EPOCH
@@ -15,6 +17,7 @@ pytestmark = pytest.mark.timeout(300)
 
 EPOCHS = 40
 STEPS = EPOCHS * STEPS_PER_EPOCH
+VALIDATION_IMAGES = 1797 - 1442
 
 
 def arguments(digits, *more: str) -> list[str]:
@@ -33,7 +36,7 @@ def whole(tmp_path_factory, digits, mae_scale):
 
 def test_every_template_is_accepted_for_16_nodes_of_8_gpus(cluster: Cluster):
     templates = sorted(TEMPLATES.glob("*.sbatch"))
-    assert {"pretrain.sbatch", "scaling.sbatch"} <= {t.name for t in templates}
+    assert {"pretrain.sbatch", "finetune.sbatch", "scaling.sbatch"} <= {t.name for t in templates}
     for template in templates:
         tested = cluster.call("sbatch", "--test-only", "--partition=big", "--nodes=16", template, "demo", "--out", "x")
         assert "using 3072 processors on nodes big[1-16]" in tested.stderr
@@ -125,25 +128,36 @@ class TestOneRunThroughEveryFault:
         assert max(abs(mine[step] - whole[step]) for step in whole) < 1e-6
 
 
-def test_a_chain_waits_for_the_real_end_of_a_requeued_link(cluster: Cluster, tmp_path, digits):
-    second = tmp_path / "second.yaml"
-    second.write_text("extends: demo\nseed: 1\n")
+def test_a_chain_waits_for_the_real_end_of_a_requeued_link_and_starts_each_from_the_one_before(
+    cluster: Cluster, tmp_path, digits
+):
+    """Pre-training, fine-tuning, and from there fine-tuning with larger images."""
+    small, large = tmp_path / "small.yaml", tmp_path / "large.yaml"
+    small.write_text("extends: finetune/demo\ndata: {labels_a_class: null}\n")
+    large.write_text(f"extends: {small}\nmodel: {{image_size: 64}}\n")
     shape = ["--nodes", 2, "--gpus-per-node", 2, "--cpus-per-task", 1]
     mae_scale = [sys.executable, "-m", "mae_scale"]
     recipe = arguments(digits, "schedule.epochs=6")
-    sent = cluster.call(*mae_scale, "submit", "demo", second, *shape, "--out", tmp_path / "c", *recipe)
-    first, then = [line.split()[1].strip(",:") for line in sent.stdout.splitlines() if line.startswith("job ")]
-    logs = [tmp_path / "c" / "slurm" / name for name in (f"1-demo-{first}.log", f"2-second-{then}.log")]
-    cluster.wait_for_step(first, tmp_path / "c" / "demo", 5, logs[0])
-    cluster.call("scancel", "--batch", "--signal=USR1", first)
-    cluster.wait_for_start(first, 1, logs[0])
-    waiting = cluster.job(then)
-    assert (waiting["JobState"], waiting["Reason"]) == ("PENDING", "Dependency")
-    cluster.wait_for_end(first, logs[0])
-    cluster.wait_for_end(then, logs[1])
-    for name in ("demo", "second"):
-        assert last_step(tmp_path / "c" / name) == 6 * STEPS_PER_EPOCH
-        assert (tmp_path / "c" / name / "export" / "model.safetensors").exists()
+    sent = cluster.call(*mae_scale, "submit", "demo", small, large, *shape, "--out", tmp_path / "c", *recipe)
+    jobs = [line.split()[1].strip(",:") for line in sent.stdout.splitlines() if line.startswith("job ")]
+    names = ("demo", "small", "large")
+    runs = [tmp_path / "c" / name for name in names]
+    logs = [tmp_path / "c" / "slurm" / f"{i}-{names[i - 1]}-{job}.log" for i, job in enumerate(jobs, start=1)]
+    cluster.wait_for_step(jobs[0], runs[0], 5, logs[0])
+    cluster.call("scancel", "--batch", "--signal=USR1", jobs[0])
+    cluster.wait_for_start(jobs[0], 1, logs[0])
+    for job in jobs[1:]:
+        waiting = cluster.job(job)
+        assert (waiting["JobState"], waiting["Reason"]) == ("PENDING", "Dependency")
+    for job, run, log in zip(jobs, runs, logs, strict=True):
+        cluster.wait_for_end(job, log)
+        assert last_step(run) == 6 * STEPS_PER_EPOCH
+        assert (run / "export" / "model.safetensors").exists()
+    for run, before, log in zip(runs[1:], runs, logs[1:], strict=False):
+        assert f"tensors from {before}" in log.read_text()
+        assert json.loads((run / "evaluation.json").read_text())["images"] == VALIDATION_IMAGES
+    positions = load_file(runs[2] / "export" / "model.safetensors")["pos_embed"]
+    assert positions.shape == (1, 1 + (64 // 4) ** 2, 32)
 
 
 def test_a_refused_recipe_is_not_requeued_and_ends_its_chain(cluster: Cluster, tmp_path, digits):

@@ -1,9 +1,30 @@
 """A recipe says what a run is, refuses what it does not know, and knows when two recipes are one run."""
 
+import re
+from importlib import resources
+from math import prod
+from pathlib import Path
+
 import pytest
 
 from mae_scale.errors import UsageError
-from mae_scale.recipe import differing_keys, load_recipe, packaged_recipes
+from mae_scale.planning.flops import peak_flops_per_s
+from mae_scale.recipe import Recipe, differing_keys, load_recipe, packaged_recipes
+from mae_scale.training.ds_config import batch_layout, deepspeed_config, refuse_wrong_combinations
+from mae_scale.training.finetune import Finetuning
+from mae_scale.training.job import Job
+from mae_scale.training.pretrain import Pretraining
+
+IMAGENET = 1_281_167  # training images
+
+
+def header(name: str) -> str:
+    """The comment at the head of a packaged recipe."""
+    return resources.files("mae_scale.recipes").joinpath(f"{name}.yaml").read_text().partition("\n\n")[0]
+
+
+def job_of(recipe: Recipe) -> Job:
+    return (Pretraining if recipe.classifier is None else Finetuning)(recipe, Path())
 
 
 @pytest.mark.parametrize("size", ["base", "large", "huge"])
@@ -18,12 +39,87 @@ def test_packaged_recipes_are_the_papers_settings(size, epochs):
     assert recipe.data.augmentation == "random_resized_crop"
 
 
-def test_every_packaged_recipe_has_a_header_with_result_cost_and_command():
-    from importlib import resources
+# base lr, layer-wise decay, epochs, drop path
+FINETUNING = {
+    "vit_base_224": (5e-4, 0.65, 100, 0.1),
+    "vit_large_224": (1e-3, 0.75, 50, 0.2),
+    "vit_huge_224": (1e-3, 0.75, 50, 0.3),
+    "vit_huge_448": (1e-3, 0.75, 50, 0.3),
+}
+FINETUNED = [(f"finetune/{name}", None, row) for name, row in FINETUNING.items()]
+FINETUNED += [(f"partial/{name[:-4]}", 4, row) for name, row in FINETUNING.items() if name.endswith("224")]
 
-    for name in packaged_recipes():
-        header = resources.files("mae_scale.recipes").joinpath(f"{name}.yaml").read_text().partition("\n\n")[0]
-        assert all(word in header for word in ("Expected:", "Cost:", "Command")), name
+
+@pytest.mark.parametrize(("name", "trained_blocks", "row"), FINETUNED)
+def test_fine_tuning_recipes_are_the_papers_and_the_releases_settings(name, trained_blocks, row):
+    recipe = load_recipe(name)
+    optim, schedule, data, classifier = recipe.optim, recipe.schedule, recipe.data, recipe.classifier
+    assert row == (optim.base_lr, optim.layer_decay, schedule.epochs, recipe.model.drop_path)
+    assert recipe.lr == pytest.approx(4 * optim.base_lr)
+    assert (optim.name, optim.betas, optim.weight_decay, schedule.warmup_epochs) == ("adamw", (0.9, 0.999), 0.05, 5)
+    assert (data.augmentation, data.crop_scale, data.random_erasing) == ("rand_augment", None, 0.25)
+    assert (classifier.mixup, classifier.cutmix, classifier.label_smoothing) == (0.8, 1.0, 0.1)
+    assert (classifier.pool, classifier.trained_blocks, classifier.ema) == ("mean", trained_blocks, None)
+    assert recipe.model.image_size == int(name[-3:] if trained_blocks is None else 224)
+
+
+@pytest.mark.parametrize(("size", "epochs"), [("base", 90), ("large", 50), ("huge", 50)])
+def test_probing_recipes_are_the_papers_settings(size, epochs):
+    recipe = load_recipe(f"probe/vit_{size}")
+    optim, data, classifier = recipe.optim, recipe.data, recipe.classifier
+    assert (optim.name, optim.weight_decay, optim.momentum) == ("lars", 0, 0.9)
+    assert recipe.lr == pytest.approx(0.1 * 16384 / 256)
+    assert (recipe.schedule.epochs, recipe.schedule.warmup_epochs, data.global_batch) == (epochs, 10, 16384)
+    assert (data.augmentation, data.crop_scale, data.random_erasing) == ("random_resized_crop", 0.08, 0)
+    assert (classifier.pool, classifier.batch_norm, classifier.trained_blocks) == ("cls", True, 0)
+    assert classifier.mixup == classifier.cutmix == classifier.label_smoothing == recipe.model.drop_path == 0
+
+
+@pytest.mark.parametrize(("size", "epochs", "drop_path"), [("base", 300, 0.1), ("large", 200, 0.2), ("huge", 200, 0.2)])
+def test_recipes_from_scratch_are_the_papers_settings(size, epochs, drop_path):
+    recipe = load_recipe(f"scratch/vit_{size}")
+    optim, data, classifier = recipe.optim, recipe.data, recipe.classifier
+    assert (optim.betas, optim.weight_decay, optim.layer_decay) == ((0.9, 0.95), 0.3, 1)
+    assert recipe.lr == pytest.approx(1e-4 * 4096 / 256)
+    assert (recipe.schedule.epochs, recipe.schedule.warmup_epochs, recipe.model.drop_path) == (epochs, 20, drop_path)
+    assert (data.augmentation, data.random_erasing, data.global_batch) == ("rand_augment", 0, 4096)
+    assert (classifier.mixup, classifier.cutmix, classifier.label_smoothing) == (0.8, 1.0, 0.1)
+    assert (classifier.from_scratch, classifier.ema) == (True, 0.9999)
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_a_packaged_recipe_has_a_header_with_result_cost_and_command_and_runs_on_the_ranks_that_this_names(
+    name, tmp_path
+):
+    head = header(name)
+    assert all(word in head for word in ("Expected:", "Cost:", "Command")), name
+    command = re.sub(r"[\s#\\]+", " ", head[head.index("Command") :])
+    kind = name.partition("/")[0]
+    verb = {"demo": "pretrain", "partial": "finetune", "scratch": "finetune"}.get(kind, kind)
+    assert f" {verb} {name} " in command
+    recipe = load_recipe(name)
+    starts = recipe.classifier is not None and not recipe.classifier.from_scratch
+    assert ("--weights" in command) == starts
+    if starts:
+        recipe = load_recipe(name, [f"classifier.weights={tmp_path}"])
+    ranks = prod(map(int, re.findall(r"--(?:nnodes|nproc-per-node|nproc)[ =](\d+)", command)))
+    layout = batch_layout(recipe, ranks)
+    gpu = "H100" in head
+    refuse_wrong_combinations(recipe, gpu=gpu)
+    deepspeed_config(recipe, layout, gpu=gpu)
+    job = job_of(recipe)
+    job.refuse(layout)
+    job.augmentation()
+
+
+@pytest.mark.parametrize("name", [name for name in packaged_recipes() if "H100" in header(name)])
+def test_the_cost_that_a_header_names_is_that_of_its_images(name):
+    """Every training image in every epoch, forward and backward; hours at 40 % of the peak in bf16."""
+    flops, hours = re.search(r"Cost: (\S+) FLOPs of matrix products, about (\S+) H100 hours", header(name)).groups()
+    recipe = load_recipe(name)
+    expected = job_of(recipe).training_flops() * IMAGENET * recipe.schedule.epochs
+    assert float(flops) == pytest.approx(expected, rel=0.1)
+    assert float(hours) == pytest.approx(expected / (0.4 * peak_flops_per_s("H100", "bf16")) / 3600, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from mae_scale import cli
 
 TEMPLATES = Path(__file__).parents[2] / "slurm"
 HUGE = "pretrain/vit_huge_1600ep"
+LARGE = "pretrain/vit_large_1600ep"
+RUNS = [f'run_job {kind} "$@"' for kind in ("pretrain", "finetune", "finetune")]
 
 
 @pytest.fixture
@@ -102,6 +104,50 @@ def test_a_chain_is_rendered_and_sent_each_link_after_the_one_before(submit, slu
     assert (folder / "environment.sh").read_text() == (TEMPLATES / "environment.sh").read_text()
 
 
+def scripts(out: str) -> list[str]:
+    """The scripts that a dry run shows."""
+    return out.split("#!/usr/bin/env bash")[1:]
+
+
+def test_a_classifier_starts_from_the_link_before_it_and_alone_gets_the_overrides_of_its_section(
+    submit, no_slurm, tmp_path
+):
+    chain = [HUGE, "finetune/vit_huge_224", "finetune/vit_huge_448"]
+    both = ["data.root=/d", "model.drop_path=0.1"]
+    code, out, error = submit(*chain, *both, "classifier.mixup=0.4", "--nodes", 16, "--out", "runs", "--dry-run")
+    assert code == 0, error
+    runs = [f"{tmp_path}/runs/{recipe.replace('/', '-')}" for recipe in chain]
+    assert [arguments(script) for script in scripts(out)] == [
+        [chain[0], "--out", runs[0], *both],
+        [chain[1], "--out", runs[1], *both, "classifier.mixup=0.4", f"classifier.weights={runs[0]}"],
+        [chain[2], "--out", runs[2], *both, "classifier.mixup=0.4", f"classifier.weights={runs[1]}"],
+    ]
+    assert [line for line in out.splitlines() if line.startswith("run_job")] == RUNS
+
+
+def test_the_recipe_and_not_its_name_decides_the_template(submit, no_slurm, tmp_path):
+    (tmp_path / "pretrain").mkdir()
+    trains, classifies = tmp_path / "finetune.yaml", tmp_path / "pretrain" / "mine.yaml"
+    trains.write_text(f"extends: {LARGE}\n")
+    classifies.write_text("extends: scratch/vit_large\n")
+    recipes = [trains, classifies, "partial/vit_large"]
+    code, out, error = submit(*recipes, "data.root=/d", "--nodes", 4, "--out", "runs", "--dry-run")
+    assert code == 0, error
+    assert [line for line in out.splitlines() if line.startswith("run_job")] == RUNS
+
+
+def test_weights_that_are_given_are_those_of_every_classifier(submit, no_slurm, tmp_path):
+    """A file that is there, or the folder that a link before will fill."""
+    file = tmp_path / "mae.pth"
+    file.touch()
+    for weights in (file, "runs/pretrain-vit_large_1600ep"):
+        chain = [LARGE, "finetune/vit_large_224", "probe/vit_large", f"classifier.weights={weights}", "data.root=/d"]
+        code, out, error = submit(*chain, "--nodes", 4, "--out", "runs", "--dry-run")
+        assert code == 0, error
+        given = [[word for word in arguments(script) if word.startswith("classifier.")] for script in scripts(out)]
+        assert given == [[], [f"classifier.weights={weights}"], [f"classifier.weights={weights}"]]
+
+
 def test_dry_run_shows_the_scripts_and_writes_and_sends_nothing_even_without_slurm(submit, no_slurm, tmp_path):
     code, out, error = submit(HUGE, "--nodes", 16, "--out", "runs", "data.root=/d", "--dry-run")
     assert code == 0, error
@@ -160,7 +206,14 @@ def test_the_site_is_what_its_environment_file_says_and_the_environment_wins(sub
         ([HUGE, "--nodes", 4], ["partition 'small' has 2 nodes", "--partition large"]),
         ([HUGE, "engine.micro_batch=16", "--nodes", 32, "--partition", "large"], ["partition 'large' has 16 nodes"]),
         ([HUGE, "--nodes", 2, "--partition", "lage"], ["partition 'lage' is not there", "small, large"]),
-        (["finetune/vit_huge_224", "--nodes", 2], ["finetune/vit_huge_224", "not there yet"]),
+        (["finetune/vit_huge_224", HUGE, "--nodes", 2], ["vit_huge_224 has no weights", "classifier.weights="]),
+        ([LARGE, "finetune/vit_huge_224", "--nodes", 2], [f"it starts from {LARGE}", "weights of vit_large_patch16"]),
+        ([LARGE, "finetune/vit_large_224", "probe/vit_large", "--nodes", 2], ["pools by mean", "pools by cls"]),
+        ([LARGE, "probe/vit_large", "engine.micro_batch=8", "--nodes", 2], ["probe/vit_large on", "drop engine.micro"]),
+        ([LARGE, "finetune/vit_large_224", "engine.micro_batch=1", "--nodes", 2], ["vit_large_224 on", "even"]),
+        ([LARGE, "probe/vit_large", "data.augmentation=none", "--nodes", 2], ["no random resized crop"]),
+        (["finetune/vit_huge_224", "classifier.weights=/no", "--nodes", 2], ["/no does not exist"]),
+        ([HUGE, "classifier.mixup=0", "--nodes", 2], ["'classifier.mixup=0' is for recipes with a section", HUGE]),
         (["pretrain/vit_hug_1600ep", "--nodes", 2], ["did you mean 'pretrain/vit_huge_1600ep'"]),
         ([HUGE, HUGE, "--nodes", 2], ["give each recipe once"]),
         ([HUGE, "--nodes", 2, "data.root=null"], ["data.root is not set"]),

@@ -1,0 +1,136 @@
+"""`mae-scale demo --transfer`: the paper's comparison in small (He et al., section 4), on the digits, few labels."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from data_pipeline.samples import write_digits
+from mae_scale.errors import RunError, UsageError
+from mae_scale.tracking.transfer_figures import partial_curve_figure
+
+SEEDS = (0, 1, 2)
+WEIGHTS = "{weights}"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of using (or not using) the pre-trained encoder: what it is called, and its command."""
+
+    name: str
+    title: str
+    command: tuple[str, ...]
+
+
+WAYS = (
+    Way("scratch", "supervised from scratch", ("finetune", "scratch/demo")),
+    Way("linear_probe", "linear probing", ("probe", "probe/demo", "--weights", WEIGHTS)),
+    Way("knn", "k-NN, nothing trained", ("knn", "probe/demo", "--weights", WEIGHTS)),
+    *(
+        Way(
+            f"partial_{blocks}",
+            f"partial fine-tuning, {'the last MLP' if blocks == '0.5' else f'the last {blocks} of 4 blocks'}",
+            ("finetune", "partial/demo", f"classifier.trained_blocks={blocks}", "--weights", WEIGHTS),
+        )
+        for blocks in ("0.5", "1", "2")
+    ),
+    Way("finetune", "end-to-end fine-tuning", ("finetune", "finetune/demo", "--weights", WEIGHTS)),
+    Way(
+        "finetune_double",
+        "end-to-end fine-tuning at 64 px",
+        ("finetune", "finetune/demo", "model.image_size=64", "--weights", WEIGHTS),
+    ),
+)
+
+
+def run_transfer(
+    out: Path, json_file: Path | None, *, seeds: tuple[int, ...] = SEEDS, overrides: tuple[str, ...] = ()
+) -> dict[str, dict]:
+    """Pre-training and every way of transfer for each seed, below `out`; a second call goes on where the first stopped.
+
+    {way: {"mean", "std", "seeds"}} of top-1 in percent on the held-out digits; std is the sample's. `overrides` go to
+    every command.
+    """
+    began, console = time.monotonic(), Console(highlight=False, soft_wrap=True)
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise UsageError(f"--json {json_file}: there is no folder {json_file.absolute().parent}; make it first")
+    digits = out / "digits"
+    write_digits(digits)
+    data = [f"data.root={digits}/train", f"data.val_root={digits}/val", *overrides]
+    console.print(f"{len(seeds)} seeds: pre-training on all images without labels, then ten labels a class")
+    found: dict[str, list[float]] = {way.name: [] for way in WAYS}
+    workers = max(1, (os.cpu_count() or 1))
+    for seed in seeds:
+        run, folder = out / f"run-seed{seed}", out / f"transfer-seed{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shared = [*data, f"seed={seed}"]
+        command = ["pretrain", "demo", "--nproc", str(min(2, workers)), "--out", str(run), *shared]
+        _call(command, folder / "pretrain.log")
+        console.print(f"seed {seed}: pre-trained, {run}  ({time.monotonic() - began:.0f} s)")
+        with ThreadPoolExecutor(workers) as pool:  # each is a process of one thread
+            measured = pool.map(
+                lambda way, run=run, folder=folder, shared=shared: _top1(way, run, folder, shared), WAYS
+            )
+            for way, top1 in zip(WAYS, measured, strict=True):
+                found[way.name].append(top1)
+                console.print(f"seed {seed}: {way.title:42} {top1:6.2f} %  ({time.monotonic() - began:.0f} s)")
+    results = {
+        name: {
+            "mean": statistics.mean(values),
+            "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+            "seeds": values,
+        }
+        for name, values in found.items()
+    }
+    _show(console, results)
+    curve = out / "figures" / "partial_finetuning.png"
+    points = {"linear_probe": 0, "partial_0.5": 0.5, "partial_1": 1, "partial_2": 2, "finetune": 4}
+    partial_curve_figure([(k, results[name]["mean"], results[name]["std"]) for name, k in points.items()], curve)
+    console.print(
+        f"curve of partial fine-tuning: {curve}; runs: {out}/transfer-seed*; ({time.monotonic() - began:.0f} s)"
+    )
+    if json_file is not None:
+        json_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return results
+
+
+def _top1(way: Way, run: Path, folder: Path, overrides: list[str]) -> float:
+    """Top-1 in percent of one way, from the command's own JSON file."""
+    answer = folder / f"{way.name}.json"
+    words = [word.replace(WEIGHTS, str(run)) for word in way.command]
+    if way.name == "knn":
+        overrides = [*overrides, "data.labels_a_class=10"]
+    else:
+        words += ["--out", str(folder / way.name)]
+    _call([*words, *overrides, "--json", str(answer)], folder / f"{way.name}.log")
+    return json.loads(answer.read_text(encoding="utf-8"))["top1"]
+
+
+def _call(words: list[str], log: Path) -> None:
+    """`mae-scale WORDS`, what it says kept in a file. RunError with its last lines when it fails."""
+    with open(log, "w", encoding="utf-8") as file:
+        done = subprocess.run([sys.executable, "-m", "mae_scale", *words], stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode:
+        last = " / ".join(log.read_text(encoding="utf-8").strip().splitlines()[-3:])
+        raise RunError(f"`mae-scale {' '.join(words)}` ended with exit code {done.returncode}: {last} (all in {log})")
+
+
+def _show(console: Console, results: dict[str, dict]) -> None:
+    table = Table(title="top-1 on held-out digits, ten labels a class", title_justify="left")
+    table.add_column("way")
+    table.add_column("mean", justify="right")
+    table.add_column("std", justify="right")
+    table.add_column("seeds", justify="right")
+    for way in WAYS:
+        found = results[way.name]
+        seeds = "  ".join(f"{value:.2f}" for value in found["seeds"])
+        table.add_row(way.title, f"{found['mean']:.2f}", f"{found['std']:.2f}", seeds)
+    console.print(table)

@@ -1,0 +1,227 @@
+"""A fine-tuned classifier in MLflow: logged once, by a server that may be down, and served by MLflow alone."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+
+from mae_scale.checkpoints.export import checkpoint_model
+from mae_scale.checkpoints.store import list_checkpoints
+from mae_scale.models.classifier import build_classifier
+from mae_scale.tracking.model_registry import log_classifier
+from tests.integration.test_mlflow import Server, wait_for
+
+NAME = "digits"
+TINY = [
+    "classifier.from_scratch=true",
+    "classifier.mixup=0",
+    "classifier.cutmix=0",
+    "data.augmentation=random_resized_crop",
+    "data.flip=0",
+    "model.width=32",
+    "model.depth=2",
+    "model.heads=2",
+    "model.drop_path=0",
+    "optim.layer_decay=1",
+    "optim.base_lr=2e-2",
+    "schedule.epochs=15",
+    "schedule.warmup_epochs=1",
+    "checkpoint.every_epochs=15",
+]
+
+
+@pytest.fixture(scope="module")
+def finetune(digits, mae_scale):
+    """Call the tiny fine-tuning; each call is the same command for the same folder and server."""
+
+    def run(out: Path, server: Server, *more: str) -> str:
+        data = [f"data.root={digits}/train", f"data.val_root={digits}/val"]
+        done = mae_scale("finetune", "finetune/demo", "--out", out, "--tracking-uri", server.uri, *data, *TINY, *more)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def run(server, finetune, tmp_path_factory):
+    """A finished run, its note on the model, and what it said."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    said = finetune(out, server, f"tracking.registered_model={NAME}")
+    return SimpleNamespace(out=out, said=said, note=note_of(out), client=MlflowClient(server.uri))
+
+
+@pytest.fixture(autouse=True)
+def _tracking_uri(server, monkeypatch):
+    """Of what these tests load from MLflow; the run has it from its command alone."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+
+
+def note_of(out: Path) -> dict:
+    return json.loads((out / "export" / "mlflow_model.json").read_text())
+
+
+def models_of(client: MlflowClient, run_id: str) -> list:
+    experiment_id = client.get_run(run_id).info.experiment_id
+    return list(client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'"))
+
+
+@pytest.fixture(scope="module")
+def pixels(digits) -> np.ndarray:
+    """Images of the validation folder as they lie there: float32 [20, 32, 32, 3]."""
+    files = sorted((digits / "val").glob("*/*.jpg"))[::18]
+    return np.stack([np.asarray(Image.open(file).convert("RGB"), np.float32) for file in files])
+
+
+@pytest.fixture(scope="module")
+def expected(run, pixels) -> np.ndarray:
+    """What the newest checkpoint's model says of them."""
+    model, _ = checkpoint_model(list_checkpoints(run.out / "checkpoints")[-1][1])
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.inference_mode():
+        probabilities = model((((torch.tensor(pixels) / 255) - mean) / std).permute(0, 3, 1, 2)).softmax(1)
+    assert probabilities.std(0).max() > 0.02, "the model says the same of all images"
+    return probabilities.numpy()
+
+
+def test_loaded_model_gives_the_probabilities_of_the_checkpoint(run, pixels, expected):
+    loaded = mlflow.pytorch.load_model(run.note["model_uri"])
+    with torch.inference_mode():
+        np.testing.assert_allclose(loaded(torch.tensor(pixels)).numpy(), expected, atol=1e-5)
+    as_function = mlflow.pyfunc.load_model(f"models:/{NAME}/1")
+    np.testing.assert_allclose(as_function.predict(pixels), expected, atol=1e-5)
+
+
+def test_model_has_signature_a_real_image_class_names_and_what_it_needs(run, digits):
+    info = mlflow.models.get_model_info(run.note["model_uri"])
+    (inputs,), (outputs,) = info.signature.inputs.inputs, info.signature.outputs.inputs
+    assert (inputs.shape, inputs.type) == ((-1, 32, 32, 3), np.float32)
+    assert (outputs.shape, outputs.type) == ((-1, 10), np.float32)
+    assert info.metadata["class_names"] == [str(digit) for digit in range(10)]
+    loaded = mlflow.pyfunc.load_model(run.note["model_uri"])
+    example = np.asarray(loaded.input_example)[0]
+    real = [np.asarray(Image.open(file).convert("RGB"), float) for file in (digits / "val").glob("*/*.jpg")]
+    assert min(np.abs(example - image).max() for image in real) <= 3  # decoded by another library
+    files = run.client.list_logged_model_artifacts(info.model_id)
+    assert {"requirements.txt", "input_example.json"} <= {Path(file.path).name for file in files}
+    path = Path(mlflow.artifacts.download_artifacts(f"{run.note['model_uri']}/requirements.txt"))
+    assert {line.partition("==")[0] for line in path.read_text().split()} == {"mae-scale", "torch", "mlflow"}
+
+
+def test_model_and_pictures_are_of_the_run_and_the_name_has_version_one(run):
+    run_id = run.note["run_id"]
+    assert run_id == json.loads((run.out / "mlflow.json").read_text())["run_id"]
+    assert [model.model_uri for model in models_of(run.client, run_id)] == [run.note["model_uri"]]
+    assert [output.model_id for output in run.client.get_run(run_id).outputs.model_outputs] == [
+        run.note["model_uri"].removeprefix("models:/")
+    ]
+    version = run.client.get_model_version(NAME, "1")
+    assert (version.run_id, version.status, run.note["version"]) == (run_id, "READY", "1")
+    pictures = {file.path for file in run.client.list_artifacts(run_id, "figures")}
+    assert pictures == {"figures/loss_curve.png", "figures/attention.png", "figures/per_class.png"}
+    for picture in pictures:
+        with Image.open(run.out / picture) as png:
+            assert min(png.size) > 300
+    assert "warning" not in run.said
+
+
+def test_the_same_command_again_logs_nothing_twice_whether_it_knows_or_asks(run, server, finetune):
+    for _ in range(2):
+        assert "warning" not in finetune(run.out, server, f"tracking.registered_model={NAME}")
+        assert len(models_of(run.client, run.note["run_id"])) == 1
+        assert len(run.client.search_model_versions(f"name = '{NAME}'")) == 1
+        assert note_of(run.out) == run.note
+        (run.out / "export" / "mlflow_model.json").unlink()
+    (run.out / "export" / "mlflow_model.json").write_text(json.dumps(run.note))
+
+
+def test_served_model_answers_an_image_with_its_probabilities(run, pixels, expected, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{NAME}/1", "--env-manager", "local"]
+    with open(tmp_path / "serve.log", "wb") as log:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            cwd=tmp_path,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+        )
+    url = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        assert process.poll() is None, (tmp_path / "serve.log").read_text()
+        try:
+            return urllib.request.urlopen(f"{url}/ping", timeout=5).status == 200
+        except OSError:
+            return False
+
+    try:
+        wait_for(answers, "the served model to answer")
+        body = json.dumps({"inputs": pixels[:2].astype(int).tolist()}).encode()
+        request = urllib.request.Request(f"{url}/invocations", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            found = json.loads(answer.read())["predictions"]
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=20)
+    np.testing.assert_allclose(found, expected[:2], atol=1e-5)
+
+
+def test_server_that_is_down_costs_a_warning_and_the_same_command_logs_later(finetune, tmp_path):
+    late = Server(tmp_path)
+    out = tmp_path / "run"
+    said = finetune(out, late, "tracking.registered_model=late")
+    assert f"MLflow ({late.uri}) did not take the model late" in said
+    assert "running the same command again logs it" in said
+    assert (out / "export" / "model.safetensors").exists()
+    assert not (out / "export" / "mlflow_model.json").exists()
+    try:
+        late.start()
+        assert "warning" not in finetune(out, late, "tracking.registered_model=late")
+        client = MlflowClient(late.uri)
+        assert client.get_model_version("late", "1").run_id == note_of(out)["run_id"]
+        assert len(models_of(client, note_of(out)["run_id"])) == 1
+    finally:
+        late.kill()
+
+
+def test_a_model_that_was_cut_off_half_way_is_completed_and_takes_a_name_later(server, tmp_path):
+    client = MlflowClient(server.uri)
+    run_id = client.create_run(client.create_experiment("cut off")).info.run_id
+    experiment_id = client.get_run(run_id).info.experiment_id
+    begun = client.create_logged_model(experiment_id, "classifier", source_run_id=run_id)
+    model = build_classifier(classes=2, image_size=8, patch_size=4, width=8, depth=1, heads=1)
+    given = {"uri": server.uri, "run_id": run_id, "example": np.zeros((1, 8, 8, 3), np.float32)}
+    given |= {"class_names": ["no", "yes"], "scratch": tmp_path}
+    logged = log_classifier(model, registered_name=None, **given)
+    assert logged == {"model_uri": f"models:/{begun.model_id}", "version": None}
+    (ready,) = models_of(client, run_id)
+    assert (ready.model_id, str(ready.status)) == (begun.model_id, "READY")
+    assert log_classifier(model, registered_name="half", **given) == logged | {"version": "1"}
+    assert mlflow.pytorch.load_model("models:/half/1")(torch.zeros(1, 8, 8, 3)).shape == (1, 2)
+    assert list(tmp_path.iterdir()) == []
