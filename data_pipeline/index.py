@@ -97,6 +97,10 @@ class Index:
         inside = os.fsdecode(self.rows.name(int(image))) if shard < 0 else self.shard_names[shard]
         return self.root / inside
 
+    def take(self, images: np.ndarray) -> Index:
+        """An index of these images, int [n], in this order."""
+        return Index(self.root, self.rows.take(images), self.classes, self.shard_names, self.shard_bytes)
+
     def few(self, count: int, *, seed: int) -> Index:
         """An index of `count` images of each class, drawn by the seed, in the order of this one.
 
@@ -112,8 +116,7 @@ class Index:
                 )
             draws = generator(seed, "few", int(label)).bit_generator.random_raw(len(images))
             chosen.append(images[np.argsort(draws, kind="stable")[:count]])
-        rows = self.rows.take(np.sort(np.concatenate(chosen)))
-        return Index(self.root, rows, self.classes, self.shard_names, self.shard_bytes)
+        return self.take(np.sort(np.concatenate(chosen)))
 
     def summary(self) -> str:
         """One line for people."""

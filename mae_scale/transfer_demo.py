@@ -93,7 +93,9 @@ def run_transfer(
     _show(console, results)
     curve = out / "figures" / "partial_finetuning.png"
     points = {"linear_probe": 0, "partial_0.5": 0.5, "partial_1": 1, "partial_2": 2, "finetune": 4}
-    partial_curve_figure([(k, results[name]["mean"], results[name]["std"]) for name, k in points.items()], curve)
+    partial_curve_figure(
+        [(k, results[name]["mean"], results[name]["std"]) for name, k in points.items()], curve, depth=4
+    )
     console.print(
         f"curve of partial fine-tuning: {curve}; runs: {out}/transfer-seed*; ({time.monotonic() - began:.0f} s)"
     )

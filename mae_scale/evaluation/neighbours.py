@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from data_pipeline.index import Index, open_index
+from data_pipeline.loader import EvaluationLoader
 from mae_scale.checkpoints.export import starting_weights
 from mae_scale.errors import UsageError
 from mae_scale.evaluation import evaluate
@@ -25,10 +26,12 @@ from mae_scale.evaluation.sets import EvaluationSet, folder_set
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.classifier_weights import classes_in, load_classifier
 from mae_scale.recipe import Recipe
+from mae_scale.tracking.transfer_figures import neighbours_figure
 from mae_scale.training.assemble import build_classifier_of
 from mae_scale.training.distributed import Ranks, first_then_others
 
 TEMPERATURE = 0.07
+SHOWN, NEAREST_SHOWN = 8, 7  # in the picture
 CHUNK = 4096  # training features compared with a batch at a time
 
 
@@ -72,17 +75,18 @@ def nearest_neighbours(recipe: Recipe, neighbours: int, figure: Path | None) -> 
         known = gathered(features(predict, index, recipe, ranks, device))
         asked = features(predict, one.index, recipe, ranks, device)
         asked = Features(asked.vectors, torch.from_numpy(one.class_of).to(device)[asked.labels], asked.images)
-        accuracy, examples = Accuracy(len(index.classes)), []
+        accuracy = Accuracy(len(index.classes))
         for first in range(0, len(asked.labels), CHUNK):
             part = slice(first, first + CHUNK)
             similarity, nearest = search(asked.vectors[part], known.vectors, neighbours)
             scores = vote(similarity, known.labels[nearest], len(index.classes))
             accuracy.update(scores, asked.labels[part], np.ones(len(scores), bool))
-            examples += _examples(asked, part, known, nearest) if first == 0 else []
         accuracy.reduce()
         if not ranks.is_first:
             return None
-    return {"k": neighbours, **report(accuracy, index.classes), "examples": examples}
+        if figure is not None:
+            _draw(asked, known, one.index, index, recipe, figure)
+    return {"k": neighbours, **report(accuracy, index.classes)}
 
 
 def _opened(recipe: Recipe) -> tuple[Classifier, Index, EvaluationSet]:
@@ -152,15 +156,21 @@ def vote(similarity: Tensor, labels: Tensor, classes: int) -> Tensor:
     return votes.clamp_min(torch.finfo(votes.dtype).tiny).log()
 
 
-def _examples(asked: Features, part: slice, known: Features, nearest: Tensor) -> list[dict]:
-    """The first images with their neighbours, for a picture: rows of the two indices, and labels."""
-    chosen = torch.linspace(0, len(nearest) - 1, min(8, len(nearest))).long()
-    return [
-        {
-            "image": int(asked.images[part][row]),
-            "label": int(asked.labels[part][row]),
-            "neighbours": known.images[nearest[row]].tolist(),
-            "neighbour_labels": known.labels[nearest[row]].tolist(),
-        }
-        for row in chosen.tolist()
-    ]
+def _draw(asked: Features, known: Features, validation: Index, index: Index, recipe: Recipe, path: Path) -> None:
+    """Some validation images of this rank, each with its nearest training images."""
+    rows = torch.linspace(0, len(asked.labels) - 1, min(SHOWN, len(asked.labels))).long()
+    _, nearest = search(asked.vectors[rows], known.vectors, NEAREST_SHOWN)
+    near = nearest.flatten()
+    queries = _images(validation, asked.images[rows], recipe)
+    neighbours = _images(index, known.images[near], recipe).unflatten(0, tuple(nearest.shape))
+    labels = known.labels[near].unflatten(0, tuple(nearest.shape))
+    neighbours_figure(queries, neighbours, asked.labels[rows].cpu(), labels.cpu(), index.classes, path)
+
+
+def _images(index: Index, rows: Tensor, recipe: Recipe) -> Tensor:
+    """Images [n, 3, S, S] float32 of the index, as in evaluation, decoded on the host."""
+    loader = EvaluationLoader(
+        index.take(rows.cpu().numpy()), image_size=recipe.model.image_size, batch_size=len(rows), device="cpu"
+    )
+    with loader:
+        return next(iter(loader)).images
