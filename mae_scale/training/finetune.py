@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from data_pipeline.augmentations import augmentation
@@ -13,7 +14,7 @@ from data_pipeline.index import Index, load_index, open_index
 from mae_scale.checkpoints.export import FROZEN, checkpoint_model, export_weights, starting_weights
 from mae_scale.checkpoints.shards import digest_of
 from mae_scale.checkpoints.store import list_checkpoints
-from mae_scale.errors import UsageError
+from mae_scale.errors import RunError, UsageError
 from mae_scale.evaluation.measure import measure, report
 from mae_scale.evaluation.sets import EvaluationSet, folder_set
 from mae_scale.models.attention import last_attention
@@ -91,12 +92,19 @@ class Finetuning(Job):
 
     def objective(self, index: Index) -> Classify:
         model = build_classifier_of(self.recipe, len(index.classes))
-        frozen = self.out / FROZEN
         begun = bool(list_checkpoints(self.out / "checkpoints"))
         if self.recipe.classifier.weights is not None and not begun:
             first_then_others(lambda: self._start_from(model))
         if self.recipe.classifier.trained_blocks is not None:
-            self._share_frozen(model, frozen, begun)
+            first_then_others(lambda: self._keep_frozen(model, begun))
+            try:
+                model.load_state_dict(load_file(self.out / FROZEN), strict=False)
+            except SafetensorError as error:
+                raise RunError(
+                    f"{self.out / FROZEN}, the weights that the run does not train, is damaged ({error}); remove it, "
+                    "it is written again from --weights",
+                    on_all_ranks=True,
+                ) from None
         return Classify(model, self.recipe.classifier, seed=self.recipe.seed)
 
     def facts(self, index: Index) -> dict:
@@ -170,15 +178,15 @@ class Finetuning(Job):
         unused = f"; unused: {_places(loaded.unused)}" if loaded.unused else ""
         self.notes.append(f"{len(loaded.loaded)} tensors from {path}{fresh}{unused}")
 
-    def _share_frozen(self, model: Classifier, file: Path, begun: bool) -> None:
-        """What is not trained: kept once in the folder of the run, from where every rank and start reads it."""
+    def _keep_frozen(self, model: Classifier, begun: bool) -> None:
+        """What is not trained: into the folder of the run, once; from there every rank and start reads it."""
+        file = self.out / FROZEN
+        if file.exists():
+            return
+        if begun:  # lost: what is read anew must have the digest that the checkpoints know
+            self._start_from(model)
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        if torch.distributed.get_rank() == 0 and not file.exists():
-            if begun:  # lost: what is read anew must have the digest that the checkpoints know
-                self._start_from(model)
-            write_atomically(file, save({name: t for name, t in model.state_dict().items() if name in frozen}))
-        torch.distributed.barrier()
-        model.load_state_dict(load_file(file), strict=False)
+        write_atomically(file, save({name: t for name, t in model.state_dict().items() if name in frozen}))
 
 
 class Probing(Finetuning):

@@ -108,7 +108,7 @@ def resume(run: Run, engine) -> int:
     if manifest.get("frozen") != run.facts.get("frozen"):
         raise UsageError(
             "the weights that this run does not train are not those that its checkpoints were written with; "
-            f"restore the file in {run.out}, or choose another --out",
+            f"remove frozen.safetensors in {run.out} (it is written again from --weights), or choose another --out",
             on_all_ranks=True,
         )
     return manifest["step"]

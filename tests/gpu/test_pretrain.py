@@ -36,12 +36,11 @@ def digits(tmp_path_factory):
     return write_digits(tmp_path_factory.mktemp("data") / "digits")
 
 
-def pretrain(digits, out, *overrides):
-    command = [sys.executable, "-m", "mae_scale", "pretrain", "demo", "--out", str(out)]
+def train(words, digits, out, *overrides):
     data = [f"data.root={digits}/train", f"data.val_root={digits}/val"]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [*command, *data, *SHORT, *overrides],
+        [sys.executable, "-m", "mae_scale", *words, "--out", str(out), *data, *SHORT, *overrides],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -49,6 +48,25 @@ def pretrain(digits, out, *overrides):
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def pretrain(digits, out, *overrides):
+    return train(["pretrain", "demo"], digits, out, *overrides)
+
+
+@pytest.mark.parametrize("kind", ["finetune", "partial", "probe"])
+def test_a_classifier_trains_and_is_evaluated_on_the_gpu(kind, digits, tmp_path):
+    pretrain(digits, tmp_path / "p")
+    more = ["data.augmentation=rand_augment", "data.random_erasing=0.25", "data.labels_a_class=100"]
+    metrics = train(
+        ["finetune", f"{kind}/demo", "--weights", str(tmp_path / "p")],
+        digits,
+        tmp_path / "f",
+        "data.global_batch=100",
+        *more,
+    )
+    assert metrics[-1]["val/top1"] > 15
+    assert math.isfinite(metrics[-1]["train/loss"])
 
 
 @pytest.mark.parametrize("way", WAYS)
