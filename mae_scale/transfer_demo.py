@@ -15,7 +15,7 @@ from rich.table import Table
 
 from data_pipeline.samples import write_digits
 from mae_scale.errors import RunError, UsageError
-from mae_scale.tracking.transfer_figures import partial_curve_figure
+from mae_scale.evaluation.partial_curve import partial_curve
 
 SEEDS = (0, 1, 2)
 WEIGHTS = "{weights}"
@@ -92,13 +92,10 @@ def run_transfer(
     }
     _show(console, results)
     curve = out / "figures" / "partial_finetuning.png"
-    points = {"linear_probe": 0, "partial_0.5": 0.5, "partial_1": 1, "partial_2": 2, "finetune": 4}
-    partial_curve_figure(
-        [(k, results[name]["mean"], results[name]["std"]) for name, k in points.items()], curve, depth=4
-    )
-    console.print(
-        f"curve of partial fine-tuning: {curve}; runs: {out}/transfer-seed*; ({time.monotonic() - began:.0f} s)"
-    )
+    names = ("linear_probe", "partial_0.5", "partial_1", "partial_2", "finetune")
+    partial_curve([out / f"transfer-seed{seed}" / name for seed in seeds for name in names], curve)
+    console.print(f"curve of partial fine-tuning: {curve}; the runs: {out}/transfer-seed*")
+    console.print(f"({time.monotonic() - began:.0f} s in all)")
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results

@@ -1,0 +1,114 @@
+"""The commands on what lies on the disk: `mae-scale checkpoints ...` and `mae-scale data ...`."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from mae_scale.errors import EXIT_FAILED
+
+data_app = typer.Typer(help="What images there are, and whether they can be read.")
+checkpoints_app = typer.Typer(help="The checkpoints of a run: which there are, and whether they are whole.")
+
+Run = Annotated[Path, typer.Argument(metavar="DIR", help="The --out of a run, or its folder checkpoints.")]
+
+
+@checkpoints_app.command("list")
+def checkpoints_list(run: Run) -> None:
+    """A table: step, age, size, whole or not (by the files' sizes).
+
+    Example: `mae-scale checkpoints list runs/vit_huge`
+    """
+    from mae_scale.checkpoints.inspect import checkpoints_of, look, print_table
+
+    print_table(checkpoints_of(run), look)
+
+
+@checkpoints_app.command("verify")
+def checkpoints_verify(run: Run) -> None:
+    """Read every byte and compare it to its digest; exit code 1 when a checkpoint is not whole.
+
+    Example: `mae-scale checkpoints verify runs/vit_huge`
+    """
+    from mae_scale.checkpoints.inspect import checkpoints_of, print_table
+    from mae_scale.checkpoints.store import verify
+
+    if not print_table(checkpoints_of(run), verify):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@checkpoints_app.command("prune")
+def checkpoints_prune(
+    run: Run,
+    keep: Annotated[int, typer.Option(min=1, help="The newest so many stay.")] = 1,
+    keep_every_epochs: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Those of every n-th epoch stay too.", show_default=False),
+    ] = None,
+    keep_best: Annotated[bool, typer.Option("--keep-best", help="The one with the lowest loss stays too.")] = False,
+) -> None:
+    """Remove whole checkpoints that are no longer needed, and what interrupted saves left. Not while the run goes on.
+
+    Example: `mae-scale checkpoints prune runs/vit_huge --keep 1 --keep-every-epochs 100`
+    """
+    from mae_scale.checkpoints.inspect import checkpoints_of, prune
+    from mae_scale.checkpoints.store import Retention
+
+    gone = prune(checkpoints_of(run), Retention(keep, keep_every_epochs, keep_best))
+    for folder in gone:
+        typer.echo(f"removed {folder.name}")
+    typer.echo(f"{len(gone)} removed")
+
+
+@data_app.command("index")
+def data_index(
+    root: Annotated[Path, typer.Argument(help="A folder of images, or of tar shards.")],
+    index: Annotated[Optional[Path], typer.Option(help="Index file; by default beside the data.")] = None,  # noqa: UP045
+    workers: Annotated[Optional[int], typer.Option(min=1, help="Processes; by default one a core.")] = None,  # noqa: UP045
+) -> None:
+    """Build or refresh the index of a data folder, and list what cannot be read.
+
+    Example: `mae-scale data index /data/imagenet/train`
+    """
+    from data_pipeline.index import open_index
+
+    found = open_index(root, index, workers=workers)
+    typer.echo(found.summary())
+
+
+@data_app.command("verify")
+def data_verify(
+    root: Annotated[Path, typer.Argument(help="A folder of images, or of tar shards.")],
+    index: Annotated[Optional[Path], typer.Option(help="Index file; by default beside the data.")] = None,  # noqa: UP045
+    deep: Annotated[bool, typer.Option("--deep", help="Decode every image.")] = False,
+) -> None:
+    """Check every image; exit code 1 when some cannot be read.
+
+    Example: `mae-scale data verify --deep /data/imagenet/train`
+    """
+    from data_pipeline.index import open_index, verify
+
+    found = open_index(root, index)
+    bad = [*found.unreadable, *verify(found, deep=deep)]
+    for name, reason in bad:
+        typer.echo(f"{name}: {reason}")
+    typer.echo(
+        f"{len(found) + len(found.bad)} images, {len(bad)} bad"
+        + ("" if deep else " (headers and ends only; --deep decodes)")
+    )
+    if bad:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@data_app.command("sample")
+def data_sample(
+    root: Annotated[Path, typer.Argument(help="Folder to write.")],
+) -> None:
+    """Write scikit-learn's 1,797 handwritten digits as an image folder: train/ and val/, ten classes.
+
+    Example: `mae-scale data sample digits`
+    """
+    from data_pipeline.samples import write_digits
+
+    write_digits(root)
+    typer.echo(f"{root}/train and {root}/val: scikit-learn's handwritten digits as JPEGs")
