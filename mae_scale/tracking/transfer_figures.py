@@ -1,6 +1,5 @@
 """Pictures of what comes after pre-training: accuracy a class, attention, nearest neighbours, partial fine-tuning."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,11 +43,9 @@ def per_class_figure(report: Mapping[str, Any], path: Path) -> None:
             _bars(beside, some)
             beside.set_title(f"the {len(some)} {name}", fontsize=10, loc="left")
             beside.spines[["top", "right"]].set_visible(False)
-    overall = report["top1"]
-    if math.isfinite(overall):
-        line = axes.axvline if len(classes) <= MOST_BARS else axes.axhline
-        line(overall, color=ORANGE, linewidth=1.4, linestyle="--")
-    axes.set_title(f"{overall:.1f} % of all {report['images']:,} images (dashed)", fontsize=10, loc="left")
+    line = axes.axvline if len(classes) <= MOST_BARS else axes.axhline
+    line(report["top1"], color=ORANGE, linewidth=1.4, linestyle="--")
+    axes.set_title(f"{report['top1']:.1f} % of all {report['images']:,} images (dashed)", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     save_png(figure, path)

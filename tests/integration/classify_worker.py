@@ -1,8 +1,9 @@
 """One rank of the classifier's tests: trains a small one under each case, on as many ranks as there are.
 
 Run under torchrun: CASES.json OUT.json. Each case: {"recipe", "overrides", "first", "last"}, and as it needs them
-"load", "save" (folders of checkpoints), "look_at" (steps after which it predicts), "poison". The plain loop that cases
-are compared with is here too: one process, float32, the whole global batch at once, its optimisers written anew.
+"load" (a folder of checkpoints; after another step with "stray"), "save", "look_at" (steps after which it predicts),
+"poison". The plain loop that cases are compared with is here too: one process, float32, the whole global batch at once,
+its groups, LARS and average written anew.
 """
 
 import copy
@@ -25,7 +26,7 @@ from mae_scale.training.distributed import leave, process_group, ranks_from_envi
 from mae_scale.training.ds_config import batch_layout, refuse_wrong_combinations
 
 GLOBAL_BATCH = 24  # divides by 1, 2 and 3 ranks, into pairs, and by accumulation 2 on each
-CLASSES, DEPTH, LAYER_DECAY, EMA = 10, 3, 0.75, 0.9
+CLASSES, DEPTH, EMA = 10, 3, 0.9
 TINY = [
     "model.image_size=16",
     "model.patch_size=4",
@@ -36,6 +37,7 @@ TINY = [
     f"data.global_batch={GLOBAL_BATCH}",
     "data.root=unused",
 ]
+MIXING = ["classifier.label_smoothing=0.1", "classifier.mixup=0.8", "classifier.cutmix=1.0"]  # unless it is a probe
 
 
 def images_of(step: int, count: int = GLOBAL_BATCH) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,9 +67,10 @@ def rate(recipe: Recipe, step: int) -> float:
     return (2.0 if recipe.optim.name == "lars" else 1e-3) * min(1.0, (step + 1) / 5)
 
 
-def tiny_objective(recipe: str, overrides: list[str], seed: int = 0) -> tuple[Classify, Recipe]:
-    loaded = load_recipe(recipe, [*TINY, *overrides])
-    torch.manual_seed(seed)
+def tiny_objective(recipe: str, overrides: list[str]) -> tuple[Classify, Recipe]:
+    mixing = [] if recipe.startswith("probe/") else MIXING
+    loaded = load_recipe(recipe, [*TINY, *mixing, *overrides])
+    torch.manual_seed(0)
     return Classify(build_classifier_of(loaded, CLASSES), loaded.classifier, seed=loaded.seed), loaded
 
 
@@ -140,25 +143,27 @@ def plain_loop(recipe: str, overrides: list[str], look_at: list[int], steps: int
 
 
 def run_case(case: dict, ranks, device) -> dict:
-    # What is resumed must not come from the initialisation; what is not trained is not in a checkpoint.
     objective, recipe = tiny_objective(case["recipe"], case["overrides"])
-    if case.get("load"):
+    if case.get("load") and not case.get("stray"):
         with torch.no_grad():
             for parameter in (p for p in objective.parameters() if p.requires_grad):
-                parameter.fill_(torch.nan)
+                parameter.fill_(torch.nan)  # what is resumed must not come from the initialisation
     start = copy.deepcopy(objective.state_dict())
     refuse_wrong_combinations(recipe, gpu=False)
     layout = batch_layout(recipe, ranks.world_size)
     engine = scale_out(objective, recipe, layout, device)
-    if case.get("load"):
-        manifest = load_newest(engine, Path(case["load"]), index="none")
-        assert manifest["step"] == case["first"], manifest
     share = np.split(np.arange(GLOBAL_BATCH), ranks.world_size)[ranks.rank]
 
     def train_step(step: int, lr: float, poison: bool = False):
         parts = np.split(share, layout.accumulation)
         return engine.train_step((tensors(objective, step, part, poison) for part in parts), lr)
 
+    if case.get("load"):
+        if case.get("stray"):
+            train_step(10**6, 1.0)
+            look(engine, ranks)
+        manifest = load_newest(engine, Path(case["load"]), index="none")
+        assert manifest["step"] == case["first"], manifest
     if case.get("poison"):
         answer = poisoned_step(engine, train_step, ranks)
         engine.close()

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.timeout(900)  # the first test waits for all cases of t
 
 WORKER = Path(__file__).with_name("classify_worker.py")
 MIDDLE, LAST = 10, 20
+STEPS = {"fp32": LAST, "bf16": MIDDLE}
 TWO_MICRO_BATCHES = "engine.micro_batch=6"
 ENGINES = {
     "ZeRO 0": ["engine.zero_stage=0"],
@@ -24,7 +25,7 @@ ENGINES = {
 }
 DEEPSPEED = [engine for engine in ENGINES if "FairScale" not in engine]
 SHARE = {  # what is trained: recipe and overrides, and the number of parameters that are not
-    "full": ("finetune/demo", [], 0),
+    "full": ("finetune/demo", ["optim.layer_decay=0.75"], 0),
     "last MLP": ("partial/demo", ["classifier.trained_blocks=0.5"], 4 + 2 * 12 + 6),
     "last block": ("partial/demo", ["classifier.trained_blocks=1"], 4 + 2 * 12),
 }
@@ -33,12 +34,13 @@ PROBED = {
     "ZeRO 0": ["engine.zero_stage=0"],
     "FairScale OSS": ["engine.backend=fairscale", "engine.zero_stage=1"],
 }
+FROZEN_IN_BF16 = "last block, ZeRO 3 as packaged"
 WITH_AVERAGE = [f"classifier.ema={EMA}"]
-PRECISIONS = ("fp32", "bf16")
 
 
-def difference(a, b) -> float:
-    return float(np.abs(np.array(a) - np.array(b)).max())
+def difference(a: list, b: list) -> float:
+    """The largest, over as many steps as both have."""
+    return max(float(np.abs(np.array(x) - np.array(y)).max()) for x, y in zip(a, b, strict=False))
 
 
 def all_cases() -> dict[str, dict]:
@@ -46,23 +48,26 @@ def all_cases() -> dict[str, dict]:
 
     def add(name: str, recipe: str, overrides: list[str], precision: str, **more) -> None:
         settings = [*overrides, f"engine.precision={precision}"]
-        cases[f"{name}, {precision}"] = {"recipe": recipe, "overrides": settings, "first": 0, "last": LAST, **more}
+        last = STEPS[precision]
+        cases[f"{name}, {precision}"] = {"recipe": recipe, "overrides": settings, "first": 0, "last": last, **more}
 
     for engine, settings in ENGINES.items():
         averaged = WITH_AVERAGE if engine in DEEPSPEED else []
-        for precision in PRECISIONS:
-            add(f"full, {engine}", "finetune/demo", settings, precision)
-            add(f"watched, {engine}", "finetune/demo", [*settings, *averaged], precision, look_at=[MIDDLE, LAST])
+        for precision in STEPS:
+            recipe, overrides, _ = SHARE["full"]
+            overrides = [*overrides, *settings]
+            add(f"full, {engine}", recipe, overrides, precision)
+            add(f"watched, {engine}", recipe, [*overrides, *averaged], precision, look_at=[MIDDLE, LAST])
             if averaged:
-                add(f"poisoned, {engine}", "finetune/demo", [*settings, *averaged], precision, poison=True)
+                add(f"poisoned, {engine}", recipe, [*overrides, *averaged], precision, poison=True)
         for share in ("last MLP", "last block"):
             recipe, overrides, _ = SHARE[share]
-            for precision in PRECISIONS if (share, engine[:6]) == ("last block", "ZeRO 3") else ["fp32"]:
-                add(f"{share}, {engine}", recipe, [*overrides, *settings], precision, look_at=[LAST])
+            for precision in STEPS if f"{share}, {engine}" == FROZEN_IN_BF16 else ["fp32"]:
+                add(f"{share}, {engine}", recipe, [*overrides, *settings], precision, look_at=[MIDDLE, LAST])
     for engine, settings in PROBED.items():
         recipe, overrides = PROBE
-        for precision in PRECISIONS:
-            add(f"probe, {engine}", recipe, [*overrides, *settings], precision, look_at=[LAST])
+        for precision in STEPS:
+            add(f"probe, {engine}", recipe, [*overrides, *settings], precision, look_at=[MIDDLE, LAST])
             add(f"poisoned, probe, {engine}", recipe, [*overrides, *settings], precision, poison=True)
     return dict(sorted(cases.items(), key=lambda case: "ZeRO 3" in case[0]))
 
@@ -78,14 +83,14 @@ def two_ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain():
-    """The plain loop, once a kind of training."""
+    """The plain loop, once a kind of training; for probing in bf16 with features of that precision."""
     loops = {
         share: plain_loop(recipe, overrides, [MIDDLE, LAST], LAST) for share, (recipe, overrides, _) in SHARE.items()
     }
     recipe, overrides = PROBE
-    for precision in PRECISIONS:
+    for precision in STEPS:
         settings = [*overrides, f"engine.precision={precision}"]
-        loops[f"probe, {precision}"] = plain_loop(recipe, settings, [LAST], LAST)
+        loops[f"probe, {precision}"] = plain_loop(recipe, settings, [MIDDLE, LAST], STEPS[precision])
     return loops
 
 
@@ -107,12 +112,12 @@ def test_bf16_follows_float32(engine, two_ranks, plain):
     assert 0 < difference(two_ranks[f"full, {engine}, bf16"]["losses"], plain["full"]["losses"]) < 2e-3
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", STEPS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_evaluation_and_an_average_of_the_weights_leave_training_bit_for_bit_as_it_is(engine, precision, two_ranks):
     watched = two_ranks[f"watched, {engine}, {precision}"]
     assert watched["losses"] == two_ranks[f"full, {engine}, {precision}"]["losses"]
-    assert [look["changed"] for look in watched["looks"].values()] == [False, False]
+    assert [look["changed"] for look in watched["looks"].values()] == [False] * (STEPS[precision] // MIDDLE)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -136,7 +141,7 @@ def test_the_average_of_the_weights_predicts_as_a_plain_average_does(engine, pre
 def test_only_what_is_trained_changes_has_optimiser_state_and_is_stored(case, two_ranks):
     share, _, engine = case.partition(", ")
     frozen = SHARE[share][2]
-    for name in [case + ", fp32"] + [case + ", bf16"] * (case == "last block, ZeRO 3 as packaged"):
+    for name in [f"{case}, fp32", f"{case}, bf16"] if case == FROZEN_IN_BF16 else [f"{case}, fp32"]:
         result = two_ranks[name]
         assert (result["frozen"], result["moved"]) == (frozen, [])
         weights = {name for name in result["written"] if name.startswith("weight/model.")}
@@ -160,7 +165,8 @@ def test_only_what_is_trained_changes_has_optimiser_state_and_is_stored(case, tw
 def test_linear_probing_with_lars_is_the_plain_loop(engine, precision, tolerance, two_ranks, plain):
     result, expected = two_ranks[f"probe, {engine}, {precision}"], plain["probe, fp32"]
     assert difference(result["losses"], expected["losses"]) < tolerance
-    assert difference(result["looks"][str(LAST)]["live"], expected["looks"][str(LAST)]["live"]) < 10 * tolerance
+    for step, look in result["looks"].items():
+        assert difference(look["live"], expected["looks"][step]["live"]) < 10 * tolerance
     assert (result["frozen"], result["moved"]) == (42, [])
     assert result["written"] == {
         **{f"{kind}/model.head.weight": 320 for kind in ("weight", "momentum_buffer")},
@@ -170,7 +176,7 @@ def test_linear_probing_with_lars_is_the_plain_loop(engine, precision, tolerance
     assert sum(result["kept"]) == 330 * (2 if engine == "ZeRO 0" else 1)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", STEPS)
 @pytest.mark.parametrize("engine", PROBED)
 def test_batch_statistics_are_those_of_the_global_batch_in_float32(engine, precision, two_ranks, plain):
     """In bf16 too: beside torch's BatchNorm of the same bf16 features, where those are the same."""
@@ -181,7 +187,7 @@ def test_batch_statistics_are_those_of_the_global_batch_in_float32(engine, preci
     assert result["statistics_dtypes"] == ["torch.float32"]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", STEPS)
 @pytest.mark.parametrize("case", [*DEEPSPEED, *(f"probe, {engine}" for engine in PROBED)])
 def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(case, precision, two_ranks):
     """Not the weights, not their average, not the momentum, not BatchNorm's statistics."""

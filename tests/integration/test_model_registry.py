@@ -22,6 +22,7 @@ from data_pipeline.loader import EvaluationLoader
 from mae_scale.checkpoints.export import checkpoint_model
 from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.models.classifier import build_classifier
+from mae_scale.tracking import model_registry
 from mae_scale.tracking.model_registry import log_classifier
 from tests.integration.test_mlflow import Server, wait_for
 
@@ -214,18 +215,68 @@ def test_server_that_is_down_costs_a_warning_and_the_same_command_logs_later(fin
         late.kill()
 
 
-def test_a_model_that_was_cut_off_half_way_is_completed_and_takes_a_name_later(server, tmp_path):
+@pytest.fixture
+def given(server, tmp_path):
+    """A classifier and what `log_classifier` takes beside it, for a run of MLflow's that has no model yet."""
     client = MlflowClient(server.uri)
-    run_id = client.create_run(client.create_experiment("cut off")).info.run_id
-    experiment_id = client.get_run(run_id).info.experiment_id
-    begun = client.create_logged_model(experiment_id, "classifier", source_run_id=run_id)
-    model = build_classifier(classes=2, image_size=8, patch_size=4, width=8, depth=1, heads=1)
-    given = {"uri": server.uri, "run_id": run_id, "example": np.zeros((1, 8, 8, 3), np.float32)}
-    given |= {"class_names": ["no", "yes"], "scratch": tmp_path}
-    logged = log_classifier(model, registered_name=None, **given)
+    experiment = client.get_experiment_by_name("without training")
+    experiment_id = experiment.experiment_id if experiment else client.create_experiment("without training")
+    return {
+        "model": build_classifier(classes=2, image_size=8, patch_size=4, width=8, depth=1, heads=1),
+        "uri": server.uri,
+        "run_id": client.create_run(experiment_id).info.run_id,
+        "example": np.zeros((1, 8, 8, 3), np.float32),
+        "class_names": ["no", "yes"],
+        "scratch": tmp_path,
+    }
+
+
+def test_a_model_that_was_cut_off_half_way_is_completed_and_takes_a_name_later(server, given, tmp_path):
+    client, run_id = MlflowClient(server.uri), given["run_id"]
+    begun = client.create_logged_model(client.get_run(run_id).info.experiment_id, "classifier", source_run_id=run_id)
+    logged = log_classifier(**given, registered_name=None)
     assert logged == {"model_uri": f"models:/{begun.model_id}", "version": None}
     (ready,) = models_of(client, run_id)
     assert (ready.model_id, str(ready.status)) == (begun.model_id, "READY")
-    assert log_classifier(model, registered_name="half", **given) == logged | {"version": "1"}
+    assert log_classifier(**given, registered_name="half") == logged | {"version": "1"}
     assert mlflow.pytorch.load_model("models:/half/1")(torch.zeros(1, 8, 8, 3)).shape == (1, 2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_large_model_gives_the_server_time_to_store_it(given, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    monkeypatch.setattr(model_registry, "SLOWEST_UPLOAD_BYTES_PER_S", 100)
+    seen = []
+    upload = MlflowClient.log_model_artifacts
+
+    def watched(client, model_id, folder):
+        size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+        seen.append((int(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]), 15 + size // 100))
+        upload(client, model_id, folder)
+
+    monkeypatch.setattr(MlflowClient, "log_model_artifacts", watched)
+    log_classifier(**given, registered_name=None)
+    assert seen[0][0] == pytest.approx(seen[0][1], abs=1)
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "15"
+
+
+def test_what_the_note_says_is_logged_asks_no_server(tmp_path):
+    note = {"uri": "http://nobody", "run_id": "1", "registered_name": "a", "model_uri": "models:/m-1", "version": "1"}
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "mlflow_model.json").write_text(json.dumps(note))
+    asked = []
+    tracker = SimpleNamespace(uri="http://nobody", run_id="1", wait_for_run=lambda timeout_s: asked.append(timeout_s))
+
+    def keep(name):
+        model_registry.keep_classifier(
+            tracker, tmp_path, lambda: pytest.fail("not needed"), class_names=[], registered_name=name
+        )
+
+    keep("a")
+    keep(None)
+    assert asked == []
+    keep("b")
+    assert len(asked) == 1
+    tracker.run_id = "2"
+    keep("a")
+    assert len(asked) == 2
