@@ -26,7 +26,7 @@ setup(
         "deepspeed>=0.18",
         "fairscale>=0.4.13",
         "timm>=1.0.20",
-        "mlflow>=3.5,<3.18",
+        "mlflow>=3.17,<3.18",
         "pyyaml>=6",
         "pydantic>=2.8",
         "numpy>=2",

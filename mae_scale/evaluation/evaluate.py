@@ -29,7 +29,7 @@ def check(recipe: Recipe) -> None:
     if weights is None:
         raise UsageError("no weights; add --weights PATH (a run's folder, a checkpoint or a file of weights)")
     if not weights.exists():
-        raise UsageError(f"--weights {weights} does not exist; expected a run's folder or a weights file")
+        raise UsageError(f"classifier.weights={weights} (--weights) does not exist; give a folder or a file of weights")
     if root is None:
         raise UsageError("data.val_root is not set; add data.val_root=/path/to/images (a folder a class)")
 

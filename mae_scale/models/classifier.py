@@ -120,8 +120,10 @@ class GlobalBatchNorm(nn.Module):
         count = _over_ranks(torch.tensor(float(len(x)), device=x.device))
         mean = _over_ranks(x.sum(0)) / count  # [D]
         var = _over_ranks(((x - mean) ** 2).sum(0)) / count  # [D]
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        # Features that are not finite lead to a step that is skipped: they must not stay in the statistics either.
+        finite = torch.isfinite(mean.sum() + var.sum())
+        for kept, new in ((self.running_mean, mean), (self.running_var, var * count / (count - 1))):
+            kept.copy_(torch.where(finite, kept.lerp(new, self.momentum), kept))
         return (x - mean) * torch.rsqrt(var + self.eps)
 
     def _apply(self, fn, recurse=True):

@@ -55,7 +55,9 @@ class Finetuning(Job):
                 "or classifier.from_scratch=true"
             )
         if section.weights is not None and not section.weights.exists():
-            raise UsageError(f"--weights {section.weights} does not exist; expected a run's folder or a weights file")
+            raise UsageError(
+                f"classifier.weights={section.weights} (--weights) does not exist; give a folder or a file of weights"
+            )
         if (section.mixup or section.cutmix) and layout.micro_batch % 2:
             raise UsageError(
                 f"mixup and cutmix mix neighbours, and a rank's micro-batch is {layout.micro_batch} images; "
@@ -181,7 +183,8 @@ class Finetuning(Job):
     def _keep_frozen(self, model: Classifier, begun: bool) -> None:
         """What is not trained: into the folder of the run, once; from there every rank and start reads it."""
         file = self.out / FROZEN
-        if file.exists():
+        # Without a checkpoint nothing has counted on the file: it may be of an older state of --weights.
+        if file.exists() and (begun or torch.distributed.get_rank() > 0):
             return
         if begun:  # lost: what is read anew must have the digest that the checkpoints know
             self._start_from(model)

@@ -28,6 +28,7 @@ TINY = [
 ]
 STEPS_PER_EPOCH = 100 // 24
 AUGMENTED = [
+    "optim.base_lr=5e-3",
     "data.augmentation=rand_augment",
     "data.random_erasing=0.25",
     "classifier.mixup=0.8",
@@ -35,10 +36,11 @@ AUGMENTED = [
     "model.drop_path=0.2",
     "engine.micro_batch=2",  # slow enough to be killed in the middle
 ]
-EPOCHS = {"finetune": 10, "probe": 40, "partial": 10}
+EPOCHS = {"finetune": 7, "probe": 25, "partial": 7}
+TOLERANCE = {"finetune": 1e-6, "probe": 1e-5}  # BatchNorm over the small differences of hardly trained features
 KINDS = {
     "finetune": ["finetune", "finetune/demo", *AUGMENTED, "classifier.ema=0.9", "classifier.evaluate_every_epochs=2"],
-    "probe": ["probe", "probe/demo", "classifier.evaluate_every_epochs=10"],
+    "probe": ["probe", "probe/demo", "optim.base_lr=20", "classifier.evaluate_every_epochs=10"],
     "partial": ["finetune", "partial/demo", *AUGMENTED, "engine.zero_stage=2"],
 }
 
@@ -65,11 +67,11 @@ def weights(pretrained) -> Path:
 def start(digits, pretrained, weights):
     """Start a kind of training, by the same command each time but for the number of ranks."""
 
-    def run(kind: str, out: Path, *more: str, nproc: int = 2) -> Training:
+    def run(kind: str, out: Path, *more: str, nproc: int = 2, whence: Path | None = None) -> Training:
         command, recipe, *overrides = KINDS[kind]
-        whence = ["--weights", weights if kind == "partial" else pretrained]
+        whence = whence or (weights if kind == "partial" else pretrained)
         data = [f"data.root={digits}/train", f"data.val_root={digits}/val", f"schedule.epochs={EPOCHS[kind]}"]
-        options = [*whence, "--nproc", nproc, "--tracking-uri", "off"]
+        options = ["--weights", whence, "--nproc", nproc, "--tracking-uri", "off"]
         return Training(out, command, recipe, *options, *TINY, *data, *overrides, *more)
 
     return run
@@ -175,7 +177,7 @@ def test_after_sigkill_one_rank_follows_the_uninterrupted_run(killed, start, who
     goes_on(start(kind, out, nproc=1), out)
     mine, theirs = losses(out), losses(whole(kind))
     assert mine.keys() == theirs.keys()
-    assert max(abs(mine[step] - theirs[step]) for step in theirs) < 1e-6
+    assert max(abs(mine[step] - theirs[step]) for step in theirs) < TOLERANCE[kind]
     assert top1(out) == top1(whole(kind))
 
 
@@ -210,7 +212,7 @@ def test_lost_frozen_weights_are_not_replaced_by_others(stopped, start, copied, 
 
 def test_other_starting_weights_are_another_run(stopped, start, copied, pretrained):
     out = copied(stopped)
-    is_refused(start("partial", out, f"classifier.weights={pretrained}"), 2, "another recipe", "classifier.weights")
+    is_refused(start("partial", out, whence=pretrained), 2, "another recipe", "classifier.weights")
 
 
 def test_frozen_weights_of_a_start_without_a_checkpoint_are_written_anew(stopped, start, whole, copied):

@@ -207,19 +207,20 @@ def look(engine, ranks) -> dict:
 
 
 def holdings(engine) -> dict:
-    """What all ranks together would write, {name: elements}; elements of optimiser state; BatchNorm's statistics."""
+    """What all ranks would write, {name: elements}, and read, names; optimiser state a rank; BatchNorm's statistics."""
     state = engine.state()
     mine = [(piece.name, piece.data.numel()) for piece in state.own]
     optimizer = engine._own_optimizer() if hasattr(engine, "_own_optimizer") else engine._optimizer
     kept = [value.numel() for moments in optimizer.state.values() for k, value in moments.items() if k != "step"]
-    every = gathered((mine, sum(kept)))
+    every = gathered((mine, sum(kept), [piece.name for piece in state.pieces]))
     written: dict[str, int] = {}
-    for name, count in (piece for pieces, _ in every for piece in pieces):
+    for name, count in (piece for pieces, _, _ in every for piece in pieces):
         written[name] = written.get(name, 0) + count
     buffers = [piece for piece in state.pieces if piece.name.startswith("buffer/")]
     return {
         "written": written,
-        "kept": [kept for _, kept in every],
+        "held": sorted({name for _, _, names in every for name in names}),
+        "kept": [kept for _, kept, _ in every],
         "statistics": {piece.name.rpartition(".")[2]: piece.data.tolist() for piece in buffers},
         "statistics_dtypes": sorted({str(piece.data.dtype) for piece in buffers}),
     }

@@ -155,6 +155,7 @@ def test_only_what_is_trained_changes_has_optimiser_state_and_is_stored(case, tw
         assert result["written"].keys() == {
             f"{kind}/{name.removeprefix('weight/')}" for name in weights for kind in ("weight", "exp_avg", "exp_avg_sq")
         }
+        assert result["held"] == sorted(result["written"])
         trained = sum(count for name, count in result["written"].items() if name in weights)
         every_rank_has_all = engine == "ZeRO 0"
         assert 0 <= sum(result["kept"]) - 2 * trained * (1 + every_rank_has_all) < 100  # shards are filled up
@@ -188,7 +189,7 @@ def test_batch_statistics_are_those_of_the_global_batch_in_float32(engine, preci
 
 
 @pytest.mark.parametrize("precision", STEPS)
-@pytest.mark.parametrize("case", [*DEEPSPEED, *(f"probe, {engine}" for engine in PROBED)])
+@pytest.mark.parametrize("case", [*DEEPSPEED, *(f"probe, {e}" for e in PROBED)])
 def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(case, precision, two_ranks):
     """Not the weights, not their average, not the momentum, not BatchNorm's statistics."""
     held = ["buffer", "momentum_buffer"] if "probe" in case else ["ema", "exp_avg", "exp_avg_sq"]

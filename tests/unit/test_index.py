@@ -357,3 +357,18 @@ def test_indexing_takes_at_most_a_millisecond_an_image(tmp_path):
     index = index_of(tmp_path)
     assert len(index) == 3000
     assert time.process_time() - start < 3
+
+
+def test_few_labels_are_so_many_of_each_class_by_the_seed_in_the_order_of_the_index(digits):
+    index = build_index(digits / "train", progress=False)
+    few = index.few(10, seed=0)
+    assert np.array_equal(np.bincount(few.label), np.full(10, 10))
+    names = [few.name(i) for i in range(len(few))]
+    assert names == sorted(names)
+    assert names == [few2.name(i) for few2 in [index.few(10, seed=0)] for i in range(100)]
+    other = index.few(10, seed=1)
+    assert names != [other.name(i) for i in range(100)]
+    sizes = {index.name(i): int(index.num_bytes[i]) for i in range(len(index))}
+    assert all(sizes[name] == few.num_bytes[i] for i, name in enumerate(names))
+    with pytest.raises(UsageError, match="choose at most that many"):
+        index.few(1000, seed=0)
