@@ -156,6 +156,25 @@ def knn(
         )
 
 
+@app.command()
+def reconstruct(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    weights: Annotated[Path, typer.Option(help="A pre-training run's folder, or a file with a decoder.")] = ...,
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = ...,
+) -> None:
+    """Draw what an autoencoder makes of images with most patches removed.
+
+    Example: `mae-scale reconstruct pretrain/vit_large_800ep --weights mae_visualize_vit_large.pth --out faces.png
+    data.val_root=photos model.target=pixels`
+    """
+    from mae_scale.evaluation.reconstruct import reconstruct as draw
+    from mae_scale.recipe import load_recipe
+
+    draw(load_recipe(recipe, list(overrides or [])), weights, out)
+    typer.echo(f"{out}")
+
+
 @app.command("partial-curve")
 def partial_curve(
     runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of finished runs, of any seeds.")],

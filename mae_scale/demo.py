@@ -62,11 +62,14 @@ def run_demo(out: Path, seed: int) -> None:
         ("weights (authors' layout)", run / "export" / "model.safetensors"),
     ):
         console.print(f"{what:26} {where}")
-    database = (out / "mlflow.db").resolve()
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
-    mlflow = Path(sys.executable).with_name("mlflow")
-    console.print(f"{'MLflow page':26} {mlflow} ui --backend-store-uri {uri}")
+    console.print(f"{'MLflow page':26} {mlflow_page(out)}")
     console.print(f"({time.monotonic() - began:.0f} s in all)")
+
+
+def mlflow_page(out: Path) -> str:
+    """The command that shows the runs below `out` in a browser."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(out / 'mlflow.db').resolve()}"
+    return f"{Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {uri}"
 
 
 def probe(recipe: Recipe, weights: Path | None) -> float:

@@ -8,12 +8,14 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.samples import write_digits
+from mae_scale.demo import mlflow_page
 from mae_scale.errors import RunError, UsageError
 from mae_scale.evaluation.partial_curve import partial_curve
 
@@ -69,20 +71,17 @@ def run_transfer(
     found: dict[str, list[float]] = {way.name: [] for way in (*WAYS, DOUBLE)}
     workers = max(1, (os.cpu_count() or 1))
     for seed in seeds:
-        run, folder = out / f"run-seed{seed}", out / f"transfer-seed{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
         shared = [*data, f"seed={seed}"]
+        run = _folder(out, "run", seed)
         command = ["pretrain", "demo", "--nproc", str(min(2, workers)), "--out", str(run), *shared]
-        _call(command, folder / "pretrain.log")
+        _call(command, _file(out, "run", seed, "log"))
         console.print(f"seed {seed}: pre-trained, {run}  ({time.monotonic() - began:.0f} s)")
         with ThreadPoolExecutor(workers) as pool:  # each is a process of one thread
-            measured = pool.map(
-                lambda way, run=run, folder=folder, shared=shared: _top1(way, run, folder, shared), WAYS
-            )
+            measured = pool.map(partial(_top1, out=out, seed=seed, overrides=shared), WAYS)
             for way, top1 in zip(WAYS, measured, strict=True):
                 found[way.name].append(top1)
                 console.print(f"seed {seed}: {way.title:46} {top1:6.2f} %  ({time.monotonic() - began:.0f} s)")
-        found[DOUBLE.name].append(_top1(DOUBLE, run, folder, shared))
+        found[DOUBLE.name].append(_top1(DOUBLE, out, seed, shared))
     results = {
         name: {
             "mean": statistics.mean(values),
@@ -94,24 +93,36 @@ def run_transfer(
     _show(console, results)
     curve = out / "figures" / "partial_finetuning.png"
     names = ("linear_probe", "partial_0.5", "partial_1", "partial_2", "finetune")
-    partial_curve([out / f"transfer-seed{seed}" / name for seed in seeds for name in names], curve)
-    console.print(f"curve of partial fine-tuning: {curve}; the runs: {out}/transfer-seed*")
+    partial_curve([_folder(out, name, seed) for seed in seeds for name in names], curve)
+    console.print(f"curve of partial fine-tuning: {curve}")
+    console.print(f"what each command said and measured: {out}/transfer; their runs in MLflow: {mlflow_page(out)}")
     console.print(f"({time.monotonic() - began:.0f} s in all)")
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
 
 
-def _top1(way: Way, run: Path, folder: Path, overrides: list[str]) -> float:
+def _top1(way: Way, out: Path, seed: int, overrides: list[str]) -> float:
     """Top-1 in percent of one way, from the command's own JSON file."""
-    answer = folder / f"{way.name}.json"
-    words = [word.format(weights=run, finetuned=folder / "finetune") for word in way.command]
+    answer = _file(out, way.name, seed, "json")
+    places = {"weights": _folder(out, "run", seed), "finetuned": _folder(out, "finetune", seed)}
+    words = [word.format(**places) for word in way.command]
     if way.name == "knn":
         overrides = [*overrides, "data.labels_a_class=10"]
     else:
-        words += ["--out", str(folder / way.name)]
-    _call([*words, *overrides, "--json", str(answer)], folder / f"{way.name}.log")
+        words += ["--out", str(_folder(out, way.name, seed))]
+    _call([*words, *overrides, "--json", str(answer)], _file(out, way.name, seed, "log"))
     return json.loads(answer.read_text(encoding="utf-8"))["top1"]
+
+
+def _folder(out: Path, name: str, seed: int) -> Path:
+    """Of a run; all lie side by side, and so share one MLflow database."""
+    return out / f"{name}-seed{seed}"
+
+
+def _file(out: Path, name: str, seed: int, kind: str) -> Path:
+    (out / "transfer").mkdir(exist_ok=True)
+    return out / "transfer" / f"{name}-seed{seed}.{kind}"
 
 
 def _call(words: list[str], log: Path) -> None:

@@ -161,7 +161,7 @@ class Finetuning(Job):
         said = [f"{trained:,} of {total:,} parameters are trained, for {objective.model.classes} classes"]
         if self.recipe.optim.layer_decay < 1:
             said += [
-                f"  {group['name']:24}  lr x {group['lr_scale']:.4f}  weight decay {group['weight_decay']:g}  "
+                f"  {group['name']:24}  lr x {group['lr_scale']:.4f}  weight decay {group['weight_decay']:<5g}"
                 f"{sum(p.numel() for p in group['params']):>12,} parameters"
                 for group in groups
             ]

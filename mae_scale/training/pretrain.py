@@ -11,6 +11,7 @@ from data_pipeline.loader import ImageLoader
 from mae_scale.checkpoints.export import checkpoint_model, export_weights
 from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.errors import UsageError
+from mae_scale.models.mae import MaskedAutoencoder
 from mae_scale.models.vit import patchify
 from mae_scale.objectives.reconstruct import Reconstruct
 from mae_scale.planning.flops import mae_forward_flops, training_flops
@@ -65,7 +66,9 @@ class Pretraining(Job):
         if not weights.exists():
             model, _ = checkpoint_model(list_checkpoints(run.checkpoints)[-1][1])
             picture = run.out / "figures" / "reconstructions.png"
-            draw_reconstructions(model, run, picture)
+            root = run.recipe.data.val_root
+            index = run.index if root is None else open_index(root, progress=False)
+            draw_reconstructions(model, run.recipe, index, picture)
             tracking.artifact(picture, "figures")
             export_weights(model, weights, "official")
         return f"weights in {weights}"
@@ -87,11 +90,8 @@ def some_images(index: Index, count: int, recipe: Recipe, kind: Augmentation) ->
         return next(iter(loader)).images
 
 
-def draw_reconstructions(model, run: Run, path: Path) -> None:
-    """Original, masked and reconstructed: some validation images (training images without data.val_root)."""
-    recipe = run.recipe
-    root = recipe.data.val_root
-    index = run.index if root is None else open_index(root, progress=False)
+def draw_reconstructions(model: MaskedAutoencoder, recipe: Recipe, index: Index, path: Path) -> None:
+    """Original, masked and reconstructed: some images of an index, cut as in evaluation."""
     images = some_images(index, FIGURE_IMAGES, recipe, augmentation("evaluation"))
     noise = Reconstruct(model, seed=recipe.seed).noise("figure", 0, np.arange(len(images)))
     with torch.inference_mode():

@@ -242,3 +242,23 @@ def test_wrong_input_is_one_clear_line(case, tmp_path, digits, mae_scale, call, 
     assert error.startswith("error: ")
     assert error.count("\n") == 1, error
     assert message in error
+
+
+def test_a_published_file_with_a_decoder_is_drawn_as_the_run_is(tmp_path, digits, call, pretrained):
+    """In the authors' layout and in Hugging Face's; one without a decoder is refused."""
+    model = [word for word in arguments(digits) if word.startswith("model.")]
+    command = ["reconstruct", "demo", *model, f"data.val_root={digits}/val", "--weights"]
+    pictures = []
+    for layout in (None, "official", "hf"):
+        weights, picture = pretrained, tmp_path / f"{layout}.png"
+        if layout is not None:
+            weights = tmp_path / f"{layout}.pth"
+            assert call("export", pretrained, weights, "--format", layout)[0] == 0
+        assert call(*command, weights, "--out", picture)[0] == 0
+        with Image.open(picture) as drawn:
+            pictures.append(drawn.tobytes())
+    assert pictures[0] == pictures[1] == pictures[2]
+    call("export", pretrained, tmp_path / "timm.pth", "--format", "timm")
+    code, _, error = call(*command, tmp_path / "timm.pth", "--out", tmp_path / "x.png")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "has no decoder" in error

@@ -20,7 +20,7 @@ def test_every_way_of_transfer_runs_and_a_second_call_gives_the_same(tmp_path):
     assert json.loads(answer.read_text()) == found
     for name in KEYS:
         assert found[name].keys() == {"mean", "std", "seeds"}
-        own = json.loads((out / "transfer-seed0" / f"{name}.json").read_text())
+        own = json.loads((out / "transfer" / f"{name}-seed0.json").read_text())
         assert found[name]["mean"] == own["top1"]
         assert own["images"] == 355
     with Image.open(out / "figures" / "partial_finetuning.png") as picture:
