@@ -9,6 +9,18 @@ from typing import Annotated, Optional
 import typer
 
 from mae_scale.cli_files import checkpoints_app, data_app
+from mae_scale.cli_measure import measure_app
+from mae_scale.cli_options import (
+    Json,
+    Nproc,
+    Out,
+    Overrides,
+    RecipeName,
+    TrackingUri,
+    Weights,
+    with_weights,
+    write_text,
+)
 from mae_scale.errors import EXIT_DONE, EXIT_FAILED, RunError, UsageError
 from mae_scale.training import preemption
 
@@ -19,26 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.add_typer(measure_app)
 app.add_typer(data_app, name="data", no_args_is_help=True)
 app.add_typer(checkpoints_app, name="checkpoints", no_args_is_help=True)
-
-Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045  (typer reads it at run time)
-    typer.Argument(metavar="[section.key=value ...]", help="Changes to the recipe.", show_default=False),
-]
-
-
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged name, or a path.", show_default=False)]
-Out = Annotated[Path, typer.Option(help="Output folder; a run found there goes on.", show_default=False)]
-Nproc = Annotated[int, typer.Option(min=1, help="Local ranks to start when no launcher has.")]
-TrackingUri = Annotated[Optional[str], typer.Option(help="MLflow tracking URI; off: none.", show_default=False)]  # noqa: UP045
-Weights = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(
-        help="A run's folder, a checkpoint, or a file of weights (ours, the authors', timm's, Hugging Face's)."
-    ),
-]
-Json = Annotated[Optional[Path], typer.Option("--json", help="Write the figures there, too.", show_default=False)]  # noqa: UP045
 
 
 @app.command()
@@ -98,150 +93,15 @@ def probe(
     raise typer.Exit(_classify("probe", Probing, recipe, overrides, out, weights, nproc, tracking_uri, json))
 
 
-@app.command()
-def evaluate(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    weights: Weights = None,
-    kind: Annotated[
-        str,
-        typer.Option(
-            "--set", help="folder, or a published layout: imagenet-a, imagenet-r, imagenet-sketch, imagenet-c."
-        ),
-    ] = "folder",
-    nproc: Nproc = 1,
-    json: Json = None,
-) -> None:
-    """Top-1 and top-5 of a classifier on data.val_root, exact for any number of ranks.
-
-    Example: `mae-scale evaluate finetune/vit_base_224 --weights mae_finetuned_vit_base.pth
-    data.val_root=/data/imagenet/val`
-    """
-    from mae_scale.evaluation import evaluate as evaluation
-
-    overrides = _with_weights(overrides, weights)
-    loaded = _measured(evaluation.check, recipe, overrides, json)
-    options = ["--set", kind]
-    results = _on_ranks("evaluate", nproc, recipe, overrides, options, json, lambda: evaluation.evaluate(loaded, kind))
-    if results is not None:
-        typer.echo(evaluation.describe(results, loaded.data.val_root))
-
-
-@app.command()
-def knn(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    weights: Weights = None,
-    k: Annotated[int, typer.Option("--k", min=1, help="Nearest training images that vote.")] = 20,
-    figure: Annotated[Optional[Path], typer.Option(help="PNG of some images and their nearest.")] = None,  # noqa: UP045
-    nproc: Nproc = 1,
-    json: Json = None,
-) -> None:
-    """k-NN on frozen features: data.val_root's images classified by the nearest of data.root.
-
-    Example: `mae-scale knn probe/vit_large --weights runs/vit_large data.root=/data/imagenet/train
-    data.val_root=/data/imagenet/val`
-    """
-    from mae_scale.evaluation import neighbours as evaluation
-
-    overrides = _with_weights(overrides, weights)
-    loaded = _measured(evaluation.check, recipe, overrides, json)
-    options = ["--k", str(k), *(["--figure", str(figure)] if figure else [])]
-    work = lambda: evaluation.nearest_neighbours(loaded, k, figure)  # noqa: E731
-    results = _on_ranks("knn", nproc, recipe, overrides, options, json, work)
-    if results is not None:
-        typer.echo(
-            f"{k} nearest neighbours: top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % "
-            f"of {results['images']:,} images"
-        )
-
-
-@app.command()
-def reconstruct(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    weights: Annotated[Path, typer.Option(help="A pre-training run's folder, or a file with a decoder.")] = ...,
-    out: Annotated[Path, typer.Option(help="PNG to write.")] = ...,
-) -> None:
-    """Draw what an autoencoder makes of images with most patches removed.
-
-    Example: `mae-scale reconstruct pretrain/vit_large_800ep --weights mae_visualize_vit_large.pth --out faces.png
-    data.val_root=photos model.target=pixels`
-    """
-    from mae_scale.evaluation.reconstruct import reconstruct as draw
-    from mae_scale.recipe import load_recipe
-
-    draw(load_recipe(recipe, list(overrides or [])), weights, out)
-    typer.echo(f"{out}")
-
-
-@app.command("partial-curve")
-def partial_curve(
-    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of finished runs, of any seeds.")],
-    out: Annotated[Path, typer.Option(help="PNG to write.")] = ...,
-    json: Json = None,
-) -> None:
-    """Draw accuracy by the number of trained blocks, from runs of probing, partial and full fine-tuning.
-
-    Example: `mae-scale partial-curve runs/probe runs/partial_1 runs/partial_4 runs/finetune --out curve.png`
-    """
-    import json as text
-
-    from mae_scale.evaluation.partial_curve import partial_curve as draw
-
-    points = draw(runs, out)
-    for point in points:
-        std = "" if point["std"] is None else f" +- {point['std']:.2f} ({point['runs']} runs)"
-        typer.echo(f"{point['trained_blocks']:g} blocks: top-1 {point['top1']:.2f} %{std}")
-    typer.echo(f"{out}")
-    if json is not None:
-        _write_text(json, text.dumps(points, indent=1) + "\n")
-
-
-def _with_weights(overrides: list[str] | None, weights: Path | None) -> list[str]:
-    return [*(overrides or []), *([f"classifier.weights={weights}"] if weights else [])]
-
-
-def _measured(check, recipe: str, overrides: list[str], json: Path | None):
-    """The recipe of something to measure, checked."""
-    from mae_scale.recipe import load_recipe
-
-    loaded = load_recipe(recipe, overrides)
-    check(loaded)
-    if json is not None and not json.absolute().parent.is_dir():
-        raise UsageError(
-            f"--json {json}: there is no folder {json.absolute().parent}; make it, or choose another place"
-        )
-    return loaded
-
-
-def _on_ranks(command, nproc, recipe, overrides, options, json, work) -> dict | None:
-    """What `work` gives, as this rank or with local ranks started here; None where another process says it."""
-    import json as text
-
-    from mae_scale.training.distributed import launched
-    from mae_scale.training.launcher import launch_local_ranks
-
-    if nproc > 1 and not launched():
-        options = [*options, *(["--json", str(json)] if json else [])]
-        if code := launch_local_ranks(nproc, [command, recipe, *overrides, *options]):
-            raise typer.Exit(code)
-        return None
-    results = work()
-    if results is not None and json is not None:
-        _write_text(json, text.dumps(results, indent=1) + "\n")
-    return results
-
-
 def _classify(command, job_class, recipe, overrides, out, weights, nproc, tracking_uri, json) -> int:
     """A classifier's training; the exit code. What was measured is written to `json` by rank 0."""
-    code = _train(command, job_class, recipe, _with_weights(overrides, weights), out, nproc, tracking_uri)
+    code = _train(command, job_class, recipe, with_weights(overrides, weights), out, nproc, tracking_uri)
     if json is not None and code == EXIT_DONE and os.environ.get("RANK", "0") == "0":
         from mae_scale.training.finetune import EVALUATION
 
         if not (out / EVALUATION).exists():
             raise UsageError(f"--json {json}: nothing was measured; add data.val_root=/path/to/validation images")
-        _write_text(json, (out / EVALUATION).read_text(encoding="utf-8"))
+        write_text(json, (out / EVALUATION).read_text(encoding="utf-8"))
     return code
 
 
@@ -264,13 +124,6 @@ def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri) -> i
     # Here, once and with a progress bar; the ranks then find the index fresh.
     job.prepare()
     return launch_local_ranks(nproc, [command, recipe, *overrides, "--out", str(out)])
-
-
-def _write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--json {path} cannot be written: {error.strerror}") from None
 
 
 @app.command()

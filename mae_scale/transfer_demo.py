@@ -69,7 +69,7 @@ def run_transfer(
     data = [f"data.root={digits}/train", f"data.val_root={digits}/val", *overrides]
     console.print(f"{len(seeds)} seeds: pre-training on all images without labels, then ten labels a class")
     found: dict[str, list[float]] = {way.name: [] for way in (*WAYS, DOUBLE)}
-    workers = max(1, (os.cpu_count() or 1))
+    workers = min(os.cpu_count() or 1, len(WAYS))
     for seed in seeds:
         shared = [*data, f"seed={seed}"]
         run = _folder(out, "run", seed)
@@ -127,8 +127,10 @@ def _file(out: Path, name: str, seed: int, kind: str) -> Path:
 
 def _call(words: list[str], log: Path) -> None:
     """`mae-scale WORDS`, what it says kept in a file. RunError with its last lines when it fails."""
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # several run side by side
     with open(log, "w", encoding="utf-8") as file:
-        done = subprocess.run([sys.executable, "-m", "mae_scale", *words], stdout=file, stderr=subprocess.STDOUT)
+        command = [sys.executable, "-m", "mae_scale", *words]
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     if done.returncode:
         last = " / ".join(log.read_text(encoding="utf-8").strip().splitlines()[-3:])
         raise RunError(f"`mae-scale {' '.join(words)}` ended with exit code {done.returncode}: {last} (all in {log})")

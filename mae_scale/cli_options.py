@@ -1,0 +1,37 @@
+"""What the commands have in common: options by name, and how a JSON file is written."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from mae_scale.errors import UsageError
+
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045  (typer reads it at run time)
+    typer.Argument(metavar="[section.key=value ...]", help="Changes to the recipe.", show_default=False),
+]
+
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged name, or a path.", show_default=False)]
+Out = Annotated[Path, typer.Option(help="Output folder; a run found there goes on.", show_default=False)]
+Nproc = Annotated[int, typer.Option(min=1, help="Local ranks to start when no launcher has.")]
+TrackingUri = Annotated[Optional[str], typer.Option(help="MLflow tracking URI; off: none.", show_default=False)]  # noqa: UP045
+Weights = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        help="A run's folder, a checkpoint, or a file of weights (ours, the authors', timm's, Hugging Face's)."
+    ),
+]
+Json = Annotated[Optional[Path], typer.Option("--json", help="Write the figures there, too.", show_default=False)]  # noqa: UP045
+
+
+def with_weights(overrides: list[str] | None, weights: Path | None) -> list[str]:
+    return [*(overrides or []), *([f"classifier.weights={weights}"] if weights else [])]
+
+
+def write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--json {path} cannot be written: {error.strerror}") from None
