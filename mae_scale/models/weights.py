@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,13 +156,16 @@ def read_weights(path: str | Path) -> StateDict:
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{path} is not a whole safetensors file ({error}): fetch it again") from error
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the release keeps its arguments beside "model"
+        # The release keeps its arguments, a Namespace, beside "model". Warnings are on what is refused anyway.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        found = re.search(r"WeightsUnpickler error:\s*([^\n]+)", str(error))  # the rest is advice to read it all the same
         raise UsageError(
-            f"{path} was refused: it is damaged, or holds more than tensors, which could run code when read "
-            f"({reason}). Expected weights only: fetch it again, or have its author save them as safetensors"
+            f"{path} was refused: it is damaged, or holds more than tensors, which could run code when read"
+            f"{f' ({found[1]})' if found else ''}. Expected weights only: fetch it again, or have its author save "
+            "them as safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UsageError(f"{path} is not a whole torch file ({error}): fetch it again") from error

@@ -199,8 +199,8 @@ class Probing(Finetuning):
         section = self.recipe.classifier
         if section is not None and section.trained_blocks != 0:
             raise UsageError(
-                f"linear probing trains the head alone, and the recipe has classifier.trained_blocks="
-                f"{section.trained_blocks}; use a recipe such as probe/vit_large, or `mae-scale finetune`"
+                "linear probing trains the head alone (classifier.trained_blocks=0), and the recipe trains more; "
+                "use a recipe such as probe/vit_large, or `mae-scale finetune`"
             )
         super().refuse(layout)
 
