@@ -161,7 +161,7 @@ def read_weights(path: str | Path) -> StateDict:
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"WeightsUnpickler error:\s*([^\n]+)", str(error))  # the rest is advice to read it all the same
+        found = re.search(r"WeightsUnpickler error:\s*([^\n]+)", str(error))  # then comes advice to read it
         raise UsageError(
             f"{path} was refused: it is damaged, or holds more than tensors, which could run code when read"
             f"{f' ({found[1]})' if found else ''}. Expected weights only: fetch it again, or have its author save "
