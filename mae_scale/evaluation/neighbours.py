@@ -26,7 +26,9 @@ from mae_scale.evaluation.sets import EvaluationSet, folder_set
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.classifier_weights import classes_in, load_classifier
 from mae_scale.recipe import Recipe
+from mae_scale.tracking.finished_run import add_artifact
 from mae_scale.tracking.transfer_figures import neighbours_figure
+from mae_scale.tracking.uri import tracking_uri
 from mae_scale.training.assemble import build_classifier_of
 from mae_scale.training.distributed import Ranks, first_then_others
 
@@ -85,7 +87,11 @@ def nearest_neighbours(recipe: Recipe, neighbours: int, figure: Path | None) -> 
         if not ranks.is_first:
             return None
         if figure is not None:
-            _draw(asked, known, one.index, index, recipe, figure)
+            try:
+                _draw(asked, known, one.index, index, recipe, figure)
+            except OSError as error:
+                raise UsageError(f"--figure {figure} cannot be written: {error.strerror}") from None
+            _to_mlflow(recipe, figure)
     return {"k": neighbours, **report(accuracy, index.classes)}
 
 
@@ -165,6 +171,14 @@ def _draw(asked: Features, known: Features, validation: Index, index: Index, rec
     neighbours = _images(index, known.images[near], recipe).unflatten(0, tuple(nearest.shape))
     labels = known.labels[near].unflatten(0, tuple(nearest.shape))
     neighbours_figure(queries, neighbours, asked.labels[rows].cpu(), labels.cpu(), index.classes, path)
+
+
+def _to_mlflow(recipe: Recipe, figure: Path) -> None:
+    """Where the weights are those of a tracked run, the picture goes to it."""
+    weights = recipe.classifier.weights
+    uri = tracking_uri(recipe.tracking.uri, weights)
+    if uri is not None:
+        add_artifact(weights, uri, figure, "figures")
 
 
 def _images(index: Index, rows: Tensor, recipe: Recipe) -> Tensor:
