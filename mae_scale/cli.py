@@ -156,6 +156,8 @@ def demo(
     Example: `mae-scale demo --out demo`, then `mae-scale demo --out demo --transfer --json transfer.json`
     """
     if transfer:
+        if seed:
+            raise UsageError("--seed is for the plain demo; --transfer runs the seeds 0, 1 and 2")
         from mae_scale.transfer_demo import run_transfer
 
         run_transfer(out, json)
