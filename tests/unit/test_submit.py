@@ -212,7 +212,10 @@ def test_the_site_is_what_its_environment_file_says_and_the_environment_wins(sub
         ([LARGE, "probe/vit_large", "engine.micro_batch=8", "--nodes", 2], ["probe/vit_large on", "drop engine.micro"]),
         ([LARGE, "finetune/vit_large_224", "engine.micro_batch=1", "--nodes", 2], ["vit_large_224 on", "even"]),
         ([LARGE, "probe/vit_large", "data.augmentation=none", "--nodes", 2], ["no random resized crop"]),
-        (["finetune/vit_huge_224", "classifier.weights=/no", "--nodes", 2], ["/no does not exist"]),
+        (
+            ["finetune/vit_huge_224", "classifier.weights=/no", "--nodes", 2],
+            ["classifier.weights=/no (--weights) does not exist"],
+        ),
         ([HUGE, "classifier.mixup=0", "--nodes", 2], ["'classifier.mixup=0' is for recipes with a section", HUGE]),
         (["pretrain/vit_hug_1600ep", "--nodes", 2], ["did you mean 'pretrain/vit_huge_1600ep'"]),
         ([HUGE, HUGE, "--nodes", 2], ["give each recipe once"]),
