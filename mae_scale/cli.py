@@ -18,6 +18,7 @@ from mae_scale.cli_options import (
     RecipeName,
     TrackingUri,
     Weights,
+    check_json,
     with_weights,
     write_text,
 )
@@ -95,6 +96,7 @@ def probe(
 
 def _classify(command, job_class, recipe, overrides, out, weights, nproc, tracking_uri, json) -> int:
     """A classifier's training; the exit code. What was measured is written to `json` by rank 0."""
+    check_json(json)
     code = _train(command, job_class, recipe, with_weights(overrides, weights), out, nproc, tracking_uri)
     if json is not None and code == EXIT_DONE and os.environ.get("RANK", "0") == "0":
         from mae_scale.training.finetune import EVALUATION

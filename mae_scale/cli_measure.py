@@ -5,8 +5,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from mae_scale.cli_options import Json, Nproc, Overrides, RecipeName, Weights, with_weights, write_text
-from mae_scale.errors import UsageError
+from mae_scale.cli_options import Json, Nproc, Overrides, RecipeName, Weights, check_json, with_weights, write_text
 
 measure_app = typer.Typer()
 
@@ -117,10 +116,7 @@ def _measured(check, recipe: str, overrides: list[str], json: Path | None):
 
     loaded = load_recipe(recipe, overrides)
     check(loaded)
-    if json is not None and not json.absolute().parent.is_dir():
-        raise UsageError(
-            f"--json {json}: there is no folder {json.absolute().parent}; make it, or choose another place"
-        )
+    check_json(json)
     return loaded
 
 

@@ -30,6 +30,14 @@ def with_weights(overrides: list[str] | None, weights: Path | None) -> list[str]
     return [*(overrides or []), *([f"classifier.weights={weights}"] if weights else [])]
 
 
+def check_json(path: Path | None) -> None:
+    """UsageError, before the work is done, when its figures could not be written there."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise UsageError(
+            f"--json {path}: there is no folder {path.absolute().parent}; make it, or choose another place"
+        )
+
+
 def write_text(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")

@@ -46,13 +46,13 @@ def evaluate(recipe: Recipe, kind: str) -> dict | None:
         found = {}
         for one in sets:
             accuracy = measure(predict, one, recipe, classes=model.classes, ranks=ranks, device=device)
-            found[one.name] = report(accuracy, names or _names_of(one, model.classes))
+            found[one.name] = report(accuracy, names or _names_of(one, model.classes), one.index)
         if not ranks.is_first:
             return None
     if kind != "imagenet-c":
         return {"set": kind, **found[""]}
     errors = {name: 100 - results["top1"] for name, results in found.items()}
-    severities = {name: {key: r[key] for key in ("top1", "top5", "images")} for name, r in found.items()}
+    severities = {name: {key: r[key] for key in ("top1", "top5", "images", "left_out")} for name, r in found.items()}
     return {"set": kind, **corruption_summary(errors), "severities": severities}
 
 
@@ -123,11 +123,12 @@ def describe(results: dict, root: Path) -> str:
         + (f", taken for {', '.join(found['taken_for'])}" if found["taken_for"] else "")
         for found in worst
     ]
+    left_out = f" ({results['left_out']:,} more cannot be read)" if results["left_out"] else ""
     strange = f", {results['non_finite']} without a finite answer" if results["non_finite"] else ""
     return "\n".join(
         [
             f"{root} ({results['set']}): top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % "
-            f"of {results['images']:,} images{strange}",
+            f"of {results['images']:,} images{left_out}{strange}",
             "classes with the lowest top-1:",
             *rows,
         ]

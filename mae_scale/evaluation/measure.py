@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from data_pipeline.index import Index
 from data_pipeline.loader import EvaluationLoader
 from mae_scale.evaluation.accuracy import NO_PREDICTION, Accuracy
 from mae_scale.evaluation.sets import EvaluationSet
@@ -58,8 +59,11 @@ def measure(
     return accuracy
 
 
-def report(accuracy: Accuracy, names: list[str] | None) -> dict:
-    """What goes into a JSON file: the results, and for each class its accuracy and what it is taken for most."""
+def report(accuracy: Accuracy, names: list[str] | None, index: Index) -> dict:
+    """What goes into a JSON file: the results, and for each class its accuracy and what it is taken for most.
+
+    left_out: images of the index's folder that were not counted, for they cannot be read.
+    """
     names = names or [str(number) for number in range(accuracy.num_classes)]
     taken: dict[int, list[tuple[int, int]]] = {}
     for (true, predicted), count in accuracy.pairs.items():
@@ -72,4 +76,5 @@ def report(accuracy: Accuracy, names: list[str] | None) -> dict:
         per_class.append({"class": names[number], "images": images, "top1": top1, "taken_for": confused})
     results = accuracy.results()
     loss = results["loss"] if math.isfinite(results["loss"]) else None  # JSON has no NaN
-    return {**results, "loss": loss, "per_class": per_class}
+    left_out = len(index) + len(index.bad) - accuracy.images
+    return {**results, "loss": loss, "left_out": left_out, "per_class": per_class}

@@ -92,7 +92,7 @@ def nearest_neighbours(recipe: Recipe, neighbours: int, figure: Path | None) -> 
             except OSError as error:
                 raise UsageError(f"--figure {figure} cannot be written: {error.strerror}") from None
             _to_mlflow(recipe, figure)
-    return {"k": neighbours, **report(accuracy, index.classes)}
+    return {"k": neighbours, **report(accuracy, index.classes, one.index)}
 
 
 def _opened(recipe: Recipe) -> tuple[Classifier, Index, EvaluationSet]:

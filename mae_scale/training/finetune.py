@@ -222,7 +222,7 @@ class Validation:
                 self._engine.predict, self._set, run.recipe, classes=len(names), ranks=run.ranks, device=run.device
             )
         if run.ranks.is_first:
-            write_json(run.out / EVALUATION, report(accuracy, names))
+            write_json(run.out / EVALUATION, report(accuracy, names, self._set.index))
         found = accuracy.results()
         return {"val/top1": found["top1"], "val/top5": found["top5"], "val/loss": found["loss"]}
 

@@ -159,6 +159,17 @@ def test_imagenet_c_gives_a_mean_corruption_error(tmp_path, mae_scale):
     assert f"mean corruption error {expected:.2f}" in done.stdout
 
 
+def test_images_that_cannot_be_read_are_counted_every_time(tmp_path, digits, mae_scale, finetuned):
+    shutil.copytree(digits / "val", tmp_path / "val", ignore=shutil.ignore_patterns(".*"))
+    image = next((tmp_path / "val" / "3").iterdir())
+    image.write_bytes(image.read_bytes()[:300])
+    for _ in range(2):  # found while indexing, then known
+        command = ["evaluate", "finetune/demo", "--weights", finetuned[0], f"data.val_root={tmp_path}/val", *TINY]
+        done = mae_scale(*command, "--json", tmp_path / "e.json")
+        assert "of 354 images (1 more cannot be read)" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "e.json").read_text())["left_out"] == 1
+
+
 WRONG = {
     "no weights": (["finetune", "finetune/demo"], [], "add --weights PATH"),
     "weights that are not there": (["finetune", "finetune/demo", "--weights", "{out}/none"], [], "does not exist"),
@@ -198,6 +209,7 @@ WRONG = {
         [],
         "1000 classes; this one has 10",
     ),
+    "JSON nowhere after training": (["finetune", "scratch/demo", "--json", "{out}/no/x"], [], "no folder"),
     "JSON nowhere": (
         ["evaluate", "finetune/demo", "--weights", "{tuned}", "--json", "{out}/no/x.json"],
         [],
