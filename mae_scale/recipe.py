@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mae_scale.errors import UsageError
+from mae_scale.files import write_atomically
 
 
 class Section(BaseModel):
@@ -177,8 +178,8 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(_computed(self.flat()), sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
-        """Write the recipe as YAML, every default resolved."""
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        """Write the recipe as YAML, every default resolved. Other ranks may read it at that moment."""
+        write_atomically(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False).encode())
 
 
 # What may differ between one start of a run and the next, for it does not change what is computed.

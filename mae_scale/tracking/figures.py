@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mae_scale.tracking.metrics_log import write_atomically
+from mae_scale.files import write_atomically
 
 # ImageNet's, in RGB of [0, 1]: what the images were normalised by.
 MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)

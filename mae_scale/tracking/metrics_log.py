@@ -9,23 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mae_scale.files import write_atomically
+
 logger = logging.getLogger(__name__)
 
 # JSON has no such numbers: they are written as text, and read_metrics makes them floats again.
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, fsync, rename: it holds the old content or the new, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def parse_rows(content: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from mae_scale.errors import UsageError
-from mae_scale.tracking.metrics_log import parse_rows, read_metrics, write_atomically
+from mae_scale.files import write_json
+from mae_scale.tracking.metrics_log import parse_rows, read_metrics
 from mae_scale.tracking.uri import artifact_location, new_sqlite_file, redacted
 
 logger = logging.getLogger(__name__)
@@ -370,7 +371,7 @@ class MlflowTracker:
         path = self._out_dir / "mlflow.json"
         try:
             with self._state_lock:
-                write_atomically(path, json.dumps(self._state, indent=1).encode() + b"\n")
+                write_json(path, self._state)
         except OSError as error:
             logger.warning("%s could not be written: %s", path, error)
 

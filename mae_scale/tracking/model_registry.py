@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mae_scale.files import write_json
 from mae_scale.models.classifier import Classifier
 from mae_scale.tracking.figures import MEAN, STD
-from mae_scale.tracking.metrics_log import write_atomically
 from mae_scale.tracking.mlflow_tracker import ENVIRONMENT, MlflowTracker, reason
 from mae_scale.tracking.uri import redacted
 
@@ -77,7 +77,7 @@ def keep_classifier(
             scratch=note.parent,
         )
         content = where | {"run_id": run_id, "registered_name": registered_name} | logged
-        write_atomically(note, json.dumps(content, indent=1).encode() + b"\n")
+        write_json(note, content)
     except Exception as error:
         logger.warning(
             "MLflow (%s) did not take the model%s: %s. The run is complete without it; "

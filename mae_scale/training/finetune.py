@@ -17,13 +17,13 @@ from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.errors import RunError, UsageError
 from mae_scale.evaluation.measure import measure, report
 from mae_scale.evaluation.sets import EvaluationSet, folder_set
+from mae_scale.files import write_atomically, write_json
 from mae_scale.models.attention import last_attention
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.classifier_weights import load_classifier
 from mae_scale.objectives.classify import Classify
 from mae_scale.planning.flops import vit_forward_macs
 from mae_scale.tracking.figures import pictures_of
-from mae_scale.tracking.metrics_log import write_atomically
 from mae_scale.tracking.model_registry import keep_classifier
 from mae_scale.tracking.run import Tracking
 from mae_scale.tracking.transfer_figures import attention_figure, per_class_figure
@@ -31,7 +31,7 @@ from mae_scale.training.assemble import build_classifier_of
 from mae_scale.training.distributed import first_then_others
 from mae_scale.training.ds_config import BatchLayout
 from mae_scale.training.job import Job
-from mae_scale.training.loop import Run, write_json
+from mae_scale.training.loop import Run
 from mae_scale.training.optimizers import parameter_groups
 from mae_scale.training.pretrain import some_images
 

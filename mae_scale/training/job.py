@@ -19,6 +19,7 @@ from data_pipeline.pipelines import decoding_device
 from mae_scale.checkpoints.saver import Saver
 from mae_scale.checkpoints.store import Retention
 from mae_scale.errors import EXIT_DONE, EXIT_STOPPED, UsageError
+from mae_scale.files import write_json
 from mae_scale.planning.flops import peak_flops_per_s
 from mae_scale.recipe import Recipe, differing_keys, load_recipe
 from mae_scale.tracking.events import Events
@@ -37,7 +38,7 @@ from mae_scale.training.ds_config import (
     refuse_wrong_combinations,
     zero_stage_of,
 )
-from mae_scale.training.loop import Evaluator, Run, resume, train, write_json
+from mae_scale.training.loop import Evaluator, Run, resume, train
 
 
 class Job(ABC):

@@ -1,7 +1,6 @@
 """The one loop of every job: where we stand, data, model, engine, steps, end."""
 
 import contextlib
-import json
 import logging
 import math
 import resource
@@ -312,8 +311,3 @@ def _checkpoint_due(run: Run, done: int) -> bool:
     checkpoint = run.recipe.checkpoint
     epochs = checkpoint.every_epochs
     return _due(done, checkpoint.every_steps) or _due(done, epochs and epochs * run.steps_per_epoch)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Pretty JSON with a newline at the end."""
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

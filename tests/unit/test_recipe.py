@@ -1,6 +1,7 @@
 """A recipe says what a run is, refuses what it does not know, and knows when two recipes are one run."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from math import prod
 from pathlib import Path
@@ -180,6 +181,17 @@ def test_a_saved_recipe_is_the_same_recipe(tmp_path):
     recipe = load_recipe("demo", ["data.root=/data", "engine.activation_checkpointing=2", "optim.clip_grad_norm=1"])
     recipe.save(tmp_path / "recipe.yaml")
     assert load_recipe(str(tmp_path / "recipe.yaml")) == recipe
+
+
+def test_another_rank_reads_a_whole_recipe_while_it_is_saved_again(tmp_path):
+    recipe, path = load_recipe("demo"), tmp_path / "recipe.yaml"
+    recipe.save(path)
+    with ThreadPoolExecutor(1) as other:
+        saved = other.submit(lambda: [recipe.save(path) for _ in range(200)])
+        while not saved.done():
+            assert load_recipe(str(path)) == recipe
+    saved.result()
+    assert [file.name for file in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def test_keys_that_do_not_change_what_is_computed_may_differ_and_others_are_named():
