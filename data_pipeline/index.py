@@ -123,7 +123,8 @@ class Index:
         mib = self.num_bytes.sum() / 2**20
         parts = [f"{len(self):,} images", f"{mib / 1024:.2f} GiB" if mib >= 1024 else f"{mib:.2f} MiB"]
         if self.classes:
-            parts.append(f"{len(self.classes)} classes")
+            nested = next((f" such as {name}" for name in self.classes if "/" in name), "")
+            parts.append(f"{len(self.classes)} classes{nested}")
         if self.shard_names:
             parts.append(f"{len(self.shard_names)} shards")
         if self.bad:
@@ -196,6 +197,8 @@ def load_index(path: str | os.PathLike[str], root: str | os.PathLike[str] | None
 
 def build_index(root: str | os.PathLike[str], *, workers: int | None = None, progress: Progress = True) -> Index:
     """Index every image under `root` (an image folder, flat or with a folder a class, or tar shards).
+
+    Where the first level holds only folders of folders, as in iNaturalist and Places, these inner ones are classes.
 
     `workers` processes read the headers (default: one a core); `progress` shows a bar, or is called with
     (done, total). Raises UsageError when the folder is missing, empty or cannot be listed, or no image is

@@ -15,6 +15,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -131,44 +132,60 @@ def list_folder(root: Path) -> Listing:
         raise UsageError(f"the data folder {root} does not exist; give an image folder or a folder of .tar shards")
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder; give an image folder or a folder of .tar shards")
-    chunks: list[tuple[int, bytes]] = []
     shards: list[str] = []
     skipped = 0
     entries = _entries(os.fsencode(root))
-    classes = [os.fsdecode(name) for name, is_folder in entries if is_folder]
-    labels = {name: label for label, name in enumerate(sorted(classes))}
 
-    def add(names: list[bytes], label: int) -> None:
-        for first in range(0, len(names), CHUNK_NAMES):
-            chunks.append((label, b"\0".join(names[first : first + CHUNK_NAMES])))
+    def images() -> Iterator[bytes]:
+        nonlocal skipped
+        for name, is_folder in entries:
+            for path in _walk(os.fsencode(root), name, frozenset()) if is_folder else [name]:
+                if path.lower().endswith(tuple(os.fsencode(s) for s in IMAGE_SUFFIXES)):
+                    yield path
+                elif path.lower().endswith(b".tar"):
+                    shards.append(os.fsdecode(path))
+                else:
+                    skipped += 1
 
-    loose: list[bytes] = []
-    for name, is_folder in entries:
-        found = _walk(os.fsencode(root), name, frozenset()) if is_folder else iter([name])
-        images = []
-        for path in found:
-            if path.lower().endswith(tuple(os.fsencode(s) for s in IMAGE_SUFFIXES)):
-                images.append(path)
-            elif path.lower().endswith(b".tar"):
-                shards.append(os.fsdecode(path))
-            else:
-                skipped += 1
-        if is_folder:
-            add(loose, -1)
-            loose = []
-            add(images, labels[os.fsdecode(name)])
-        else:
-            loose += images
-    add(loose, -1)
-    if shards and chunks:
+    found: list[tuple[bytes, bytes]] = []  # (folder, names of its images joined by zero bytes)
+    for folder, names in groupby(images(), key=os.path.dirname):
+        while some := list(islice(names, CHUNK_NAMES)):
+            found.append((folder, b"\0".join(some)))
+    if shards and found:
         raise UsageError(f"{root} holds both images and tar shards (such as {shards[0]}); give a folder of one kind")
-    if not shards and not chunks:
+    if not shards and not found:
         others = f", but {skipped} other file{'s' * (skipped != 1)}" if skipped else ""
         raise UsageError(
             f"no image in {root}{others}; expected {', '.join(IMAGE_SUFFIXES)} files, flat or in a "
             "folder a class, or uncompressed .tar shards in WebDataset layout"
         )
-    return Listing(root, sorted(classes) if chunks else [], chunks, shards)
+    classes, labels = _classes([name for name, is_folder in entries if is_folder], {folder for folder, _ in found})
+    return Listing(root, classes if found else [], [(labels[folder], names) for folder, names in found], shards)
+
+
+def _classes(top: list[bytes], holders: set[bytes]) -> tuple[list[str], dict[bytes, int]]:
+    """The classes by name, and the label of each folder that holds images (-1 for the root, b"").
+
+    The classes are the folders `top` in the root, whatever lies below them: also an only folder "images", as in
+    Tiny-ImageNet. Where none of them holds images but some hold several folders of them, as iNaturalist (Aves/3100)
+    and Places (a/abbey) are published, the classes are the uppermost folders that hold images.
+    """
+    inside = {folder for folder in holders if folder}
+    second = {tuple(folder.split(b"/")[:2]) for folder in inside}
+    nested = inside.isdisjoint(top) and len(second) > len({first for first, *_ in second})
+    names = sorted(os.fsdecode(folder) for folder in (_uppermost(inside) if nested else top))
+    number = {os.fsencode(name): label for label, name in enumerate(names)}
+    return names, {folder: next((number[up] for up in _from_top(folder) if up in number), -1) for folder in holders}
+
+
+def _uppermost(folders: set[bytes]) -> set[bytes]:
+    return {next(up for up in _from_top(folder) if up in folders) for folder in folders}
+
+
+def _from_top(folder: bytes) -> Iterator[bytes]:
+    """b"a/b/c" -> b"a", b"a/b", b"a/b/c"."""
+    parts = folder.split(b"/")
+    return (b"/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
 
 
 def _entries(folder: bytes) -> list[tuple[bytes, bool]]:

@@ -148,7 +148,6 @@ def _folder_classes(index: Index, num_classes: int, class_names: list[str] | Non
                 f"{num_classes - 1}); give the shards of the data it was trained on"
             )
         return np.arange(len(names))
-    _refuse_nested(index)
     held = [names[label] for label in labels]
     if class_names and set(held).isdisjoint(class_names) and class_names == _numbers(len(class_names)):
         class_names = None  # the model was trained on shards, which have no names
@@ -169,25 +168,6 @@ def _folder_classes(index: Index, num_classes: int, class_names: list[str] | Non
             f"expected names such as {_some(class_names)}; remove or rename them, or give the right folder"
         )
     return np.array([class_of.get(name, -1) for name in names], np.int64)
-
-
-def _refuse_nested(index: Index) -> None:
-    """Raise UsageError when a class folder holds no images itself, but several folders of them.
-
-    So iNaturalist 2017 and 2018 (super-category/category) and Places365 (letter/category) are published; the
-    index takes a first-level folder for a class, and would give all categories below it one label.
-    """
-    below: dict[str, set[str]] = {}
-    for image in range(len(index)):
-        folder, *deeper = index.name(image).split("/")
-        below.setdefault(folder, set()).add(deeper[0] if len(deeper) > 1 else "")
-    for folder, inside in below.items():
-        if len(inside) > 1 and "" not in inside:
-            raise UsageError(
-                f"class folder {index.root / folder} holds no images but {len(inside)} folders of them "
-                f"({_some(sorted(inside))}); expected a folder a class, directly in the given one; give the folder "
-                "that holds the class folders, or make one of links to them"
-            )
 
 
 def _check_model(kind: str, num_classes: int, class_names: list[str] | None) -> None:

@@ -152,16 +152,18 @@ def test_images_outside_class_folders_are_refused(tmp_path):
     assert "such as loose.jpg, lie in no class folder" in message
 
 
-def test_classes_one_level_deeper_are_refused(tmp_path):
-    """iNaturalist 2018: Aves/3100/*.jpg; each super-category would silently be one class."""
-    root = put(tmp_path / "inat", "Aves/3100/1.jpg", "Aves/3101/1.jpg", "Fungi/5600/1.jpg")
-    message = refusal(root, num_classes=2)
-    assert f"class folder {root}/Aves holds no images but 2 folders of them (3100, 3101)" in message
-    assert "expected a folder a class" in message
-    assert "holds no images" in refusal(root, num_classes=2, class_names=["Aves", "Fungi"])
+def test_classes_below_folders_of_them_are_matched_by_their_whole_names(tmp_path):
+    """iNaturalist as it is published; the model saw one class more."""
+    root = put(tmp_path, "Aves/3100/1.jpg", "Aves/3101/1.jpg", "Fungi/5600/1.jpg")
+    trained_on = ["Aves/3100", "Aves/3101", "Fungi/5599", "Fungi/5600"]
+    (one,) = opened(root, num_classes=4, class_names=trained_on)
+    assert list(meaning(one).values()) == [0, 1, 3]
+    assert "class folders that the training data did not have (3)" in refusal(
+        root, num_classes=2, class_names=["Aves", "Fungi"]
+    )
 
 
-def test_one_folder_inside_each_class_is_no_reason_to_refuse(tmp_path):
+def test_one_folder_inside_each_class_changes_nothing(tmp_path):
     """Tiny-ImageNet: <class>/images/*.JPEG; and images beside folders of more images."""
     put(tmp_path, "ant/images/1.JPEG", "ant/images/2.JPEG", "bee/1.jpg", "bee/more/1.jpg", "bee/old/1.jpg")
     (one,) = opened(tmp_path, num_classes=2)

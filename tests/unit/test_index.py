@@ -84,6 +84,32 @@ def test_class_folders_give_labels_in_the_order_of_their_names(folder):
     assert [index.path(i).stat().st_size for i in range(len(index))] == index.num_bytes.tolist()
 
 
+@pytest.mark.parametrize(
+    ("files", "classes"),
+    [
+        (["Aves/3100/1.jpg", "Aves/3101/1.jpg", "Fungi/56/1.jpg"], ["Aves/3100", "Aves/3101", "Fungi/56"]),
+        (["a/abbey/1.jpg", "a/apse/in/1.jpg", "a/apse/out/1.jpg"], ["a/abbey", "a/apse/in", "a/apse/out"]),
+        (
+            ["a/abbey/1.jpg", "a/abbey/old/1.jpg", "b/bar/1.jpg", "b/bay/2.jpg"],
+            ["a/abbey", "a/abbey", "b/bar", "b/bay"],
+        ),
+        (["ant/images/1.JPEG", "ant/images/2.JPEG", "bee/images/1.JPEG"], ["ant", "ant", "bee"]),
+        (["ant/1.jpg", "bee/old/1.jpg", "bee/z/1.jpg"], ["ant", "bee", "bee"]),
+    ],
+    ids=["iNaturalist", "Places365", "folders inside a class", "Tiny-ImageNet", "one of two"],
+)
+def test_classes_below_folders_of_them(files, classes, tmp_path):
+    for name in files:
+        put(tmp_path, name, picture())
+    index = index_of(tmp_path)
+    assert names(index) == files
+    assert [index.classes[label] for label in index.label] == classes
+    assert index.classes == sorted(set(classes))
+    assert (f"classes such as {classes[0]}" in index.summary()) == ("/" in classes[0])
+    assert open_index(tmp_path, progress=False).digest() == index.digest()  # written
+    assert open_index(tmp_path, progress=False).digest() == index.digest()  # read, compared with the folder
+
+
 def test_names_are_in_byte_order_also_where_folders_and_files_mix(tmp_path):
     for name in ("a/1.jpg", "a-b/1.jpg", "a.jpg", "a/b/1.jpg", "a/b.jpg", "Z.jpg", "é/1.jpg"):
         put(tmp_path, name, picture())
