@@ -181,11 +181,13 @@ def test_after_sigkill_one_rank_follows_the_uninterrupted_run(killed, start, who
     assert top1(out) == top1(whole(kind))
 
 
-def test_sigterm_stops_with_code_75_and_lost_frozen_weights_come_from_the_same_file_again(
-    stopped, start, whole, copied
+@pytest.mark.parametrize("lost", [False, True], ids=["kept", "lost"])
+def test_after_sigterm_frozen_weights_are_those_of_the_start_also_when_their_file_is_lost(
+    lost, stopped, start, whole, copied
 ):
     out = copied(stopped)
-    (out / FROZEN).unlink()
+    if lost:
+        (out / FROZEN).unlink()
     goes_on(start("partial", out), out)
     assert (out / FROZEN).read_bytes() == (stopped / FROZEN).read_bytes()
     assert losses(out) == losses(whole("partial"))
