@@ -22,18 +22,16 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.listing import CHUNK_NAMES, Listing, list_folder
 from data_pipeline.order import generator
 from data_pipeline.scanning import (
-    CHUNK_NAMES,
     COLUMNS,
     ONE_PROCESS_IMAGES,
     ONE_PROCESS_SHARDS,
     Bad,
-    Listing,
     Progress,
     Rows,
     check_images,
-    list_folder,
     run_tasks,
     scan_names,
     scan_shard,

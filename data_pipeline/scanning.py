@@ -1,4 +1,4 @@
-"""Walking a data folder and reading image headers in several processes: the work behind an index.
+"""Reading image headers in several processes: the work behind an index.
 
 An image folder is cut into chunks of names, tar shards are one task each. A task is a plain tuple and gives
 `Rows`, so that any process can do it; unchanged files are copied from the rows of an earlier index.
@@ -15,15 +15,11 @@ import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby, islice
-from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.headers import IMAGE_SUFFIXES, BadImage, image_size
-from mae_scale.errors import UsageError
 
-CHUNK_NAMES = 1000
 ONE_PROCESS_IMAGES, ONE_PROCESS_SHARDS = 5000, 1  # starting processes takes longer than this many
 COLUMNS = {
     "label": np.int32,
@@ -106,111 +102,6 @@ class Rows:
         shard = int(self.columns["shard"][row])
         name = os.fsdecode(self.name(row))
         return name if shard < 0 else f"{shards[shard]}/{name}"
-
-
-@dataclass
-class Listing:
-    """What lies in a data folder, nothing opened yet: images by chunk, or shards; by name, as bytes."""
-
-    root: Path
-    classes: list[str]
-    chunks: list[tuple[int, bytes]]  # (label, names joined by zero bytes)
-    shards: list[str]
-
-    @property
-    def num_images(self) -> int:
-        return sum(names.count(b"\0") + 1 for _, names in self.chunks)
-
-
-def list_folder(root: Path) -> Listing:
-    """List the images or tar shards under `root`, symbolic links followed, names that begin with a dot left
-    out.
-
-    Raises UsageError when it is missing, empty, cannot be listed, or holds images and shards together.
-    """
-    if not root.exists():
-        raise UsageError(f"the data folder {root} does not exist; give an image folder or a folder of .tar shards")
-    if not root.is_dir():
-        raise UsageError(f"{root} is not a folder; give an image folder or a folder of .tar shards")
-    shards: list[str] = []
-    skipped = 0
-    entries = _entries(os.fsencode(root))
-
-    def images() -> Iterator[bytes]:
-        nonlocal skipped
-        for name, is_folder in entries:
-            for path in _walk(os.fsencode(root), name, frozenset()) if is_folder else [name]:
-                if path.lower().endswith(tuple(os.fsencode(s) for s in IMAGE_SUFFIXES)):
-                    yield path
-                elif path.lower().endswith(b".tar"):
-                    shards.append(os.fsdecode(path))
-                else:
-                    skipped += 1
-
-    found: list[tuple[bytes, bytes]] = []  # (folder, names of its images joined by zero bytes)
-    for folder, names in groupby(images(), key=os.path.dirname):
-        while some := list(islice(names, CHUNK_NAMES)):
-            found.append((folder, b"\0".join(some)))
-    if shards and found:
-        raise UsageError(f"{root} holds both images and tar shards (such as {shards[0]}); give a folder of one kind")
-    if not shards and not found:
-        others = f", but {skipped} other file{'s' * (skipped != 1)}" if skipped else ""
-        raise UsageError(
-            f"no image in {root}{others}; expected {', '.join(IMAGE_SUFFIXES)} files, flat or in a "
-            "folder a class, or uncompressed .tar shards in WebDataset layout"
-        )
-    classes, labels = _classes([name for name, is_folder in entries if is_folder], {folder for folder, _ in found})
-    return Listing(root, classes if found else [], [(labels[folder], names) for folder, names in found], shards)
-
-
-def _classes(top: list[bytes], holders: set[bytes]) -> tuple[list[str], dict[bytes, int]]:
-    """The classes by name, and the label of each folder that holds images (-1 for the root, b"").
-
-    The classes are the folders `top` in the root, whatever lies below them: also an only folder "images", as in
-    Tiny-ImageNet. Where none of them holds images but some hold several folders of them, as iNaturalist (Aves/3100)
-    and Places (a/abbey) are published, the classes are the uppermost folders that hold images.
-    """
-    inside = {folder for folder in holders if folder}
-    second = {tuple(folder.split(b"/")[:2]) for folder in inside}
-    nested = inside.isdisjoint(top) and len(second) > len({first for first, *_ in second})
-    names = sorted(os.fsdecode(folder) for folder in (_uppermost(inside) if nested else top))
-    number = {os.fsencode(name): label for label, name in enumerate(names)}
-    return names, {folder: next((number[up] for up in _from_top(folder) if up in number), -1) for folder in holders}
-
-
-def _uppermost(folders: set[bytes]) -> set[bytes]:
-    return {next(up for up in _from_top(folder) if up in folders) for folder in folders}
-
-
-def _from_top(folder: bytes) -> Iterator[bytes]:
-    """b"a/b/c" -> b"a", b"a/b", b"a/b/c"."""
-    parts = folder.split(b"/")
-    return (b"/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-
-
-def _entries(folder: bytes) -> list[tuple[bytes, bool]]:
-    """(name, is a folder) of a folder's entries, in the order that their full paths have as bytes."""
-    try:
-        with os.scandir(folder) as entries:
-            found = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(b".")]
-    except OSError as error:
-        raise UsageError(
-            f"cannot list {os.fsdecode(folder)}: {error.strerror}; the whole data folder must be readable"
-        ) from None
-    return sorted(found, key=lambda entry: entry[0] + b"/" if entry[1] else entry[0])
-
-
-def _walk(root: bytes, folder: bytes, above: frozenset[tuple[int, int]]) -> Iterator[bytes]:
-    """Relative paths of all files below root/folder; a link to a folder above itself is not followed."""
-    status = os.stat(os.path.join(root, folder))
-    if (status.st_dev, status.st_ino) in above:
-        return
-    for name, is_folder in _entries(os.path.join(root, folder)):
-        path = folder + b"/" + name
-        if is_folder:
-            yield from _walk(root, path, above | {(status.st_dev, status.st_ino)})
-        else:
-            yield path
 
 
 def scan_names(task: tuple[str, int, bytes, Rows | None, list[Bad]]) -> Rows:

@@ -188,7 +188,7 @@ def check_size(given: StateDict, size: ViTSize) -> None:
     if found != expected:
         raise UsageError(
             f"these are weights of {_size_text(*found)}, this recipe's model is {_size_text(*expected)}: "
-            "give weights of this model, or set model.name to the file's"
+            "give weights of this model, or give the recipe the file's model"
         )
 
 
@@ -333,7 +333,7 @@ def _to_release(model: MaskedAutoencoder | Encoder, decoder: bool) -> StateDict:
 
 def _size_text(patch_size: int, width: int, depth: int) -> str:
     known = {(size.patch_size, size.width, size.depth): name for name, size in SIZES.items()}
-    name = known.get((patch_size, width, depth), "a ViT of other sizes")
+    name = known.get((patch_size, width, depth), "a ViT")
     return f"{name} (patch {patch_size} px, width {width}, {depth} blocks)"
 
 

@@ -242,9 +242,7 @@ def test_a_file_of_another_size_is_one_clear_error(change):
         f"(patch {s['patch_size']} px, width {s['width']}, {s['depth']} blocks)" for s in (SIZES | change, SIZES)
     )
     for write in PRE_TRAINED.values():
-        refused(
-            ours(), write(source), f"weights of a ViT of other sizes {found}", f"model is a ViT of other sizes {own}"
-        )
+        refused(ours(), write(source), f"weights of a ViT {found}", f"model is a ViT {own}")
 
 
 def test_known_sizes_are_called_by_their_names():
