@@ -53,10 +53,8 @@ def list_folder(root: Path) -> Listing:
                 else:
                     skipped += 1
 
-    found: list[tuple[bytes, bytes]] = []  # (folder, names of its images joined by zero bytes)
-    for folder, names in groupby(images(), key=os.path.dirname):
-        while some := list(islice(names, CHUNK_NAMES)):
-            found.append((folder, b"\0".join(some)))
+    # (folder, names of its images joined by zero bytes), in the order of the names
+    found = [(folder, b"\0".join(names)) for folder, names in groupby(images(), key=os.path.dirname)]
     if shards and found:
         raise UsageError(f"{root} holds both images and tar shards (such as {shards[0]}); give a folder of one kind")
     if not shards and not found:
@@ -66,7 +64,12 @@ def list_folder(root: Path) -> Listing:
             "folder a class, or uncompressed .tar shards in WebDataset layout"
         )
     classes, labels = _classes([name for name, is_folder in entries if is_folder], {folder for folder, _ in found})
-    return Listing(root, classes if found else [], [(labels[folder], names) for folder, names in found], shards)
+    chunks: list[tuple[int, bytes]] = []
+    for label, folders in groupby(found, key=lambda part: labels[part[0]]):
+        names = (name for _, joined in folders for name in joined.split(b"\0"))
+        while some := list(islice(names, CHUNK_NAMES)):
+            chunks.append((label, b"\0".join(some)))
+    return Listing(root, classes if found else [], chunks, shards)
 
 
 def _classes(top: list[bytes], holders: set[bytes]) -> tuple[list[str], dict[bytes, int]]:

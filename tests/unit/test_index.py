@@ -14,6 +14,7 @@ from PIL import Image
 
 from data_pipeline.headers import BadImage, image_size
 from data_pipeline.index import INDEX_NAME, build_index, load_index, open_index, verify
+from data_pipeline.listing import list_folder
 from data_pipeline.reading import ByteReader
 from mae_scale.errors import UsageError
 
@@ -108,6 +109,21 @@ def test_classes_below_folders_of_them(files, classes, tmp_path):
     assert (f"classes such as {classes[0]}" in index.summary()) == ("/" in classes[0])
     assert open_index(tmp_path, progress=False).digest() == index.digest()  # written
     assert open_index(tmp_path, progress=False).digest() == index.digest()  # read, compared with the folder
+
+
+def test_images_in_a_folder_each_are_still_read_in_large_chunks(tmp_path):
+    for number in range(2500):
+        put(tmp_path, f"ant/{number:04d}/1.jpg", b"")
+    put(tmp_path, "ant/2.jpg", b"")
+    put(tmp_path, "bee/1.jpg", b"")
+    listing = list_folder(tmp_path)
+    assert [(label, names.count(b"\0") + 1) for label, names in listing.chunks] == [
+        (0, 1000),
+        (0, 1000),
+        (0, 501),
+        (1, 1),
+    ]
+    assert listing.num_images == 2502
 
 
 def test_names_are_in_byte_order_also_where_folders_and_files_mix(tmp_path):
