@@ -125,6 +125,15 @@ def test_losses_on_two_ranks_are_the_plain_loops(case, two_ranks, plain):
     assert two_ranks[case]["weights"] == pytest.approx(reference["weights"], abs=1e-3)
 
 
+def test_the_host_never_waits_for_the_device_in_a_step(two_ranks):
+    """Offload and ZeRO 3 do; how often is in docs/performance.md."""
+    waits = {case: found["host_waits"] for case, found in two_ranks.items()}
+    waiting = {case: count for case, count in waits.items() if count}
+    assert waiting == {case: 3 for case in CASES if "ZeRO 3" in case and "offload" not in case} | {
+        case: waits[case] for case in CASES if "ZeRO 3 offload" in case
+    }
+
+
 def test_the_plain_loop_learns_and_clipping_and_drop_path_change_it(plain):
     losses = plain[None]["losses"]
     assert losses[-1] < losses[0]
@@ -143,6 +152,10 @@ def test_bf16_follows_float32_on_every_engine(run_cases, plain):
     for case in BF16:
         difference = largest_difference(results[case]["losses"], plain[None]["losses"])
         assert 0 < difference < 0.03, (case, difference)
+    waits = {case: found["host_waits"] for case, found in results.items()}
+    # Without ZeRO, DeepSpeed reads a number of every parameter: linear probing alone runs so, and trains two.
+    assert waits.pop("ZeRO 0") > 0
+    assert waits == {"ZeRO 1": 2, "ZeRO 2": 0, "ZeRO 3": 3, "FairScale OSS": 0}
 
 
 def test_compiled_blocks_give_the_plain_losses(run_cases, plain):
