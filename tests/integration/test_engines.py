@@ -126,12 +126,9 @@ def test_losses_on_two_ranks_are_the_plain_loops(case, two_ranks, plain):
 
 
 def test_the_host_never_waits_for_the_device_in_a_step(two_ranks):
-    """Offload and ZeRO 3 do; how often is in docs/performance.md."""
-    waits = {case: found["host_waits"] for case, found in two_ranks.items()}
-    waiting = {case: count for case, count in waits.items() if count}
-    assert waiting == {case: 3 for case in CASES if "ZeRO 3" in case and "offload" not in case} | {
-        case: waits[case] for case in CASES if "ZeRO 3 offload" in case
-    }
+    """DeepSpeed's ZeRO 3 does, and with offload something is always waited for (docs/performance.md)."""
+    waits = {case: found["host_waits"] for case, found in two_ranks.items() if "offload" not in case}
+    assert waits == {case: 3 if "ZeRO 3" in case else 0 for case in waits}
 
 
 def test_the_plain_loop_learns_and_clipping_and_drop_path_change_it(plain):
