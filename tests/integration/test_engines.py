@@ -122,7 +122,8 @@ def test_losses_on_two_ranks_are_the_plain_loops(case, two_ranks, plain):
     reference = plain_counterpart(CASES[case], plain)
     assert largest_difference(two_ranks[case]["losses"], reference["losses"]) < 1e-6
     assert two_ranks[case]["norms"] == pytest.approx(reference["norms"], rel=1e-4)
-    assert two_ranks[case]["weights"] == pytest.approx(reference["weights"], abs=1e-3)
+    # A bias of keys has no gradient but rounding, which AdamW scales up: its sum alone differs by 1e-3.
+    assert two_ranks[case]["weights"] == pytest.approx(reference["weights"], abs=2e-3)
 
 
 def test_the_host_never_waits_for_the_device_in_a_step(two_ranks):
