@@ -85,8 +85,9 @@ def pack(
         ]
         counts = [len(task.images) for task in tasks]
         written = run_tasks("packing images", write_shard, tasks, counts, workers, progress)
+        shards = [{key: value for key, value in record.items() if key != "format"} for record in written]
         try:
-            _write_json(target / PACK_NAME, {**header, "unreadable": index.unreadable, "shards": written})
+            _write_json(target / PACK_NAME, {**header, "unreadable": index.unreadable, "shards": shards})
             (target / UNFINISHED_NAME).unlink(missing_ok=True)
             for task in tasks:
                 _record_path(target / task.name).unlink(missing_ok=True)

@@ -29,6 +29,7 @@ LAYOUTS = {
             "b-/x.jpg",
             "c.d/x.y.jpg",
             "root.jpg",
+            os.fsdecode(b"not UTF-8 \xff.jpg"),
         ),
     ],
 }
