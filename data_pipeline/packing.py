@@ -79,8 +79,9 @@ def pack(
     index = open_index(source, workers=workers, progress=progress)
     header = _header(index, shrinking, shard_mib)
     with _begun(target, header) as records:
+        suffix = _suffix(index)
         tasks = [
-            ShardTask(part, target, name, _suffix(index), shrinking, records.get(name))
+            ShardTask(part, target, name, suffix, shrinking, records.get(name))
             for name, part in _shards(index, shrinking, shard_mib * 2**20)
         ]
         counts = [len(task.images) for task in tasks]
@@ -124,7 +125,7 @@ def _header(index: Index, shrinking: Shrinking | None, shard_mib: int) -> dict[s
 
 @contextmanager
 def _begun(target: Path, header: dict[str, Any]) -> Iterator[dict[str, dict[str, Any]]]:
-    """Make or go on with `target`, alone; the records of its shards by name when it is finished, else none.
+    """Make or go on with `target`, alone; yield the records of its shards by name when it is finished, else none.
 
     Raises UsageError when it cannot be written to or is not a pack of the same images with the same options.
     """
@@ -180,7 +181,7 @@ def _check_same(target: Path, before: dict[str, Any], header: dict[str, Any]) ->
 
 
 def _shards(index: Index, shrinking: Shrinking | None, shard_bytes: int) -> Iterator[tuple[str, Index]]:
-    """(name, images) of each shard: cut where the members before an image fill a multiple of `shard_bytes`."""
+    """Yield (name, images) of each shard: cut where the members before an image fill a multiple of `shard_bytes`."""
     num_bytes = index.num_bytes.astype(np.float64)
     if shrinking is not None:
         shorter = np.minimum(index.height, index.width)
@@ -194,13 +195,13 @@ def _shards(index: Index, shrinking: Shrinking | None, shard_bytes: int) -> Iter
 
 
 def _suffix(index: Index) -> bytes:
-    """The suffix of most images, such as b"JPEG"."""
+    """Return the suffix of most images, such as b"JPEG"."""
     counts = Counter(index.rows.name(row).rpartition(b".")[2] for row in range(len(index)))
     return max(counts, key=lambda suffix: (counts[suffix], suffix))
 
 
 def member_key(path: bytes, common_suffix: bytes) -> tuple[bytes, bytes]:
-    """Key and suffix of an image's member: its path, but for what WebDataset reads in another way.
+    """Return key and suffix of an image's member: its path, but for what WebDataset reads in another way.
 
     A key ends at the first dot of a file's name, and all members of one sample share it: other dots are written
     as %2E (and % as %25), and a less common suffix joins the key, so that a.jpg and a.png stay two samples.
@@ -212,7 +213,7 @@ def member_key(path: bytes, common_suffix: bytes) -> tuple[bytes, bytes]:
 
 
 def write_shard(task: ShardTask) -> dict[str, Any]:
-    """Write a shard, unless it is there with the right digest; its record.
+    """Write a shard, unless it is there with the right digest; return its record.
 
     Raises RunError when it cannot be written, or an image is not what it was when it was indexed.
     """
@@ -249,7 +250,7 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
 
 
 def _members(task: ShardTask, left_out: list[tuple[str, str]]) -> Iterator[bytes]:
-    """The tar members of each image, its label's with it."""
+    """Yield the tar members of each image, its label's with it."""
     images = task.images
     reader = ByteReader(images)
     for row in range(len(images)):
@@ -277,14 +278,14 @@ def _members(task: ShardTask, left_out: list[tuple[str, str]]) -> Iterator[bytes
 
 
 def _member(name: bytes, data: bytes) -> bytes:
-    """A tar member with nothing in it of the time, the user or the machine."""
+    """Return a tar member with nothing in it of the time, the user or the machine."""
     header = tarfile.TarInfo(os.fsdecode(name))
     header.size = len(data)
     return header.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape") + data + bytes(-len(data) % BLOCK)
 
 
 def shrunk(data: bytes, shrinking: Shrinking) -> bytes | None:
-    """A JPEG of the image in `data` with that shorter side; None when its pixels do not fit into 8 bits.
+    """Return the image in `data` as a JPEG with that shorter side; None when its pixels do not fit into 8 bits.
 
     Bicubic with antialiasing, as in training. Grey stays grey, CMYK becomes RGB, alpha is dropped; a JPEG keeps its
     colour sub-sampling. EXIF and other metadata are not kept; the orientation in them is ignored, as everywhere here.

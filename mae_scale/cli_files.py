@@ -123,9 +123,10 @@ def data_pack(
     shard_mib: Annotated[int, typer.Option(min=1, help="Size of a shard, about.")] = 256,
     workers: Annotated[Optional[int], typer.Option(min=1, help="Processes; by default one a core.")] = None,  # noqa: UP045
 ) -> None:
-    """Write a folder's images as WebDataset tar shards with their index; training from them is equal to the last bit.
+    """Write a folder's images as WebDataset tar shards, with their index.
 
-    The same command goes on where it was cut off, and mends what `mae-scale data verify DST` finds damaged.
+    With unchanged bytes, training from the shards equals training from the folder to the last bit. The same command
+    goes on where it was cut off, and mends what `mae-scale data verify DST` finds damaged.
 
     Example: `mae-scale data pack /data/imagenet/train /data/imagenet_shards/train --shorter-side 512 --quality 92`
     """
