@@ -122,11 +122,11 @@ class Loading:
                 except BadImage as error:
                     put_another(row, error)
             if len(replaced) == before:
-                raise RunError(f"step {step}: a batch {failure}, although each of its images alone can") from failure
+                raise _no_image_is_bad(step, failure) from failure
             try:
                 images = self.decoder.decode(encoded, plan)
             except BadImage as again:
-                raise RunError(f"step {step}: a batch {again}, although each of its images alone can") from again
+                raise _no_image_is_bad(step, again) from again
         valid = plan.valid.copy()
         if self.invalidate:
             valid[list(replaced)] = False
@@ -174,6 +174,13 @@ class Loading:
                 f"({self.limit:g} of {len(self.index)} images: {self.allowed}); restore them, or start a new run "
                 f"(another --out), whose index leaves them out: {_listed(found)}"
             )
+
+
+def _no_image_is_bad(step: int, failure: BadImage) -> RunError:
+    return RunError(
+        f"step {step}: a batch {failure}, although each of its images alone can, perhaps for lack of memory; choose "
+        "a smaller engine.micro_batch or fewer data.threads"
+    )
 
 
 def _listed(found: dict[str, str]) -> str:
