@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from data_pipeline.augmentations import Augmentation, augmentation
+from data_pipeline.cache import ImageCache
 from data_pipeline.index import Index, check_shards
 from data_pipeline.loading import Batch, Loading, Stream
 from data_pipeline.order import BatchPlan, plan_batch, plan_evaluation, steps_per_epoch
@@ -43,6 +44,7 @@ class _Loader:
         on_bad_image: Literal["replace", "stop"],
         prefetch: int,
         invalidate: bool = False,
+        cache: ImageCache | None = None,
     ):
         if not 0 <= rank < world_size:
             raise UsageError(f"rank {rank} of {world_size} ranks; expected 0 to {world_size - 1}")
@@ -67,10 +69,10 @@ class _Loader:
             decoder,
             _Replan(index, self.augmentation, seed, global_batch, image_size),
             seed=seed,
-            threads=threads,
             limit=bad_image_limit,
             on_bad_image=on_bad_image,
             invalidate=invalidate,
+            cache=cache,
         )
         self._closing: weakref.finalize | None = None
 
@@ -101,6 +103,8 @@ class _Loader:
         """End the background thread and let go of DALI's memory; iterating starts anew."""
         self._end_stream()
         self._loading.decoder.close()
+        if self._loading.cache is not None:
+            self._loading.cache.close()
 
     def _end_stream(self) -> None:
         if self._closing is not None:
@@ -137,8 +141,8 @@ class ImageLoader(_Loader):
     `batch_of(step)` is the number of the global batch that a step takes, by default the step itself.
     Iterating gives, for each step, `accumulation` = global_batch // (world_size * micro_batch) batches of
     this rank's contiguous positions [rank * B / R, (rank + 1) * B / R) of the global batch, in order. A
-    thread reads and decodes `prefetch` micro-batches ahead, with `threads` threads for reading and as many
-    for decoding.
+    thread decodes `prefetch` micro-batches ahead with `threads` threads; how many reads are in flight follows
+    from how long they take (`read_ahead`). What `cache` holds is not read from the source.
 
     An image that turns bad after indexing is named once in a warning (logger mae_scale.data), replaced by the
     next readable image of the index, and counted in `Batch.replaced` and `bad_images`; above
@@ -167,6 +171,7 @@ class ImageLoader(_Loader):
         bad_image_limit: float = 0.001,
         on_bad_image: Literal["replace", "stop"] = "replace",
         prefetch: int = 2,
+        cache: ImageCache | None = None,
     ):
         self.accumulation = accumulation(global_batch, micro_batch, world_size)
         self.steps_per_epoch = steps_per_epoch(len(index), global_batch)
@@ -187,6 +192,7 @@ class ImageLoader(_Loader):
             bad_image_limit=bad_image_limit,
             on_bad_image=on_bad_image,
             prefetch=prefetch,
+            cache=cache,
         )
 
     def __iter__(self) -> Iterator[Batch]:
