@@ -102,7 +102,7 @@ class ImageCache:
             self._reads = self._fills = False
             self._warn(f"cannot be read ({error.strerror}); the images are read from {self._index.root} instead")
             return None
-        if len(data) != expected + CHECKSUM_BYTES or _checksum(data[:expected]) != data[expected:]:
+        if _checksum(data[:expected]) != data[expected:]:
             return None
         return np.frombuffer(data, np.uint8, expected)
 

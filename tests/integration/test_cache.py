@@ -196,9 +196,6 @@ def is_a_file(folder, monkeypatch):
 
 def is_full(folder, monkeypatch):
     class Full:
-        def __init__(self, *_):
-            self.written = 0
-
         def __enter__(self):
             return self
 
@@ -212,7 +209,7 @@ def is_full(folder, monkeypatch):
 
     def opening(path, mode):
         opened[0] += 1
-        return open(path, mode) if opened[0] < 100 else Full()
+        return Full() if opened[0] == 100 else open(path, mode)
 
     monkeypatch.setattr(cache_module, "open", opening, raising=False)
 
@@ -261,20 +258,54 @@ def test_a_broken_or_full_disk_is_one_warning_and_the_source_is_read(index, fold
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert f"data.cache {folder} {BROKEN[broken]}" in caplog.text
     there = len(cached_files(folder))
-    assert (there, hits(found[1])) == ((99, 99) if broken in (is_full, has_little_room) else (0, 0))
+    assert hits(found[1]) == there
+    if broken in (is_full, has_little_room):
+        assert 99 <= there < 150  # the other threads may be about to write too
+    else:
+        assert there == 0
     assert list(folder.glob("*/filling-*/*")) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 1,000 KiB, for the few who may mount one."""
+    disk = tmp_path / "small"
+    disk.mkdir()
+    mounting = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", disk], capture_output=True)
+    if mounting.returncode:
+        pytest.skip("a file system can only be mounted by root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize(
+    ("free_share", "message"), [(0.1, "is full: 10% of its disk"), (0.0, "(No space left on device)")]
+)
+def test_a_small_disk_is_filled_up_to_the_share_kept_free(index, small_disk, free_share, message, monkeypatch, caplog):
+    monkeypatch.setattr(cache_module, "FREE_SHARE", free_share)
+    expected = [batches(index, epoch=epoch) for epoch in range(2)]
+    cache = ImageCache(small_disk / "cache", index)
+    assert all(same(batches(index, cache, epoch), expected[epoch]) for epoch in range(2))
+    there = cached_files(small_disk / "cache")
+    disk = os.statvfs(small_disk)
+    in_flight = 16 * 4096  # what several threads have written since each looked
+    assert free_share * 1000 * 1024 - in_flight <= disk.f_bavail * disk.f_frsize <= free_share * 1000 * 1024 + 4096
+    assert 200 < len(there) < len(index)
+    assert all_are_whole(small_disk / "cache", index)
+    assert len(caplog.records) == 1
+    assert message in caplog.text
 
 
 def test_a_disk_that_cannot_be_read_is_one_warning_and_the_source_is_read(index, folder, caplog):
     expected = batches(index)
     batches(index, ImageCache(folder, index))
-    for file in cached_files(folder).values():
-        file.unlink()
-        file.mkdir()  # reading it is an error, unlike a file that is not there
+    file = cached_files(folder)[int(expected[0].sample_ids[0])]
+    file.unlink()
+    file.mkdir()  # reading it is an error, unlike a file that is not there
     cache = ImageCache(folder, index)
     found = batches(index, cache)
     assert same(found, expected)
-    assert hits(found) == 0
+    assert hits(found) < 50  # of reads that were in flight: a failing disk is not asked again
     assert len(caplog.records) == 1
     assert f"data.cache {folder} cannot be read (Is a directory); the images are read from {index.root}" in caplog.text
 
