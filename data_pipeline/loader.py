@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from data_pipeline.augmentations import Augmentation, augmentation
+from data_pipeline.cache import ImageCache
 from data_pipeline.index import Index, check_shards
 from data_pipeline.loading import Batch, Loading, Stream
 from data_pipeline.order import BatchPlan, plan_batch, plan_evaluation, steps_per_epoch
@@ -45,6 +46,7 @@ class _Loader:
         prefetch: int,
         draw: Callable[[int, np.ndarray], tuple[torch.Tensor, ...]] = lambda step, positions: (),
         invalidate: bool = False,
+        cache: ImageCache | None = None,
     ):
         if not 0 <= rank < world_size:
             raise UsageError(f"rank {rank} of {world_size} ranks; expected 0 to {world_size - 1}")
@@ -70,10 +72,10 @@ class _Loader:
             _Replan(index, self.augmentation, seed, global_batch, image_size),
             draw,
             seed=seed,
-            threads=threads,
             limit=bad_image_limit,
             on_bad_image=on_bad_image,
             invalidate=invalidate,
+            cache=cache,
         )
         self._closing: weakref.finalize | None = None
 
@@ -104,6 +106,8 @@ class _Loader:
         """End the background thread and let go of DALI's memory; iterating starts anew."""
         self._end_stream()
         self._loading.decoder.close()
+        if self._loading.cache is not None:
+            self._loading.cache.close()
 
     def _end_stream(self) -> None:
         if self._closing is not None:
@@ -142,8 +146,8 @@ class ImageLoader(_Loader):
     background thread.
     Iterating gives, for each step, `accumulation` = global_batch // (world_size * micro_batch) batches of
     this rank's contiguous positions [rank * B / R, (rank + 1) * B / R) of the global batch, in order. A
-    thread reads and decodes `prefetch` micro-batches ahead, with `threads` threads for reading and as many
-    for decoding.
+    thread decodes `prefetch` micro-batches ahead with `threads` threads; how many reads are in flight follows
+    from how long they take (`read_ahead`). What `cache` holds is not read from the source.
 
     An image that turns bad after indexing is named once in a warning (logger mae_scale.data), replaced by the
     next readable image of the index, and counted in `Batch.replaced` and `bad_images`; above
@@ -173,6 +177,7 @@ class ImageLoader(_Loader):
         bad_image_limit: float = 0.001,
         on_bad_image: Literal["replace", "stop"] = "replace",
         prefetch: int = 2,
+        cache: ImageCache | None = None,
     ):
         self.accumulation = accumulation(global_batch, micro_batch, world_size)
         self.steps_per_epoch = steps_per_epoch(len(index), global_batch)
@@ -194,6 +199,7 @@ class ImageLoader(_Loader):
             on_bad_image=on_bad_image,
             prefetch=prefetch,
             draw=draw,
+            cache=cache,
         )
 
     def __iter__(self) -> Iterator[Batch]:

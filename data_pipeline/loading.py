@@ -7,23 +7,28 @@ import logging
 import queue
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 
+from data_pipeline.cache import ImageCache
 from data_pipeline.headers import BadImage
 from data_pipeline.index import Index
 from data_pipeline.order import BatchPlan, erasing_noise
 from data_pipeline.pipelines import Decoder
+from data_pipeline.read_ahead import ReadAhead
 from data_pipeline.reading import ByteReader
 from mae_scale.errors import RunError
 
 SHOWN = 20  # bad images listed when a run stops
 POLL_S = 0.1
+
+Read = Callable[[int], tuple[np.ndarray, bool]]  # an image's encoded bytes, and whether they come from the cache
 
 log = logging.getLogger("mae_scale.data")
 
@@ -37,8 +42,9 @@ class Batch:
     same device, -1 without a label;
     `sample_ids` int64 [n] (NumPy), rows of the index, those of the replacements where images were bad;
     `positions` int64 [n] (NumPy) in the global batch; `valid` bool [n] (NumPy), False for filling and for bad
-    images of an evaluation; `step` the number of the batch; `replaced` how many of the n were bad; `drawn` what else
-    was drawn for these positions, on the host (pinned when there is a GPU).
+    images of an evaluation; `step` the number of the batch; `replaced` how many of the n were bad; `cache_hits` how
+    many were read from the cache; `drawn` what else was drawn for these positions, on the host (pinned when there is a
+    GPU).
     """
 
     images: torch.Tensor
@@ -48,6 +54,7 @@ class Batch:
     valid: np.ndarray
     step: int
     replaced: int
+    cache_hits: int = 0
     drawn: tuple[torch.Tensor, ...] = ()
 
 
@@ -55,10 +62,9 @@ class Loading:
     """Turns plans into batches, replacing images that cannot be read or decoded by the next readable ones.
 
     `replan(step, position, sample_id)` gives the one-row plan of another image in that place, with the same
-    random numbers; `seed` is for the noise of random erasing; `draw(step, positions)` gives `Batch.drawn`. Whether an
-    image is bad is judged anew each time,
-    so that a batch depends on the files alone and not on what this process met before. `bad_images` maps each bad
-    name met so far to its reason.
+    random numbers; `draw(step, positions)` gives `Batch.drawn`; `seed` is for the noise of random erasing; `cache` is
+    read before the source. Whether an image is bad is judged anew each time, so that a batch depends on the files alone
+    and not on what this process met before. `bad_images` maps each bad name met so far to its reason.
     """
 
     def __init__(
@@ -69,47 +75,55 @@ class Loading:
         draw: Callable[[int, np.ndarray], tuple[torch.Tensor, ...]],
         *,
         seed: int,
-        threads: int,
         limit: float,
         on_bad_image: Literal["replace", "stop"],
         invalidate: bool = False,
+        cache: ImageCache | None = None,
     ):
         self.index, self.decoder, self.replan, self.draw = index, decoder, replan, draw
-        self.seed, self.threads, self.on_bad_image, self.invalidate = seed, threads, on_bad_image, invalidate
+        self.seed, self.on_bad_image, self.invalidate = seed, on_bad_image, invalidate
         self.allowed = max(1, int(limit * len(index)))
-        self.limit = limit
+        self.limit, self.cache = limit, cache
         self.bad_images: dict[str, str] = {}
         self._stream: torch.cuda.Stream | None = None
 
     def batches(self, plans: Iterator[tuple[int, BatchPlan]]) -> Iterator[Batch]:
-        """One batch a (step, plan); the bytes of the next plan are read while this one's are decoded."""
-        reader = ByteReader(self.index)
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="mae-scale-read") as pool:
-            waiting: list[tuple[int, BatchPlan, list[Future]]] = []
-            try:
-                for step, plan in plans:
-                    reads = [pool.submit(reader.read, int(image)) for image in plan.sample_ids]
-                    waiting.append((step, plan, reads))
-                    if len(waiting) > 1:
-                        yield self._finish(reader, *waiting.pop(0))
-                for step, plan, reads in waiting:
-                    yield self._finish(reader, step, plan, reads)
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        """Yield one batch for each (step, plan).
 
-    def _finish(self, reader: ByteReader, step: int, plan: BatchPlan, reads: list[Future]) -> Batch:
+        While a batch is decoded, the reads of at least one more plan go on, and of enough plans that twice the
+        reads in flight are ahead.
+        """
+        read = self._reading()
+        with ReadAhead(read) as ahead:
+            waiting: deque[tuple[int, BatchPlan, list[Future]]] = deque()
+            for step, plan in plans:
+                waiting.append((step, plan, [ahead.submit(int(image)) for image in plan.sample_ids]))
+                while sum(len(plan) for _, plan, _ in waiting) - len(waiting[0][1]) >= max(1, 2 * ahead.in_flight):
+                    yield self._finish(read, *waiting.popleft())
+            while waiting:
+                yield self._finish(read, *waiting.popleft())
+
+    def _reading(self) -> Read:
+        reader, cache = ByteReader(self.index), self.cache
+        if cache is None:
+            return lambda image: (reader.read(image), False)
+        return lambda image: cache.read(image, reader.read)
+
+    def _finish(self, read: Read, step: int, plan: BatchPlan, reads: list[Future]) -> Batch:
         encoded: list[np.ndarray] = [None] * len(plan)
         replaced: set[int] = set()
+        cache_hits = 0
 
         def put_another(row: int, error: BadImage) -> None:
             nonlocal plan
             self._note(int(plan.sample_ids[row]), error)
-            encoded[row], plan = self._neighbour(reader, step, plan, row)
+            encoded[row], plan = self._neighbour(read, step, plan, row)
             replaced.add(row)
 
-        for row, read in enumerate(reads):
+        for row, future in enumerate(reads):
             try:
-                encoded[row] = read.result()
+                encoded[row], is_cached = future.result()
+                cache_hits += is_cached
             except BadImage as error:
                 put_another(row, error)
         try:
@@ -136,16 +150,16 @@ class Loading:
         patches = erasing_noise(plan, seed=self.seed, step=step)
         tensors = to_torch(images, labels, patches, self._stream)
         drawn = tuple(_pinned(tensor) for tensor in self.draw(step, plan.positions))
-        return Batch(*tensors, plan.sample_ids, plan.positions, valid, step, len(replaced), drawn)
+        return Batch(*tensors, plan.sample_ids, plan.positions, valid, step, len(replaced), cache_hits, drawn)
 
-    def _neighbour(self, reader: ByteReader, step: int, plan: BatchPlan, row: int) -> tuple[np.ndarray, BatchPlan]:
+    def _neighbour(self, read: Read, step: int, plan: BatchPlan, row: int) -> tuple[np.ndarray, BatchPlan]:
         """The bytes of the next readable image, and the plan with it in the place of the bad one."""
         bad = int(plan.sample_ids[row])
         for ahead in range(1, len(self.index)):
             image = (bad + ahead) % len(self.index)
             one = self.replan(step, int(plan.positions[row]), image)
             try:
-                encoded = reader.read(image)
+                encoded, _ = read(image)
                 self.decoder.decode([encoded], one)
             except BadImage as error:
                 self._note(image, error)
@@ -157,6 +171,8 @@ class Loading:
         raise RunError(f"no image of {self.index.root} can be read any more: {_listed(self.bad_images)}")
 
     def _note(self, image: int, error: BadImage) -> None:
+        if self.cache is not None:
+            self.cache.forget(image)
         name = self.index.name(image)
         if name in self.bad_images:
             return

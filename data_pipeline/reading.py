@@ -51,12 +51,16 @@ class ByteReader:
 
     def _shard(self, shard: int) -> _Descriptor:
         with self._lock:
-            if shard not in self._shards:
-                self._shards[shard] = _Descriptor(self._index.root / self._index.shard_names[shard])
-                if len(self._shards) > OPEN_SHARDS:
-                    self._shards.popitem(last=False)  # closed when its last reader lets go of it
+            if shard in self._shards:
+                self._shards.move_to_end(shard)
+                return self._shards[shard]
+        opened = _Descriptor(self._index.root / self._index.shard_names[shard])  # others need not wait for it
+        with self._lock:
+            self._shards[shard] = opened
             self._shards.move_to_end(shard)
-            return self._shards[shard]
+            if len(self._shards) > OPEN_SHARDS:
+                self._shards.popitem(last=False)  # closed when its last reader lets go of it
+            return opened
 
 
 class _Descriptor:

@@ -54,6 +54,8 @@ class DataSection(Section):
     labels_a_class: int | None = Field(None, gt=0, description="train on so many images of each class, drawn by seed")
     device: Literal["auto", "cpu", "gpu"] = "auto"
     threads: int = Field(4, gt=0, description="decoding threads a rank")
+    cache: Path | None = Field(None, description="folder on the node's own disk that is filled as images are read")
+    cache_gib: float | None = Field(None, gt=0, description="its bound; else until 10 % of the disk is free")
     global_batch: int = Field(4096, gt=0)
     on_bad_image: Literal["replace", "stop"] = "replace"
     bad_image_limit: float = Field(0.001, ge=0, le=1, description="share of the images; above it the run stops")
@@ -184,7 +186,14 @@ class Recipe(Section):
 
 # What may differ between one start of a run and the next, for it does not change what is computed.
 FREE_SECTIONS = ("engine.", "checkpoint.", "tracking.")
-FREE_KEYS = {"schedule.stop_after_steps", "data.threads", "data.device", "classifier.evaluate_every_epochs"}
+FREE_KEYS = {
+    "schedule.stop_after_steps",
+    "data.threads",
+    "data.device",
+    "data.cache",
+    "data.cache_gib",
+    "classifier.evaluate_every_epochs",
+}
 
 
 def differing_keys(old: Recipe, new: Recipe) -> list[str]:
@@ -301,6 +310,8 @@ def _validated(tree: dict, source: str) -> Recipe:
 def _contradiction(recipe: Recipe) -> str | None:
     """What two keys say against each other, where one of them would be passed over in silence."""
     classifier, optim = recipe.classifier, recipe.optim
+    if recipe.data.cache_gib is not None and recipe.data.cache is None:
+        return f"data.cache_gib={recipe.data.cache_gib:g} bounds data.cache, which is not set; add data.cache=DIR"
     if classifier is None:
         for key, found in (
             ("optim.layer_decay", optim.layer_decay != 1),

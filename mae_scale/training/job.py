@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from data_pipeline.augmentations import augmentation
+from data_pipeline.cache import ImageCache
 from data_pipeline.index import Index, load_index, open_index
 from data_pipeline.loader import ImageLoader
 from data_pipeline.order import steps_per_epoch
@@ -221,6 +222,7 @@ class Job(ABC):
             draw=objective.draw,
             bad_image_limit=data.bad_image_limit,
             on_bad_image=data.on_bad_image,
+            cache=None if data.cache is None else ImageCache(data.cache, run.index, limit_gib=data.cache_gib),
         )
 
 

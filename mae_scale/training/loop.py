@@ -274,12 +274,14 @@ def _inputs(batches: Iterator, run: Run, tensors_of: Callable, clock: "_Clock"):
         waiting = time.perf_counter()
         batch = next(batches)
         clock.data_wait_s += time.perf_counter() - waiting
+        clock.images += len(batch.positions)
         clock.replaced += batch.replaced
+        clock.cache_hits += batch.cache_hits
         yield tensors_of(batch, run.device)
 
 
 class _Clock:
-    """Seconds, steps and bad images since the last log line."""
+    """Seconds, steps, images, bad and cached ones since the last log line."""
 
     def __init__(self, run: Run):
         self._run = run
@@ -287,7 +289,8 @@ class _Clock:
 
     def restart(self, done: int | None) -> None:
         """Begin to measure at a step; None: at the first one, which is not timed by itself."""
-        self.began, self.from_step, self.data_wait_s, self.replaced = time.perf_counter(), done, 0.0, 0
+        self.began, self.from_step, self.data_wait_s = time.perf_counter(), done, 0.0
+        self.images = self.replaced = self.cache_hits = 0
 
     def rates(self, done: int) -> dict[str, float]:
         """perf/... since the last call; call after the device is known to have finished step `done`."""
@@ -306,10 +309,11 @@ class _Clock:
 
 def _metrics(run: Run, result, loader: ImageLoader, lr: float, clock: _Clock, done: int) -> dict[str, float]:
     """One log line. Here the host waits for the device; elsewhere only for the step before (_Skips)."""
-    counts = torch.tensor([len(loader.bad_images), clock.replaced], device=run.device, dtype=torch.float32)
+    counts = [len(loader.bad_images), clock.replaced, clock.cache_hits, clock.images]
+    counts = torch.tensor(counts, device=run.device, dtype=torch.float32)
     shared = torch.cat([result.loss.reshape(1), counts])
     torch.distributed.all_reduce(shared)
-    loss, bad_images, replaced = shared.tolist()
+    loss, bad_images, replaced, cache_hits, images = shared.tolist()
     if bad_images > loader.allowed_bad_images:
         # Each rank has counted its own, and one may be another's too: look at the names.
         found = [None] * run.ranks.world_size
@@ -326,6 +330,8 @@ def _metrics(run: Run, result, loader: ImageLoader, lr: float, clock: _Clock, do
         "faults/skipped_steps": run.events.count("skipped_step"),
         "faults/rollbacks": run.events.count("rollback"),
     }
+    if run.recipe.data.cache is not None:
+        metrics["data/cache_hits"] = cache_hits / images
     if run.peak_flops:
         metrics["perf/mfu"] = mfu(
             rates["perf/images_per_second"],

@@ -134,6 +134,23 @@ def test_bad_images_of_all_ranks_together_are_held_against_the_limit(tmp_path, d
     assert "Traceback" not in done.stderr
 
 
+def test_a_cache_serves_the_second_epoch_and_changes_nothing(tmp_path, digits, mae_scale, uninterrupted):
+    whole, _ = uninterrupted
+    command = ["pretrain", "demo", "--nproc", 2, "--out", tmp_path / "r", "--tracking-uri", "off"]
+    overrides = [f"data.cache={tmp_path}/disk/cache", "data.cache_gib=1"]
+    for stop in ("schedule.stop_after_steps=12", "schedule.stop_after_steps=null"):  # an epoch has 12 steps
+        done = mae_scale(*command, *arguments(digits, *overrides, stop))
+        assert done.returncode == 0, done.stderr
+        assert "data.cache" not in done.stdout + done.stderr
+    assert losses(tmp_path / "r") == losses(whole)
+    shares = [row["data/cache_hits"] for row in read_metrics(tmp_path / "r" / "metrics.jsonl")]
+    assert shares[:12] == [0] * 12
+    assert min(shares[12:]) >= 118 / 120  # two of 1,442 images were left out of the first epoch
+    assert "data/cache_hits" not in read_metrics(whole / "metrics.jsonl")[0]
+    without = mae_scale(*command, *arguments(digits))  # where the cache is may change, also to nowhere
+    assert (without.returncode, "all 24 steps are done" in without.stdout) == (0, True), without.stderr
+
+
 WRONG = {
     "unknown key": (["model.widht=3"], "did you mean 'model.width'?"),
     "no data": (["data.root=null"], "data.root is not set"),

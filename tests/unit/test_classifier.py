@@ -142,7 +142,7 @@ def batch(objective: Classify, positions: np.ndarray, step: int = 3) -> Batch:
     everything = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(step))
     labels = torch.arange(12) % 10
     n, drawn = len(positions), objective.draw(step, positions)
-    return Batch(everything[positions], labels[positions], positions, positions, np.ones(n, bool), step, 0, drawn)
+    return Batch(everything[positions], labels[positions], positions, positions, np.ones(n, bool), step, 0, drawn=drawn)
 
 
 def test_what_the_objective_is_given_depends_on_the_position_in_the_global_batch_alone():
