@@ -10,7 +10,8 @@ Three kinds of loop, one model in memory at a time, on images that already lie o
     peer     Hugging Face's ViTMAEForPreTraining, in bf16 by autocast over fp32 weights
 Each with fused AdamW, all compiled block by block or none. A lap builds one of them, warms it up, times groups of
 steps and frees it, between two timings of a large matrix product. Laps go round by turns (--rounds); ratios are
-taken within a round. TFLOP/s are the model's own FLOPs (mae_scale.planning.flops), without recomputation.
+taken within a round, on a CPU also of CPU time, which a busy machine disturbs less. TFLOP/s are the model's own
+FLOPs (mae_scale.planning.flops), without recomputation.
 """
 
 import argparse
@@ -37,11 +38,11 @@ from timing import matrix_product, quartiles, seconds
 
 from mae_scale.training.distributed import process_group, ranks_from_environment
 
-WARM_UP_STEPS = 3
-DEFAULTS = {  # sizes, micro-batches, rounds, seconds of a group of steps, groups in a lap
-    "cpu": (["base"], [8], 3, 0.0, 3),
-    "cuda": (["large", "huge"], [128], 2, 0.5, 5),
-}
+SIZES_OF = {"cpu": ["base"], "cuda": ["large", "huge"]}
+MICRO_BATCHES = {"cpu": [8], "cuda": [128]}
+ROUNDS = {"cpu": 3, "cuda": 2}
+WARM_UP_STEPS = {"cpu": 1, "cuda": 3}
+GROUPS, GROUP_S = {"cpu": 3, "cuda": 5}, {"cpu": 0.0, "cuda": 0.5}  # groups of steps timed in a lap; at least a step
 
 
 @dataclass(frozen=True)
@@ -82,31 +83,37 @@ def ways_of(options: argparse.Namespace) -> list[Way]:
     return [way for way in ways if way.name.partition(",")[0] in options.ways]
 
 
-def lap(setting: Setting, way: Way, device: torch.device, group_s: float, groups: int) -> dict:
+def lap(setting: Setting, way: Way, device: torch.device) -> dict:
     """Build, warm up, time and free one contender; its figures, or {"state": why there are none}."""
     free(device)
     held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     try:
-        return _lap(setting, way, device, group_s, groups, held)
+        return _lap(setting, way, device, held)
     except torch.OutOfMemoryError:
         return {"state": "out of memory"}
     except Exception as error:  # one contender that does not run shall not cost the figures of the others
         return {"state": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
 
-def _lap(setting: Setting, way: Way, device: torch.device, group_s: float, groups: int, held: int) -> dict:
+def _lap(setting: Setting, way: Way, device: torch.device, held: int) -> dict:
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
     loop = way.make(setting, device)
-    losses = []
+    losses, times, cpu_times = [], [], []
+
+    def step() -> None:
+        losses.append(loop.step())
+
     try:
-        losses = [loop.step() for _ in range(WARM_UP_STEPS)]
-        once = seconds(loop.step, 1, device)
-        steps = max(1, round(group_s / once))
-        found = [seconds(loop.step, steps, device) for _ in range(groups)]
+        seconds(step, WARM_UP_STEPS[device.type], device)
+        steps = max(1, round(GROUP_S[device.type] / seconds(step, 1, device))) if gpu else 1
+        for _ in range(GROUPS[device.type]):
+            cpu = time.process_time()
+            times.append(seconds(step, steps, device))
+            cpu_times.append((time.process_time() - cpu) / steps)
     finally:
         loop.close()
     compiled = torch._dynamo.utils.counters["frames"]["ok"]
@@ -114,9 +121,10 @@ def _lap(setting: Setting, way: Way, device: torch.device, group_s: float, group
         raise AssertionError("nothing was compiled")
     return {
         "state": "measured",
-        "step_s": found,
+        "step_s": times,
+        "cpu_s": cpu_times,
         "steps_in_a_group": steps,
-        "losses": [loss.item() for loss in losses],
+        "losses": [loss.item() for loss in losses[:4]],
         "compiled_frames": compiled,
         "peak_gib": (torch.cuda.max_memory_allocated() - held) / 2**30 if gpu else None,
     }
@@ -132,7 +140,6 @@ def free(device: torch.device) -> None:
 
 def measure(settings: list[Setting], ways: list[Way], device: torch.device, options: argparse.Namespace, save) -> list:
     """Run the laps, round by round; save(results) after every one."""
-    group_s, groups = DEFAULTS[device.type][3:]
     ends = time.perf_counter() + options.stop_after_s
     product, side = matrix_product(settings[0].precision, device)
     laps: dict[tuple[Setting, str], list[dict]] = {(s, w.name): [] for s in settings for w in ways}
@@ -142,7 +149,7 @@ def measure(settings: list[Setting], ways: list[Way], device: torch.device, opti
             print(f"{setting.title()}: {way.name}: left out, {options.stop_after_s:g} s are over", flush=True)
             continue
         before = tflop / seconds(product, 3, device)
-        found = lap(setting, way, device, group_s, groups)
+        found = lap(setting, way, device)
         free(device)
         found["matrix_tflops_per_s"] = statistics.mean([before, tflop / seconds(product, 3, device)])
         laps[setting, way.name].append(found)
@@ -185,45 +192,45 @@ def summary(setting: Setting, ways: list[Way], laps: dict[str, list[dict]], side
         }
     for way in ways:
         pairs = zip(good[way.name], good.get("plain loop", []), strict=False)
-        ratios = [statistics.median(a["step_s"]) / statistics.median(b["step_s"]) for a, b in pairs if a and b]
-        if ratios and way.name != "plain loop":
-            result["over_plain_loop"][way.name] = quartiles(ratios) | {"of_rounds": ratios}
+        pairs = [(a, b) for a, b in pairs if a and b]
+        if pairs and way.name != "plain loop":
+            wall, cpu = (
+                [statistics.median(a[clock]) / statistics.median(b[clock]) for a, b in pairs]
+                for clock in ("step_s", "cpu_s")
+            )
+            result["over_plain_loop"][way.name] = quartiles(wall) | {"of_rounds": wall, "cpu_time": quartiles(cpu)}
     return result
 
 
 def print_table(results: list[dict], gpu: bool) -> None:
-    head = ["", "step ms (quartiles)", "images/s", "TFLOP/s", "of matrix product", *["peak GiB"] * gpu]
-    head.append("over plain loop (quartiles)")
-    rows = []
+    head = ["", "step ms (quartiles)", "images/s", "TFLOP/s", "of matrix product", "peak GiB" if gpu else "CPU time"]
     for result in results:
-        rows.append([result["title"], *[""] * (len(head) - 1)])
+        rows, left_out = [], []
         for name, found in result["ways"].items():
             if found["state"] != "measured":
-                rows.append([f"  {name}: {found['state'][:60]}", *[""] * (len(head) - 1)])
+                left_out.append(f"  {name}: {found['state']}")
                 continue
-            step, ratio = found["step_s"], result["over_plain_loop"].get(name)
-            row = [
-                f"  {name}",
-                "{:.1f} ({:.1f}, {:.1f})".format(*(1e3 * step[q] for q in ("median", "lower_quartile", "upper_quartile"))),
-                f"{found['images_per_s']:.1f}",
-                f"{found['tflops_per_s']:.3g}",
-                f"{found['share_of_matrix_product']:.1%}",
-            ]
-            if gpu:
-                row.append(f"{found['peak_gib']:.2f}")
-            row.append(
-                "{:+.1%} ({:+.1%}, {:+.1%})".format(
-                    *(ratio[q] - 1 for q in ("median", "lower_quartile", "upper_quartile"))
-                )
-                if ratio
-                else ""
-            )
-            rows.append(row)
-    show(head, rows)
+            ratio = result["over_plain_loop"].get(name)
+            last = f"{found['peak_gib']:.2f}" if gpu else _more(ratio["cpu_time"]) if ratio else ""
+            step = [1e3 * found["step_s"][q] for q in ("median", "lower_quartile", "upper_quartile")]
+            row = [name, "{:.1f} ({:.1f}, {:.1f})".format(*step), f"{found['images_per_s']:.1f}"]
+            row += [f"{found['tflops_per_s']:.3g}", f"{found['share_of_matrix_product']:.1%}", last]
+            rows.append([*row, _more(ratio) if ratio else ""])
+        print(result["title"])
+        if rows:
+            show([*head, "over plain loop (quartiles)"], rows)
+        print(*left_out, sep="\n", end="\n" * bool(left_out))
     rates = [w["matrix_tflops_per_s"] for r in results for w in r["ways"].values() if w["state"] == "measured"]
     if rates:
         side, kind = results[0]["matrix_side"], results[0]["precision"]
-        print(f"matrix product: {min(rates):.3g} to {max(rates):.3g} TFLOP/s, {side} x {side} in {kind}, beside each lap")
+        print(
+            f"matrix product: {min(rates):.3g} to {max(rates):.3g} TFLOP/s, {side} x {side} in {kind}, beside each lap"
+        )
+
+
+def _more(ratio: dict[str, float]) -> str:
+    values = (ratio[q] - 1 for q in ("median", "lower_quartile", "upper_quartile"))
+    return "{:+.1%} ({:+.1%}, {:+.1%})".format(*values)
 
 
 def parse() -> argparse.Namespace:
@@ -232,10 +239,10 @@ def parse() -> argparse.Namespace:
         epilog="example: python bench/engine.py --sizes base --micro-batches 8 --rounds 5 --json engine.json",
     )
     gpu = torch.cuda.is_available()
-    sizes, micro_batches, rounds, _, _ = DEFAULTS["cuda" if gpu else "cpu"]
+    kind = "cuda" if gpu else "cpu"
     names = ("plain loop", "engine", "Hugging Face")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=sizes)
-    parser.add_argument("--micro-batches", nargs="+", type=int, default=micro_batches, help="images in one pass")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES_OF[kind])
+    parser.add_argument("--micro-batches", nargs="+", type=int, default=MICRO_BATCHES[kind], help="images in one pass")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches in a step")
     parser.add_argument("--zero-stages", nargs="+", type=int, choices=(0, 1, 2, 3), default=[1, 2])
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16" if gpu else "fp32")
@@ -243,7 +250,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpointing", default="none", help="none, all, or n (every n-th block)")
     parser.add_argument("--throughput-timer", action="store_true", help="the engine with DeepSpeed's timer off and on")
     parser.add_argument("--ways", nargs="+", choices=names, default=names)
-    parser.add_argument("--rounds", type=int, default=rounds, help="laps of each way")
+    parser.add_argument("--rounds", type=int, default=ROUNDS[kind], help="laps of each way")
     parser.add_argument("--stop-after-s", type=float, default=float("inf"), help="begin no lap after so many seconds")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="on a CPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, after every lap")

@@ -86,7 +86,8 @@ def plain_loop(setting, device: torch.device, *more: str) -> Loop:
             losses.append(loss.detach())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch._foreach_copy_(weights, masters)
+        with torch.no_grad():
+            torch._foreach_copy_(weights, masters)
         return torch.stack(losses).mean()
 
     return Loop(step)

@@ -44,6 +44,9 @@ def make_peer(ours: nn.Module) -> nn.Module:
     )
     left = {key: sorted(names) for key, names in found.items() if names}
     assert not left, f"the peer did not take all weights: {left}"
+    for name, parameter in peer.named_parameters():
+        if name.endswith(("position_embeddings", "pos_embed")):  # fixed in the paper; trained in some versions
+            parameter.requires_grad_(False)
     return peer.to(ours.encoder.pos_embed.device)
 
 
