@@ -50,8 +50,14 @@ def engine_loop(setting, device: torch.device, stage: int, timer: bool | None = 
         recipe = _recipe(setting, *overrides, f"engine.compile={str(wanted).lower()}")
         refuse_wrong_combinations(recipe, gpu=gpu)
         objective, batch = _objective(recipe, device)
+        linear = nn.functional.linear
         engine = scale_out(objective, recipe, batch_layout(recipe, 1), device)
-    return Loop(lambda: engine.train_step(batch, LR).loss, engine.close, refuses_compilation=not wanted)
+
+    def close() -> None:
+        engine.close()
+        nn.functional.linear = linear  # ZeRO 3 puts its own there, for good; compiled, it loses gradients
+
+    return Loop(lambda: engine.train_step(batch, LR).loss, close, refuses_compilation=not wanted)
 
 
 def plain_loop(setting, device: torch.device, *more: str) -> Loop:
@@ -64,8 +70,8 @@ def plain_loop(setting, device: torch.device, *more: str) -> Loop:
         optimizer = optimizer_class(recipe.optim)(groups, **optimizer_options(recipe.optim) | {"lr": LR})
         return Loop(lambda: _update(objective, batch, optimizer))
     weights = [p for group in groups for p in group["params"]]
-    masters = [p.detach().float() for p in weights]
     objective.to(torch.bfloat16)  # in place: the groups' parameters are still the model's
+    masters = [p.detach().float() for p in weights]  # of the rounded weights, as DeepSpeed's
     of_weight = dict(zip(weights, masters, strict=True))
     for group in groups:
         group["params"] = [of_weight[p] for p in group["params"]]
