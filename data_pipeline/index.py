@@ -24,6 +24,7 @@ import numpy as np
 
 from data_pipeline.listing import CHUNK_NAMES, Listing, list_folder
 from data_pipeline.order import generator
+from data_pipeline.pack_manifest import packed_classes
 from data_pipeline.scanning import (
     COLUMNS,
     ONE_PROCESS_IMAGES,
@@ -36,6 +37,7 @@ from data_pipeline.scanning import (
     scan_names,
     scan_shard,
 )
+from data_pipeline.whole_file import whole_file
 from mae_scale.errors import UsageError
 
 INDEX_NAME = ".mae_scale_index.npz"
@@ -152,21 +154,14 @@ class Index:
             "bad": [[bad.name, bad.reason, bad.num_bytes, bad.mtime_ns] for bad in self.bad],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(
-                    file,
-                    about=np.frombuffer(json.dumps(about).encode(), np.uint8),
-                    names=self.rows.names,
-                    ends=self.rows.ends,
-                    **self.rows.columns,
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(path) as file:
+            np.savez(
+                file,
+                about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+                names=self.rows.names,
+                ends=self.rows.ends,
+                **self.rows.columns,
+            )
 
 
 def load_index(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Index:
@@ -329,6 +324,7 @@ def _range(count: int, name: Callable[[int], bytes], first: bytes, last: bytes) 
 def _scan_shards(
     listing: Listing, known: Index | None, workers: int | None, progress: Progress, file: Path | None
 ) -> Index:
+    classes = packed_classes(listing.root)
     before: dict[str, tuple[int, int]] = {}
     if known:
         if not set(known.shard_names) & set(listing.shards):
@@ -357,7 +353,9 @@ def _scan_shards(
     parts.update({task[1]: rows for task, rows in zip(tasks, scanned, strict=True)})
     rows = Rows.joined([parts[shard] for shard in range(len(listing.shards))])
     highest = int(rows.columns["label"].max(initial=-1))
-    return Index(listing.root, rows, [str(label) for label in range(highest + 1)], listing.shards, sizes)
+    if highest >= len(classes):
+        classes = [str(label) for label in range(highest + 1)]
+    return Index(listing.root, rows, classes, listing.shards, sizes)
 
 
 def _check_sample(index: Index, file: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
+import torch
 
 from data_pipeline.augmentations import Augmentation, augmentation
 from data_pipeline.index import Index, check_shards
@@ -42,6 +43,7 @@ class _Loader:
         bad_image_limit: float,
         on_bad_image: Literal["replace", "stop"],
         prefetch: int,
+        draw: Callable[[int, np.ndarray], tuple[torch.Tensor, ...]] = lambda step, positions: (),
         invalidate: bool = False,
     ):
         if not 0 <= rank < world_size:
@@ -66,6 +68,7 @@ class _Loader:
             index,
             decoder,
             _Replan(index, self.augmentation, seed, global_batch, image_size),
+            draw,
             seed=seed,
             threads=threads,
             limit=bad_image_limit,
@@ -134,7 +137,9 @@ class _Replan:
 class ImageLoader(_Loader):
     """Endless training batches from `start_step` (to `stop_step`, which is left out).
 
-    `batch_of(step)` is the number of the global batch that a step takes, by default the step itself.
+    `batch_of(step)` is the number of the global batch that a step takes, by default the step itself. What
+    `draw(batch number, positions int [n])` gives, tensors on the host, is in `Batch.drawn`; it is called in the
+    background thread.
     Iterating gives, for each step, `accumulation` = global_batch // (world_size * micro_batch) batches of
     this rank's contiguous positions [rank * B / R, (rank + 1) * B / R) of the global batch, in order. A
     thread reads and decodes `prefetch` micro-batches ahead, with `threads` threads for reading and as many
@@ -164,6 +169,7 @@ class ImageLoader(_Loader):
         start_step: int = 0,
         stop_step: int | None = None,
         batch_of: Callable[[int], int] = int,
+        draw: Callable[[int, np.ndarray], tuple[torch.Tensor, ...]] = lambda step, positions: (),
         bad_image_limit: float = 0.001,
         on_bad_image: Literal["replace", "stop"] = "replace",
         prefetch: int = 2,
@@ -187,6 +193,7 @@ class ImageLoader(_Loader):
             bad_image_limit=bad_image_limit,
             on_bad_image=on_bad_image,
             prefetch=prefetch,
+            draw=draw,
         )
 
     def __iter__(self) -> Iterator[Batch]:

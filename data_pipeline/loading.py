@@ -37,7 +37,8 @@ class Batch:
     same device, -1 without a label;
     `sample_ids` int64 [n] (NumPy), rows of the index, those of the replacements where images were bad;
     `positions` int64 [n] (NumPy) in the global batch; `valid` bool [n] (NumPy), False for filling and for bad
-    images of an evaluation; `step` the number of the batch; `replaced` how many of the n were bad.
+    images of an evaluation; `step` the number of the batch; `replaced` how many of the n were bad; `drawn` what else
+    was drawn for these positions, on the host (pinned when there is a GPU).
     """
 
     images: torch.Tensor
@@ -47,13 +48,15 @@ class Batch:
     valid: np.ndarray
     step: int
     replaced: int
+    drawn: tuple[torch.Tensor, ...] = ()
 
 
 class Loading:
     """Turns plans into batches, replacing images that cannot be read or decoded by the next readable ones.
 
     `replan(step, position, sample_id)` gives the one-row plan of another image in that place, with the same
-    random numbers; `seed` is for the noise of random erasing. Whether an image is bad is judged anew each time,
+    random numbers; `seed` is for the noise of random erasing; `draw(step, positions)` gives `Batch.drawn`. Whether an
+    image is bad is judged anew each time,
     so that a batch depends on the files alone and not on what this process met before. `bad_images` maps each bad
     name met so far to its reason.
     """
@@ -63,6 +66,7 @@ class Loading:
         index: Index,
         decoder: Decoder,
         replan: Callable[[int, int, int], BatchPlan],
+        draw: Callable[[int, np.ndarray], tuple[torch.Tensor, ...]],
         *,
         seed: int,
         threads: int,
@@ -70,7 +74,7 @@ class Loading:
         on_bad_image: Literal["replace", "stop"],
         invalidate: bool = False,
     ):
-        self.index, self.decoder, self.replan = index, decoder, replan
+        self.index, self.decoder, self.replan, self.draw = index, decoder, replan, draw
         self.seed, self.threads, self.on_bad_image, self.invalidate = seed, threads, on_bad_image, invalidate
         self.allowed = max(1, int(limit * len(index)))
         self.limit = limit
@@ -118,11 +122,11 @@ class Loading:
                 except BadImage as error:
                     put_another(row, error)
             if len(replaced) == before:
-                raise RunError(f"step {step}: a batch {failure}, although each of its images alone can") from failure
+                raise _no_image_is_bad(step, failure) from failure
             try:
                 images = self.decoder.decode(encoded, plan)
             except BadImage as again:
-                raise RunError(f"step {step}: a batch {again}, although each of its images alone can") from again
+                raise _no_image_is_bad(step, again) from again
         valid = plan.valid.copy()
         if self.invalidate:
             valid[list(replaced)] = False
@@ -131,7 +135,8 @@ class Loading:
             self._stream = torch.cuda.Stream(self.decoder.device_id)  # one: the allocator keeps memory by stream
         patches = erasing_noise(plan, seed=self.seed, step=step)
         tensors = to_torch(images, labels, patches, self._stream)
-        return Batch(*tensors, plan.sample_ids, plan.positions, valid, step, len(replaced))
+        drawn = tuple(_pinned(tensor) for tensor in self.draw(step, plan.positions))
+        return Batch(*tensors, plan.sample_ids, plan.positions, valid, step, len(replaced), drawn)
 
     def _neighbour(self, reader: ByteReader, step: int, plan: BatchPlan, row: int) -> tuple[np.ndarray, BatchPlan]:
         """The bytes of the next readable image, and the plan with it in the place of the bad one."""
@@ -171,6 +176,13 @@ class Loading:
             )
 
 
+def _no_image_is_bad(step: int, failure: BadImage) -> RunError:
+    return RunError(
+        f"step {step}: a batch {failure}, although each of its images alone can, perhaps for lack of memory; choose "
+        "a smaller engine.micro_batch or fewer data.threads"
+    )
+
+
 def _listed(found: dict[str, str]) -> str:
     shown = [f"{name} ({reason})" for name, reason in list(found.items())[:SHOWN]]
     more = len(found) - len(shown)
@@ -187,8 +199,7 @@ def to_torch(
     the copy is made and waited for on `stream`; the consumer's stream is recorded in `Stream`.
     """
     if stream is None:
-        tensors = _erased(torch.from_dlpack(images.as_tensor()), patches), torch.from_numpy(labels)
-        return tuple(t.pin_memory() for t in tensors) if torch.cuda.is_available() else tensors
+        return _pinned(_erased(torch.from_dlpack(images.as_tensor()), patches)), _pinned(torch.from_numpy(labels))
     with torch.cuda.stream(stream):
         tensors = (
             _erased(torch.from_dlpack(images.as_tensor()).clone(), patches),
@@ -196,6 +207,11 @@ def to_torch(
         )
     stream.synchronize()
     return tensors
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """In page-locked memory when there is a GPU, so that its copy to the GPU need not be waited for."""
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 def _erased(images: torch.Tensor, patches: list[tuple[tuple, np.ndarray]]) -> torch.Tensor:

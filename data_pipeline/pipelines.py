@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from data_pipeline.augmentations import Augmentation, jitter_colours, jitter_slots, resize_crop
+from data_pipeline.decoding_failures import CROP_OUTSIDE, control_image, machine_failure, names_an_image, reason_of
 from data_pipeline.headers import BadImage
 from data_pipeline.order import BatchPlan
 from data_pipeline.rand_augment import apply_operations, to_matrices
@@ -16,6 +17,14 @@ from mae_scale.errors import UsageError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Options of the decoder on a GPU. An image's pixels must not depend on the images decoded beside it:
+# - hw_decoder_load: nvImageCodec gives that share of each batch to the hardware engine (NVJPG), first come first
+#   served among its threads, and the rest to CUDA; the two round differently. With 0 each JPEG goes to CUDA.
+# - jpeg_fancy_upsampling: colour is up-sampled as libjpeg-turbo does, which decodes data.device=cpu, and here too what
+#   nvJPEG does not support.
+# - affine: off, as set_affinity below. hybrid_huffman_threshold keeps its default: it chooses by the image's own size.
+MIXED_DECODER = {"affine": False, "hw_decoder_load": 0.0, "jpeg_fancy_upsampling": True}
 
 
 def import_dali():
@@ -75,8 +84,31 @@ class Decoder:
         `plan`.
 
         It is finished on the host's side when this returns, and stays valid while it is referred to.
-        Raises BadImage (about one of the images; which, DALI does not say) when it cannot be decoded.
+        Raises BadImage (about one of the images; which, DALI does not say) when it cannot be decoded, and
+        RunError when no image is the cause, as for lack of memory.
         """
+        try:
+            return self._run(encoded, plan)
+        except (RuntimeError, MemoryError) as error:
+            self._pipeline = None  # DALI calls it "no longer valid"
+            if not names_an_image(error):
+                raise machine_failure(error, len(encoded), self.device_id) from error
+            if len(encoded) == 1 and CROP_OUTSIDE not in str(error):
+                self._decode_control(encoded[0], plan)
+            raise BadImage(f"cannot be decoded ({reason_of(error)})") from error
+
+    def _decode_control(self, refused: np.ndarray, plan: BatchPlan) -> None:
+        """Decode a sound image of the size of the `refused` one; RunError when that fails too."""
+        try:
+            control = control_image(refused)
+            if control is not None:
+                self._run([control], plan)
+        except (RuntimeError, MemoryError) as error:
+            self._pipeline = None
+            if CROP_OUTSIDE not in str(error):
+                raise machine_failure(error, 1, self.device_id, memory=names_an_image(error)) from error
+
+    def _run(self, encoded: list[np.ndarray], plan: BatchPlan):
         if self._pipeline is None:
             self._pipeline = self._build()
         inputs = {
@@ -92,11 +124,7 @@ class Decoder:
         if self.augmentation.rand_augment:
             inputs["operations"], inputs["arguments"] = plan.operations, plan.arguments
             inputs["matrices"] = to_matrices(plan.operations, plan.arguments, self.image_size)
-        try:
-            return self._pipeline.run(**inputs)[0]
-        except RuntimeError as error:
-            self._pipeline = None  # DALI calls it "no longer valid"
-            raise BadImage(f"cannot be decoded ({_reason(str(error))})") from error
+        return self._pipeline.run(**inputs)[0]
 
     def close(self) -> None:
         """Let go of the pipeline, its threads and its memory."""
@@ -123,7 +151,7 @@ class Decoder:
                 device=self.device,
                 output_type=types.RGB,
                 adjust_orientation=False,
-                **({"affine": False} if self.device == "mixed" else {}),
+                **(MIXED_DECODER if self.device == "mixed" else {}),
             )
             images = resize_crop(images, region_start, region_end, self.image_size)
             if self.augmentation.jitter:
@@ -156,11 +184,3 @@ class Decoder:
         )
         pipeline.build()
         return pipeline
-
-
-def _reason(message: str) -> str:
-    """The line of DALI's message that says what happened."""
-    _, _, rest = message.rpartition("encountered:")
-    lines = [line.strip() for line in rest.splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("Current pipeline object", "C++ context"))]
-    return lines[0].rstrip(" :") if lines else "DALI gives no reason"

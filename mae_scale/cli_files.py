@@ -5,7 +5,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from mae_scale.errors import EXIT_FAILED
+from mae_scale.errors import EXIT_FAILED, UsageError
 
 data_app = typer.Typer(help="What images there are, and whether they can be read.")
 checkpoints_app = typer.Typer(help="The checkpoints of a run: which there are, and whether they are whole.")
@@ -82,12 +82,19 @@ def data_verify(
     index: Annotated[Optional[Path], typer.Option(help="Index file; by default beside the data.")] = None,  # noqa: UP045
     deep: Annotated[bool, typer.Option("--deep", help="Decode every image.")] = False,
 ) -> None:
-    """Check every image; exit code 1 when some cannot be read.
+    """Check every image, and the digests of packed shards; exit code 1 when some cannot be read or have changed.
 
     Example: `mae-scale data verify --deep /data/imagenet/train`
     """
     from data_pipeline.index import open_index, verify
+    from data_pipeline.pack_manifest import verify_pack
 
+    damaged = verify_pack(root)
+    if damaged:
+        for name, reason in damaged:
+            typer.echo(f"{name}: {reason}")
+        typer.echo(f"{len(damaged)} shards are damaged; the same `mae-scale data pack` again writes them anew")
+        raise typer.Exit(EXIT_FAILED)
     found = open_index(root, index)
     bad = [*found.unreadable, *verify(found, deep=deep)]
     for name, reason in bad:
@@ -95,9 +102,43 @@ def data_verify(
     typer.echo(
         f"{len(found) + len(found.bad)} images, {len(bad)} bad"
         + ("" if deep else " (headers and ends only; --deep decodes)")
+        + ("" if damaged is None else ", every shard has its digest")
     )
     if bad:
         raise typer.Exit(EXIT_FAILED)
+
+
+@data_app.command("pack")
+def data_pack(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of images.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A new folder, or one that was cut off.")],
+    shorter_side: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Make larger images this small (pixels); by default bytes stay as they are."),
+    ] = None,
+    quality: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, max=100, help="JPEG quality of the images made smaller; by default 92."),
+    ] = None,
+    shard_mib: Annotated[int, typer.Option(min=1, help="Size of a shard, about.")] = 256,
+    workers: Annotated[Optional[int], typer.Option(min=1, help="Processes; by default one a core.")] = None,  # noqa: UP045
+) -> None:
+    """Write a folder's images as WebDataset tar shards, with their index.
+
+    With unchanged bytes, training from the shards equals training from the folder to the last bit. The same command
+    goes on where it was cut off, and mends what `mae-scale data verify DST` finds damaged.
+
+    Example: `mae-scale data pack /data/imagenet/train /data/imagenet_shards/train --shorter-side 512 --quality 92`
+    """
+    from data_pipeline.packing import QUALITY, Shrinking, pack
+
+    if quality is not None and shorter_side is None:
+        raise UsageError("--quality re-encodes nothing without --shorter-side; give both, or none to keep the bytes")
+    shrinking = None if shorter_side is None else Shrinking(shorter_side, quality or QUALITY)
+    index, left_out = pack(source, target, shrinking=shrinking, shard_mib=shard_mib, workers=workers)
+    for name, reason in left_out:
+        typer.echo(f"{name}: {reason}")
+    typer.echo(index.summary() + (f", {len(left_out):,} unreadable images left out" if left_out else ""))
 
 
 @data_app.command("sample")

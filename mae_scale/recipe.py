@@ -104,7 +104,7 @@ class EngineSection(Section):
     offload: bool = Field(False, description="parameters and optimiser state in host memory (ZeRO 3)")
     config: Path | None = Field(None, description="a DeepSpeed file of one's own, instead of ds_configs/")
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="bf16 with a GPU, else fp32")
-    micro_batch: int | None = Field(None, gt=0, description="images of a rank in one pass; else its whole share")
+    micro_batch: int | None = Field(None, gt=0, description="the most images in one pass; else a rank's share")
     compile: bool | None = Field(None, description="compile the blocks; with a GPU yes (not under ZeRO 3), else no")
     activation_checkpointing: Literal["none", "all", "offload"] | int = Field(
         "none", description="none, all blocks, every n-th block, or all with their inputs in host memory"

@@ -29,7 +29,8 @@ def drop_path_rates(drop_path: float, depth: int) -> list[float]:
     """
     if not 0 <= drop_path < 1:
         raise UsageError(f"drop_path is {drop_path}; expected at least 0 and less than 1, such as 0.1")
-    return torch.linspace(0, drop_path, depth, device="cpu").tolist()
+    # Without a tensor, of which no number can be read in fake mode or on the meta device.
+    return [drop_path * block / max(1, depth - 1) for block in range(depth)]
 
 
 def draw_branch_scales(rates: Sequence[float], *, seed: int, step: int, positions: np.ndarray) -> Tensor:

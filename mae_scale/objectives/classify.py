@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,26 +41,43 @@ class Classify(nn.Module):
         """The layer, from 0, of one of the objective's parameters."""
         return self.model.layer_of(name.removeprefix("model."))
 
-    def tensors(self, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
-        """images [B, 3, S, S], targets [B, C], with drop path branch scales [B, depth, 2]; float32 on the device.
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with their neighbours."""
+        return bool(self.section.mixup or self.section.cutmix)
 
-        Mixing and scales are pure functions of (seed, step, position in the global batch).
+    def draw(self, step: int, positions: np.ndarray) -> tuple[Tensor, ...]:
+        """Return shares [B] float32 and boxes [B, 4] int64 (see Mix) where images are mixed, then, with drop path,
+        branch scales [B, depth, 2] float32; on the host.
+
+        Pure functions of (seed, step, position in the global batch); the loader calls this in its own thread.
         """
-        section, encoder = self.section, self.model.encoder
-        where = {"seed": self.seed, "step": batch.step, "positions": batch.positions}
-        mix = draw_mix(mixup=section.mixup, cutmix=section.cutmix, image_size=self.model.image_size, **where)
-        images = batch.images.to(device, non_blocking=True)
-        labels = batch.labels.to(device, non_blocking=True)
-        if mix is not None:
-            images = mix_images(images, mix)
-        targets = soft_targets(labels, self.model.classes, label_smoothing=section.label_smoothing, mix=mix)
-        if not any(encoder.drop_path_rates):
-            return images, targets
-        scales = draw_branch_scales(encoder.drop_path_rates, **where)
-        scales[:, : self.model.frozen_blocks] = 1  # what is not trained is as in evaluation
-        if self.model.trained_blocks and self.model.trained_blocks % 1:
-            scales[:, self.model.frozen_blocks, 0] = 1
-        return images, targets, scales.to(device, non_blocking=True)
+        section, rates = self.section, self.model.encoder.drop_path_rates
+        where = {"seed": self.seed, "step": step, "positions": positions}
+        drawn = []
+        if self.mixes:
+            mix = draw_mix(mixup=section.mixup, cutmix=section.cutmix, image_size=self.model.image_size, **where)
+            drawn += [torch.from_numpy(mix.share), torch.from_numpy(mix.box)]
+        if any(rates):
+            scales = draw_branch_scales(rates, **where)
+            scales[:, : self.model.frozen_blocks] = 1  # what is not trained is as in evaluation
+            if self.model.trained_blocks and self.model.trained_blocks % 1:
+                scales[:, self.model.frozen_blocks, 0] = 1
+            drawn.append(scales)
+        return tuple(drawn)
+
+    def tensors(self, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
+        """Return images [B, 3, S, S], targets [B, C] and, with drop path, branch scales [B, depth, 2]; float32 on the
+        device."""
+        images, labels, *drawn = (
+            tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.labels, *batch.drawn)
+        )
+        share = None
+        if self.mixes:
+            share, box, *drawn = drawn
+            images = mix_images(images, share, box)
+        targets = soft_targets(labels, self.model.classes, label_smoothing=self.section.label_smoothing, share=share)
+        return images, targets, *drawn
 
     def forward(self, images: Tensor, targets: Tensor | None = None, branch_scales: Tensor | None = None) -> Tensor:
         """images [B, 3, S, S], targets [B, C] -> the mean cross-entropy, [] float32; without targets logits [B, C]."""

@@ -29,16 +29,12 @@ class Mix:
     box: np.ndarray
 
 
-def draw_mix(
-    *, mixup: float, cutmix: float, image_size: int, seed: int, step: int, positions: np.ndarray
-) -> Mix | None:
-    """The mix of images at `positions` int [n] of the global batch of a step, in pairs; None when both alphas are 0.
+def draw_mix(*, mixup: float, cutmix: float, image_size: int, seed: int, step: int, positions: np.ndarray) -> Mix:
+    """The mix of images at `positions` int [n] of the global batch of a step, in pairs; one alpha is not 0.
 
     A pure function of (seed, step, position). With both alphas each pair is cut or mixed with equal chance; the share
     is Beta(alpha, alpha), and with cutmix 1 - (area of the clipped box) / (area of the image).
     """
-    if not (mixup or cutmix):
-        return None
     share = np.ones(len(positions), np.float32)
     box = np.zeros((len(positions), 4), np.int64)
     for row in range(0, len(positions), 2):
@@ -55,26 +51,30 @@ def draw_mix(
     return Mix(share, box)
 
 
-def mix_images(images: Tensor, mix: Mix) -> Tensor:
-    """images [n, 3, S, S] of neighbours in pairs -> mixed images, of the same shape, dtype and device."""
-    partners = _neighbours(images)
-    cut = mix.box[:, 1] > mix.box[:, 0]
-    weight = torch.from_numpy(np.where(cut, 1, mix.share).astype(np.float32)).to(images.device)[:, None, None, None]
-    mixed = images * weight + partners * (1 - weight)
-    for row in np.flatnonzero(cut):
-        y0, y1, x0, x1 = mix.box[row]
-        mixed[row, :, y0:y1, x0:x1] = partners[row, :, y0:y1, x0:x1]
-    return mixed
+def mix_images(images: Tensor, share: Tensor, box: Tensor) -> Tensor:
+    """images [n, 3, S, S] of neighbours in pairs -> mixed images, of the same shape, dtype and device.
+
+    share [n] and box [n, 4] of a Mix, on that device; no host waits for it.
+    """
+    partners, side = _neighbours(images), torch.arange(images.shape[-1], device=images.device)
+    y0, y1, x0, x1 = box[:, :, None].unbind(1)  # each [n, 1]
+    rows, columns = (side >= y0) & (side < y1), (side >= x0) & (side < x1)  # [n, S]
+    inside = rows[:, None, :, None] & columns[:, None, None, :]  # [n, 1, S, S]
+    weight = torch.where(box[:, 1] > box[:, 0], 1, share)[:, None, None, None]  # what is cut is not mixed too
+    return torch.where(inside, partners, images * weight + partners * (1 - weight))
 
 
-def soft_targets(labels: Tensor, classes: int, *, label_smoothing: float, mix: Mix | None) -> Tensor:
-    """labels int64 [n] -> float32 [n, classes], each row's sum 1: smoothed, and shared with the neighbour's label."""
+def soft_targets(labels: Tensor, classes: int, *, label_smoothing: float, share: Tensor | None) -> Tensor:
+    """labels int64 [n] -> float32 [n, classes], each row's sum 1: smoothed, and shared with the neighbour's label.
+
+    share [n] of a Mix, on the labels' device; None: nothing is mixed.
+    """
     off = label_smoothing / classes
     targets = torch.full((len(labels), classes), off, device=labels.device)
     targets.scatter_(1, labels[:, None], 1 - label_smoothing + off)
-    if mix is None:
+    if share is None:
         return targets
-    share = torch.from_numpy(mix.share).to(labels.device)[:, None]
+    share = share[:, None]
     return targets * share + _neighbours(targets) * (1 - share)
 
 

@@ -31,18 +31,19 @@ class Reconstruct(nn.Module):
         """Transformer blocks, encoder then decoder: what is compiled, checkpointed and sharded."""
         return self.model.blocks
 
-    def tensors(self, batch: Batch, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """images [B, 3, H, W], mask noise [B, L], with drop path branch scales [B, depth, 2]; float32 on the device.
+    def draw(self, step: int, positions: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """Return mask noise [B, L] and, with drop path, branch scales [B, depth, 2]; float32 on the host.
 
-        Noise and scales are pure functions of (seed, step, position in the global batch).
+        Pure functions of (seed, step, position in the global batch); the loader calls this in its own thread.
         """
-        drawn = [self.noise("mask", batch.step, batch.positions)]
-        rates = self.model.encoder.drop_path_rates
-        if any(rates):
-            drawn.append(draw_branch_scales(rates, seed=self.seed, step=batch.step, positions=batch.positions))
-        if device.type == "cuda":
-            drawn = [tensor.pin_memory() for tensor in drawn]
-        return tuple(tensor.to(device, non_blocking=True) for tensor in (batch.images, *drawn))
+        noise, rates = self.noise("mask", step, positions), self.model.encoder.drop_path_rates
+        if not any(rates):
+            return (noise,)
+        return noise, draw_branch_scales(rates, seed=self.seed, step=step, positions=positions)
+
+    def tensors(self, batch: Batch, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Return images [B, 3, H, W] and what draw() has drawn for them, float32 on the device."""
+        return tuple(tensor.to(device, non_blocking=True) for tensor in (batch.images, *batch.drawn))
 
     def noise(self, stream: str, step: int, positions: np.ndarray) -> torch.Tensor:
         """Mask noise [B, L] float32 on the host for positions of the global batch of a step."""

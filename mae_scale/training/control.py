@@ -47,10 +47,16 @@ class Control:
         self._store = self._connect()
         self._store.set(self._keys[self._ranks.rank], "0")
         self._group = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
+        self._asked: tuple[torch.Tensor, torch.distributed.Work] | None = None
         self._heart.start()
         return self
 
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+        if error is None:
+            try:
+                self.forget()
+            except RuntimeError as lost:
+                error = lost
         explanation = None if error is None else self.explained(error)
         # Joined, for a thread that returns from the store into an interpreter that is ending aborts the process.
         self._stop.set()
@@ -63,10 +69,27 @@ class Control:
             raise explanation from None
 
     def agree(self, *flags: bool) -> list[bool]:
-        """Each flag, True when it is on any rank. All ranks call it, with equally many; once a step."""
-        asked = torch.tensor(flags, dtype=torch.uint8)
-        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self._group)
-        return [bool(flag) for flag in asked.tolist()]
+        """Return each flag of the call before, True when it was on any rank; all False at the first call.
+
+        All ranks call it once a step, with equally many flags. What is asked here is answered by the next call: the
+        ranks exchange it while they train, and wait for nothing but a rank that is more than a step behind.
+        """
+        before, asked = self._answer(), torch.tensor(flags, dtype=torch.uint8)
+        maximum = torch.distributed.ReduceOp.MAX
+        self._asked = asked, torch.distributed.all_reduce(asked, maximum, group=self._group, async_op=True)
+        return [False] * len(flags) if before is None else [bool(flag) for flag in before.tolist()]
+
+    def forget(self) -> None:
+        """Let the next agree() return all False: what was asked has been dealt with since. All ranks call it."""
+        self._answer()
+
+    def _answer(self) -> torch.Tensor | None:
+        """What was asked last, answered; None when nothing was."""
+        if self._asked is None:
+            return None
+        (flags, exchange), self._asked = self._asked, None
+        exchange.wait()
+        return flags
 
     def silent_ranks(self) -> list[int]:
         """The ranks that no longer answer; takes 2.5 heartbeats. To be called after a collective has failed.

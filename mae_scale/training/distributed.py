@@ -55,7 +55,7 @@ def ranks_from_environment() -> Ranks:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1":
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
     return Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
@@ -136,7 +136,8 @@ def extensions_folder() -> Path:
     return Path(given) if given else Path.home() / ".cache" / "torch_extensions"
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nobody listens at."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

@@ -20,7 +20,10 @@ class BatchLayout:
 
 
 def batch_layout(recipe: Recipe, world_size: int) -> BatchLayout:
-    """How the recipe's global batch is spread over the ranks; UsageError with what would fit when it cannot be."""
+    """How the recipe's global batch is spread over the ranks; UsageError with what would fit when it cannot be.
+
+    A rank's micro-batch is engine.micro_batch, or all of its share where that is less.
+    """
     total, micro = recipe.data.global_batch, recipe.engine.micro_batch
     if total % world_size:
         above = total + world_size - total % world_size
@@ -31,7 +34,7 @@ def batch_layout(recipe: Recipe, world_size: int) -> BatchLayout:
             f"{fits} would fit, with this batch {_listed(ranks)} ranks"
         )
     share = total // world_size
-    micro = micro or share
+    micro = min(micro or share, share)
     if share % micro:
         raise UsageError(
             f"engine.micro_batch={micro} does not divide a rank's share of {share} images "
@@ -60,17 +63,21 @@ def deepspeed_config(recipe: Recipe, layout: BatchLayout, *, gpu: bool) -> dict:
     config, source = _read_template(recipe)
     precision = precision_of(recipe, gpu)
     zero = config.setdefault("zero_optimization", {"stage": 0})
+    ours = checks_gradients(config, precision)
     # Gradients of bf16 weights add up in fp32 wherever DeepSpeed has it, which is in ZeRO 1 to 3.
     accumulate = None if precision != "bf16" else "fp32" if zero.get("stage", 0) else "bf16"
     decided = {
         ("train_batch_size",): layout.global_batch,
         ("train_micro_batch_size_per_gpu",): layout.micro_batch,
         ("gradient_accumulation_steps",): layout.accumulation,
-        ("gradient_clipping",): recipe.optim.clip_grad_norm or 0.0,
+        ("gradient_clipping",): 0.0 if ours else recipe.optim.clip_grad_norm or 0.0,
         ("bf16", "enabled"): precision == "bf16",
         ("fp16", "enabled"): precision == "fp16",
         ("data_types", "grad_accum_dtype"): accumulate,
     }
+    if ours and zero.get("stage", 0):
+        decided["zero_optimization", "compute_grad_norm"] = False
+        decided["bf16", "check_grad_overflow"] = False
     for path, value in decided.items():
         section = config
         for key in path[:-1]:
@@ -83,6 +90,8 @@ def deepspeed_config(recipe: Recipe, layout: BatchLayout, *, gpu: bool) -> dict:
             )
         if found == "auto":
             section[path[-1]] = value
+    if zero.get("overlap_comm") == "auto":
+        zero["overlap_comm"] = layout.world_size > 1  # with it DeepSpeed waits for the device after each micro-batch
     for place in ("offload_optimizer", "offload_param"):
         if zero.get(place, {}).get("pin_memory") == "auto":
             zero[place]["pin_memory"] = gpu
@@ -97,6 +106,21 @@ def deepspeed_config(recipe: Recipe, layout: BatchLayout, *, gpu: bool) -> dict:
     if left:
         raise UsageError(f'{source}: nothing decides {", ".join(left)}, which is "auto"; give a value')
     return config
+
+
+def checks_gradients(config: dict, precision: str | None = None) -> bool:
+    """Whether the engine takes the gradient's norm, clips it and leaves out steps that are not finite, on the device.
+
+    DeepSpeed does each of these on the host, which then waits for the device several times a step. It can be told not
+    to (zero_optimization.compute_grad_norm, bf16.check_grad_overflow) without ZeRO in fp32, and in ZeRO 1 (fp32) and 2
+    (fp32, bf16) without offload. precision: of a configuration that does not say it yet.
+    """
+    zero = config.get("zero_optimization", {})
+    if precision is None:
+        enabled = [kind for kind in ("bf16", "fp16") if config.get(kind, {}).get("enabled")]
+        precision = enabled[0] if enabled else "fp32"
+    exact = {0: ("fp32",), 1: ("fp32",), 2: ("fp32", "bf16")}.get(zero.get("stage", 0), ())
+    return precision in exact and "offload_optimizer" not in zero
 
 
 def zero_stage_of(recipe: Recipe) -> int:

@@ -18,7 +18,9 @@ from mae_scale.checkpoints.shards import EngineState
 from mae_scale.recipe import Recipe
 from mae_scale.training.deepspeed_state import DeepSpeedState
 from mae_scale.training.distributed import collective_timeout, extensions_folder
+from mae_scale.training.ds_config import checks_gradients
 from mae_scale.training.optimizers import (
+    clip_gradients,
     optimizer_class,
     optimizer_options,
     parameter_groups,
@@ -35,8 +37,9 @@ class StepResult:
     """[] float32 on the device: the mean over this rank's micro-batches."""
     grad_norm: Callable[[], float]
     """The L2 norm of the whole unclipped gradient; reading it may wait for the device."""
-    skipped: Callable[[], bool]
-    """Whether the gradient was not finite, and so nothing was updated; the same on every rank."""
+    skipped: Callable[[], bool | float]
+    """Whether the gradient was not finite, and so nothing was updated; the same on every rank. Reading it waits for
+    this step, and not for one that has been launched since."""
 
 
 class DeepSpeedEngine:
@@ -56,10 +59,12 @@ class DeepSpeedEngine:
         optimizer = optimizer_class(recipe.optim)(groups, **optimizer_options(recipe.optim))
         self.name = f"deepspeed ZeRO {config['zero_optimization'].get('stage', 0)}"
         self.config = config
-        self._engine, self._zero, _, _ = deepspeed.initialize(
-            model=objective, optimizer=optimizer, config=config, dist_init_required=False
-        )
-        self._optimizer = optimizer
+        with _quiet():
+            self._engine, self._zero, _, _ = deepspeed.initialize(
+                model=objective, optimizer=optimizer, config=config, dist_init_required=False
+            )
+        self._optimizer, self._clip = optimizer, recipe.optim.clip_grad_norm
+        self._checks = checks_gradients(config)
         self._ema = recipe.classifier.ema if recipe.classifier else None
         self._state = DeepSpeedState(self._engine, optimizer, ema=self._ema is not None)
 
@@ -73,15 +78,15 @@ class DeepSpeedEngine:
         for tensors in micro_batches:
             loss = engine(*tensors)
             engine.backward(loss)
-            if engine.is_gradient_accumulation_boundary() and self._keeps_whole_gradients():
-                # Here DeepSpeed gives no norm and drops the gradients in step(): take it in between.
-                whole = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-                norm, skipped = whole.item, skip_if_not_finite(self._optimizer, whole)
+            if self._checks and engine.is_gradient_accumulation_boundary():
+                gradients = self._gradients()
+                total = self._norm(gradients)
+                norm, skipped = total.item, skip_if_not_finite(self._optimizer, total)
+                clip_gradients(gradients, total, self._clip)
             engine.step()
             losses.append(loss.detach().float())
         if self._ema is not None:
-            whole = self._keeps_whole_gradients()
-            found = self._optimizer.found_inf if whole else torch.tensor(float(self._overflowed()))
+            found = self._optimizer.found_inf if self._checks else float(self._overflowed())
             self._state.average((1 - self._ema) * (1 - found))
         return StepResult(torch.stack(losses).mean(), lambda: float(norm()), skipped)
 
@@ -109,8 +114,20 @@ class DeepSpeedEngine:
     def _overflowed(self) -> bool:
         return self._zero.overflow
 
-    def _keeps_whole_gradients(self) -> bool:
-        return self._engine.zero_optimization_stage() == 0 and self._zero is self._optimizer
+    def _gradients(self) -> list[torch.Tensor]:
+        """This rank's part of the gradient of the global batch, reduced; all of it without ZeRO."""
+        if self._engine.zero_optimization_stage() == 0:
+            return [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        return [part for group in self._zero.averaged_gradients.values() for part in group]
+
+    def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """The L2 norm [] of the whole gradient, on the device; of its parts, those of all ranks."""
+        norm = nn.utils.get_total_norm(gradients)
+        if self._engine.zero_optimization_stage() == 0:
+            return norm
+        squares = norm.square()
+        torch.distributed.all_reduce(squares)
+        return squares.sqrt()
 
 
 def give_timeout(timeout: timedelta) -> None:

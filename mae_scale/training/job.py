@@ -174,7 +174,7 @@ class Job(ABC):
                 stopped = None
                 if start < run.last_step:
                     run.events.add("start", start, world_size=ranks.world_size, engine=engine.name)
-                    loader = partial(self.image_loader, run)
+                    loader = partial(self.image_loader, run, objective)
                     stopped = train(
                         run, engine, objective.tensors, loader, start, tracking, self.evaluator(run, engine)
                     )
@@ -200,8 +200,8 @@ class Job(ABC):
         data = self.recipe.data
         return augmentation(data.augmentation, crop_scale=data.crop_scale, flip=data.flip, erasing=data.random_erasing)
 
-    def image_loader(self, run: Run, start: int) -> ImageLoader:
-        """This rank's batches from update `start` on."""
+    def image_loader(self, run: Run, objective: nn.Module, start: int) -> ImageLoader:
+        """This rank's batches from update `start` on, with what the objective draws for them."""
         data = run.recipe.data
         return ImageLoader(
             run.index,
@@ -218,6 +218,7 @@ class Job(ABC):
             start_step=start,
             stop_step=run.last_step,
             batch_of=run.events.batch_of,
+            draw=objective.draw,
             bad_image_limit=data.bad_image_limit,
             on_bad_image=data.on_bad_image,
         )

@@ -149,25 +149,27 @@ def _updates(
     tracking: Tracking,
     evaluate: Evaluator | None,
 ) -> str | None:
-    clock, batches = _Clock(run), iter(loader)
-    skipped_in_a_row, owed, losses = 0, False, []
+    clock, batches, skips = _Clock(run), iter(loader), _Skips(run)
+    owed, losses = False, []
     for step in range(start, run.last_step):
         lr = run.learning_rate(step)
         result = engine.train_step(_inputs(batches, run, tensors_of, clock), lr)
         done = step + 1
+        # Before anything that waits for the device: this wait has a timeout, and names a rank that is lost.
         stop, save_failed, retry = run.control.agree(
             preemption.requested() is not None, run.saver.has_failed(), run.saver.retry_is_due()
         )
         if save_failed:
             run.saver.wait()
-        if result.skipped():
-            skipped_in_a_row += 1
-            run.events.add("skipped_step", done)
-            log.warning("step %d: the gradients are not finite; nothing was updated", done)
-        else:
-            skipped_in_a_row = 0
+            run.control.forget()
+        skips.settle()  # of the step before; the device is at work on this one
+        skips.check()
+        skips.add(done, result.skipped)
+        owed = owed or retry or _checkpoint_due(run, done)
         measure = evaluate is not None and evaluate.due(done)
         logged = _due(done, run.recipe.tracking.log_every_steps) or done in (start + 1, run.last_step)
+        if stop or measure or logged or owed:
+            skips.settle()
         if stop or measure or logged:
             metrics = _metrics(run, result, loader, lr, clock, done)
             if measure:
@@ -175,13 +177,12 @@ def _updates(
                 clock.restart(done)
             tracking.log(done, done / run.steps_per_epoch, metrics)
             losses.append(metrics["train/loss"])
-        if skipped_in_a_row >= run.recipe.checkpoint.rollback_after_skips:
-            raise RollBack(skipped_in_a_row, done)
-        owed = owed or retry or _checkpoint_due(run, done)
+        skips.check()
         # Not between skipped steps: what has led to them may be in the weights already.
-        if stop or done == run.last_step or (owed and not skipped_in_a_row):
+        if stop or done == run.last_step or (owed and not skips.in_a_row):
             tracking.sync()
             run.saver.save(engine.state(), _facts(run, tracking, done, losses))
+            run.control.forget()
             clock.restart(done)
             owed, losses = False, []
         if stop or done == run.last_step:
@@ -204,6 +205,7 @@ def _roll_back(run: Run, engine, tracking: Tracking, reason: RollBack) -> int:
             on_all_ranks=True,
         )
     run.saver.wait()
+    run.control.forget()
     step = resume(run, engine)
     if step == 0:
         raise RunError(f"{reason}, and there is no checkpoint yet to go back to; {advice}", on_all_ranks=True)
@@ -226,6 +228,44 @@ def _facts(run: Run, tracking: Tracking, done: int, losses: list[float]) -> dict
         "mlflow_run_id": tracking.mlflow_run_id,
         **run.facts,
     }
+
+
+class _Skips:
+    """The steps whose gradients were not finite.
+
+    Whether a step was one is read when the next has been launched, so that the device is never without work. Nothing
+    depends on it in between: such a step has changed nothing.
+    """
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._unread: tuple[int, Callable[[], bool]] | None = None
+        self._last = 0
+        self.in_a_row = 0
+
+    def add(self, done: int, skipped: Callable[[], bool]) -> None:
+        """Note step `done`, to be settled later."""
+        self._unread = done, skipped
+
+    def settle(self) -> None:
+        """Read what was noted; waits for that step."""
+        if self._unread is None:
+            return
+        (self._last, skipped), self._unread = self._unread, None
+        if not skipped():
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        self._run.events.add("skipped_step", self._last)
+        log.warning("step %d: the gradients are not finite; nothing was updated", self._last)
+
+    def check(self) -> None:
+        """Raise RollBack when there were too many in a row up to the last step that was read.
+
+        What a step launched since has done is undone too; its batch comes again and is not skipped.
+        """
+        if self.in_a_row >= self._run.recipe.checkpoint.rollback_after_skips:
+            raise RollBack(self.in_a_row, self._last)
 
 
 def _inputs(batches: Iterator, run: Run, tensors_of: Callable, clock: "_Clock"):
@@ -265,7 +305,7 @@ class _Clock:
 
 
 def _metrics(run: Run, result, loader: ImageLoader, lr: float, clock: _Clock, done: int) -> dict[str, float]:
-    """One log line. Here, and only here, the host waits for the device."""
+    """One log line. Here the host waits for the device; elsewhere only for the step before (_Skips)."""
     counts = torch.tensor([len(loader.bad_images), clock.replaced], device=run.device, dtype=torch.float32)
     shared = torch.cat([result.loss.reshape(1), counts])
     torch.distributed.all_reduce(shared)

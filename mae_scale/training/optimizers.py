@@ -9,6 +9,8 @@ import torch
 from timm.optim import Lars as TimmLars
 from torch import nn
 
+from mae_scale.training.host_copy import HostCopy
+
 if TYPE_CHECKING:
     from mae_scale.recipe import OptimSection
 
@@ -92,11 +94,19 @@ def moments(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value for key, value in state.items() if key != "step"}
 
 
-def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> Callable[[], bool]:
-    """Let the next step change nothing if the gradient's norm [] is not finite; returns whether it was so.
+def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> Callable[[], float]:
+    """Let the next step change nothing if the gradient's norm [] is not finite; returns what reads whether it was so.
 
     Decided on the device, by fused AdamW itself: the host does not wait.
     """
-    found = torch.isfinite(norm).logical_not()
-    optimizer.found_inf = found.float()
-    return found.item
+    optimizer.found_inf = torch.isfinite(norm).logical_not().float()
+    return HostCopy(optimizer.found_inf)
+
+
+def clip_gradients(gradients: list[torch.Tensor], norm: torch.Tensor, limit: float | None) -> None:
+    """Scale gradients of L2 norm `norm` [] in place, so that it is at most `limit`; the host does not wait.
+
+    The rule of torch.nn.utils.clip_grad_norm_.
+    """
+    if limit:
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("pydantic")
 
 from tests.integration.engine_worker import plain_loop
-from tests.integration.test_engines import largest_difference, run_cases  # noqa: F401
+from tests.integration.test_engines import CLIPPED, largest_difference, run_cases  # noqa: F401
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -89,6 +89,15 @@ def test_bf16_and_fp16_with_dynamic_loss_scale_follow_float32(run_cases, plain):
     for case, found in results.items():
         assert 0 < largest_difference(found["losses"], plain["losses"]) < 0.03, case
         assert found["losses"][-1] < found["losses"][0], case
+
+
+def test_the_host_never_waits_for_the_gpu_in_a_step(run_cases):  # noqa: F811
+    pytest.importorskip("deepspeed")
+    cases = {name: DEEPSPEED[name] for name in ("ZeRO 0", "ZeRO 1", "ZeRO 2")}
+    cases |= {"ZeRO 2, bf16": HALF["ZeRO 2, bf16"], "ZeRO 2, clipped": [*HALF["ZeRO 2, bf16"], CLIPPED]}
+    cases["ZeRO 2, bf16, compiled"] = ["engine.zero_stage=2", "engine.precision=bf16", "engine.compile=true"]
+    waits = {case: found["host_waits"] for case, found in run_cases(cases, 1).items()}
+    assert waits == dict.fromkeys(cases, 0)
 
 
 def test_fairscale_oss_gives_the_plain_losses(run_cases, plain):  # noqa: F811

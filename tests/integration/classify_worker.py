@@ -59,7 +59,8 @@ def tensors(objective: Classify, step: int, positions: np.ndarray, poison: bool 
         images[0, 0, 0, 0] = torch.nan
     n = len(positions)
     return objective.tensors(
-        Batch(images, labels, positions, positions, np.ones(n, bool), step, 0), torch.device("cpu")
+        Batch(images, labels, positions, positions, np.ones(n, bool), step, 0, objective.draw(step, positions)),
+        torch.device("cpu"),
     )
 
 

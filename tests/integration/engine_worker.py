@@ -6,12 +6,15 @@ Each case: {"overrides": [...], "micro_batch": n}; STEPS steps on synthetic imag
 
 import json
 import sys
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch._dynamo
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mae_scale.models.drop_path import draw_branch_scales
 from mae_scale.objectives.reconstruct import Reconstruct
@@ -63,6 +66,59 @@ def tiny_objective(overrides: list[str]) -> tuple[Reconstruct, object]:
     return Reconstruct(build_model(recipe), seed=recipe.seed), recipe
 
 
+class HostWaits(TorchDispatchMode):
+    """Counts, in its block, what makes the host wait for a GPU: numbers read of tensors, and tensors made of numbers.
+
+    The second kind (torch.tensor(number, device=...)) is a copy from memory that is not page-locked.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.count, self._make = 0, torch.tensor
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        torch.tensor = self._counted
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.tensor = self._make
+        return super().__exit__(*error)
+
+    def _counted(self, *args, **kwargs):
+        self.count += kwargs.get("device") is not None
+        return self._make(*args, **kwargs)
+
+
+class HostWaitsOnGPU:
+    """Counts, in its block, what torch warns of as a wait for the GPU, and whole synchronisations."""
+
+    def __enter__(self):
+        self._synchronizations, self._synchronize = 0, torch.cuda.synchronize
+        self._catching = warnings.catch_warnings(record=True)
+        self._caught = self._catching.__enter__()
+        warnings.simplefilter("always")
+        torch.cuda.synchronize = self._counted
+        torch.cuda.set_sync_debug_mode("warn")
+        return self
+
+    def __exit__(self, *error):
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize = self._synchronize
+        self._catching.__exit__(*error)
+
+    def _counted(self, *args, **kwargs):
+        self._synchronizations += 1
+        self._synchronize(*args, **kwargs)
+
+    @property
+    def count(self) -> int:
+        return self._synchronizations + sum("synchroniz" in str(warning.message) for warning in self._caught)
+
+
 def plain_loop(clip: float | None = None, device: str = "cpu", overrides: tuple[str, ...] = ()) -> dict:
     """Losses, gradient norms and sums of weights of torch.optim.AdamW in float32, the whole global batch at once."""
     objective, recipe = tiny_objective([*overrides])
@@ -90,13 +146,17 @@ def run_case(overrides: list[str], ranks, device) -> dict:
     refuse_wrong_combinations(recipe, gpu=device.type == "cuda")
     layout = batch_layout(recipe, ranks.world_size)
     engine = scale_out(objective, recipe, layout, device)
+    # Under a dispatch mode nothing is compiled, and what was met there once is never compiled afterwards.
+    on_cpu = nullcontext() if recipe.engine.compile else HostWaits()
+    counting = on_cpu if device.type == "cpu" else HostWaitsOnGPU()
     losses, norms = [], []
     share = GLOBAL_BATCH // ranks.world_size
     positions = np.arange(ranks.rank * share, (ranks.rank + 1) * share)
     for step in range(STEPS):
         mine = [t.to(device) for t in with_branch_scales(global_batch(step), objective, step, positions)]
         micro_batches = zip(*(t.split(layout.micro_batch) for t in mine), strict=True)
-        result = engine.train_step(micro_batches, rate(step))
+        with counting if step == STEPS - 1 else nullcontext():
+            result = engine.train_step(micro_batches, rate(step))
         loss = result.loss / ranks.world_size
         torch.distributed.all_reduce(loss)
         losses.append(loss.item())
@@ -104,7 +164,13 @@ def run_case(overrides: list[str], ranks, device) -> dict:
     weights = sums_of_weights(engine)
     engine.close()
     compiled_frames = torch._dynamo.utils.counters["frames"]["ok"]
-    return {"losses": losses, "norms": norms, "weights": weights, "compiled_frames": compiled_frames}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "weights": weights,
+        "compiled_frames": compiled_frames,
+        "host_waits": getattr(counting, "count", None),  # of the last step
+    }
 
 
 def sums_of_weights(engine) -> dict[str, float]:

@@ -56,7 +56,7 @@ def test_doctor_says_what_is_installed_and_what_will_be_used(call):
     "command",
     [
         *(["pretrain"], ["demo"], ["doctor"], ["export"], ["submit"], ["data", "index"], ["data", "verify"]),
-        *(["checkpoints", "list"], ["checkpoints", "verify"], ["checkpoints", "prune"]),
+        *(["data", "pack"], ["checkpoints", "list"], ["checkpoints", "verify"], ["checkpoints", "prune"]),
     ],
 )
 def test_every_command_has_an_example_in_its_help(call, command):

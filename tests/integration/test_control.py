@@ -79,8 +79,11 @@ def line(rank: int, timeout_s: float = TIMEOUT_S) -> str:
 def test_what_one_rank_asks_for_is_true_on_all_and_a_programming_error_keeps_its_traceback():
     done = run(
         2,
-        "assert control.agree(rank == 1, False, rank == 0, True) == [True, False, True, True], 'first'\n"
-        "assert control.agree(False, False) == [False, False], 'nothing is kept from one step to the next'\n"
+        "assert control.agree(rank == 1, False, rank == 0, True) == [False], 'the answer to what was asked before'\n"
+        "assert control.agree(False, False) == [True, False, True, True], 'the answer comes a step later'\n"
+        "assert control.agree(rank == 1, True) == [False, False], 'nothing is kept from one step to the next'\n"
+        "control.forget()\n"
+        "assert control.agree(False, False) == [False, False], 'what was dealt with is not answered'\n"
         "assert control.silent_ranks() == [], 'all hearts beat'\n"
         "control.agree(False)\n"
         "began = time.monotonic()\n"

@@ -122,7 +122,14 @@ def test_losses_on_two_ranks_are_the_plain_loops(case, two_ranks, plain):
     reference = plain_counterpart(CASES[case], plain)
     assert largest_difference(two_ranks[case]["losses"], reference["losses"]) < 1e-6
     assert two_ranks[case]["norms"] == pytest.approx(reference["norms"], rel=1e-4)
-    assert two_ranks[case]["weights"] == pytest.approx(reference["weights"], abs=1e-3)
+    # A bias of keys has no gradient but rounding, which AdamW scales up: its sum alone differs by 1e-3.
+    assert two_ranks[case]["weights"] == pytest.approx(reference["weights"], abs=2e-3)
+
+
+def test_the_host_never_waits_for_the_device_in_a_step(two_ranks):
+    """DeepSpeed's ZeRO 3 does, and with offload something is always waited for (docs/performance.md)."""
+    waits = {case: found["host_waits"] for case, found in two_ranks.items() if "offload" not in case}
+    assert waits == {case: 3 if "ZeRO 3" in case else 0 for case in waits}
 
 
 def test_the_plain_loop_learns_and_clipping_and_drop_path_change_it(plain):
@@ -143,6 +150,10 @@ def test_bf16_follows_float32_on_every_engine(run_cases, plain):
     for case in BF16:
         difference = largest_difference(results[case]["losses"], plain[None]["losses"])
         assert 0 < difference < 0.03, (case, difference)
+    waits = {case: found["host_waits"] for case, found in results.items()}
+    # Without ZeRO, DeepSpeed reads a number of every parameter: linear probing alone runs so, and trains two.
+    assert waits.pop("ZeRO 0") > 0
+    assert waits == {"ZeRO 1": 2, "ZeRO 2": 0, "ZeRO 3": 3, "FairScale OSS": 0}
 
 
 def test_compiled_blocks_give_the_plain_losses(run_cases, plain):

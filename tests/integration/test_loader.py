@@ -352,3 +352,30 @@ def test_the_interpreter_ends_while_a_loader_runs(digits, end):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_an_objective_draws_comes_with_the_batch_and_is_drawn_in_the_background(index):
+    """Masks and mixing take milliseconds: the training thread must not wait for them."""
+    drawn_by, seen = set(), []
+
+    def draw(step, positions):
+        drawn_by.add(threading.current_thread().name)
+        seen.append((step, positions.tolist()))
+        return (torch.from_numpy(positions + 100 * step),)
+
+    with ImageLoader(
+        index,
+        global_batch=24,
+        micro_batch=8,
+        start_step=1,
+        stop_step=3,
+        batch_of=lambda step: step + 5,
+        draw=draw,
+        **COMMON,
+    ) as loader:
+        batches = list(loader)
+    assert drawn_by == {"mae-scale-loader"}
+    assert seen == [(step, list(range(first, first + 8))) for step in (6, 7) for first in (0, 8, 16)]
+    for batch in batches:
+        (numbers,) = batch.drawn
+        assert np.array_equal(numbers.numpy(), batch.positions + 100 * batch.step)

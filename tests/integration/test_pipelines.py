@@ -15,11 +15,12 @@ import torch
 import torchvision.transforms.functional as F
 from PIL import Image, ImageOps
 
+from data_pipeline import pipelines
 from data_pipeline.augmentations import Augmentation, augmentation
 from data_pipeline.headers import BadImage
 from data_pipeline.index import build_index
 from data_pipeline.order import plan_batch
-from data_pipeline.pipelines import IMAGENET_MEAN, IMAGENET_STD, Decoder, decoding_device
+from data_pipeline.pipelines import IMAGENET_MEAN, IMAGENET_STD, MIXED_DECODER, Decoder, decoding_device
 from data_pipeline.reading import ByteReader
 from data_pipeline.samples import write_photos
 from mae_scale.errors import UsageError
@@ -191,6 +192,32 @@ def test_outputs_stay_what_they_are_while_more_is_decoded(index):
         copies.append(kept[-1].clone())
     decoder.close()
     assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+def test_options_of_the_gpu_are_known_to_dali_and_leave_the_cpu_as_it_is(index, monkeypatch):
+    """DALI takes them on the CPU too, and does not use them there."""
+    assert MIXED_DECODER["hw_decoder_load"] == 0  # the hardware engine rounds in another way than CUDA
+    _, before = decoded(index, "random_resized_crop", 64)
+    from nvidia.dali import fn
+
+    image_slice = fn.decoders.image_slice
+
+    def with_options(*inputs, **options):
+        assert not MIXED_DECODER.keys() & options.keys()
+        return image_slice(*inputs, **options, **MIXED_DECODER)
+
+    monkeypatch.setattr(fn.decoders, "image_slice", with_options)
+    _, after = decoded(index, "random_resized_crop", 64)
+    assert np.array_equal(before, after)
+
+
+def test_options_of_the_gpu_are_read_when_the_graph_is_built(index, monkeypatch):
+    monkeypatch.setitem(pipelines.MIXED_DECODER, "no_such_option", 1)
+    decoded(index, "evaluation", 64)
+    decoder = Decoder(augmentation("evaluation"), 64, 2)
+    decoder.device = "mixed"  # the graph is defined before DALI misses the GPU
+    with pytest.raises(KeyError, match="no_such_option"):
+        decoder._build()
 
 
 def test_device_is_the_gpu_when_there_is_one_and_the_cpu_otherwise():

@@ -25,9 +25,10 @@ def run_worker(worker: Path, cases: dict, nproc: int, folder: Path) -> dict:
     """Run `worker CASES.json OUT.json` under torchrun as nproc ranks; what it has written."""
     (folder / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [*command, str(worker), str(folder / "cases.json"), str(folder / "out.json")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.getcwd()},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,

@@ -138,29 +138,29 @@ def test_layer_decay_groups_are_timms_and_the_papers_rule():
     assert ours["head.bias"] == (1.0, 0.0)
 
 
-def batch(positions: np.ndarray, step: int = 3) -> Batch:
+def batch(objective: Classify, positions: np.ndarray, step: int = 3) -> Batch:
     everything = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(step))
     labels = torch.arange(12) % 10
-    n = len(positions)
-    return Batch(everything[positions], labels[positions], positions, positions, np.ones(n, bool), step, 0)
+    n, drawn = len(positions), objective.draw(step, positions)
+    return Batch(everything[positions], labels[positions], positions, positions, np.ones(n, bool), step, 0, drawn)
 
 
 def test_what_the_objective_is_given_depends_on_the_position_in_the_global_batch_alone():
     overrides = ["model.drop_path=0.5", "classifier.mixup=0.8", "classifier.cutmix=1.0"]
     section = load_recipe("finetune/demo", overrides).classifier
     objective = Classify(build(drop_path=0.5), section, seed=0)
-    whole = objective.tensors(batch(np.arange(12)), torch.device("cpu"))
+    whole = objective.tensors(batch(objective, np.arange(12)), torch.device("cpu"))
     for part in (np.arange(0, 6), np.arange(6, 12), np.arange(2, 4)):
-        mine = objective.tensors(batch(part), torch.device("cpu"))
+        mine = objective.tensors(batch(objective, part), torch.device("cpu"))
         assert all(torch.equal(a, b[part]) for a, b in zip(mine, whole, strict=True))
-    other = objective.tensors(batch(np.arange(12), step=4), torch.device("cpu"))
+    other = objective.tensors(batch(objective, np.arange(12), step=4), torch.device("cpu"))
     assert not any(torch.equal(a, b) for a, b in zip(other, whole, strict=True))
 
 
 def test_what_is_frozen_drops_no_path():
     section = load_recipe("finetune/demo").classifier
     objective = Classify(build(drop_path=0.9, trained_blocks=1.5), section, seed=0)
-    *_, scales = objective.tensors(batch(np.arange(12)), torch.device("cpu"))
+    *_, scales = objective.tensors(batch(objective, np.arange(12)), torch.device("cpu"))
     assert (scales[:, :2] == 1).all()
     assert (scales[:, 2, 0] == 1).all()
     assert (scales[:, 2, 1] != 1).all()

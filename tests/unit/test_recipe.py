@@ -24,6 +24,17 @@ def header(name: str) -> str:
     return resources.files("mae_scale.recipes").joinpath(f"{name}.yaml").read_text().partition("\n\n")[0]
 
 
+def command_of(name: str) -> str:
+    """The command in a recipe's header, on one line."""
+    head = header(name)
+    return re.sub(r"[\s#\\]+", " ", head[head.index("Command") :])
+
+
+def ranks_of(command: str) -> int:
+    """How many ranks a command starts."""
+    return prod(map(int, re.findall(r"--(?:nnodes|nproc-per-node|nproc)[ =](\d+)", command)))
+
+
 def job_of(recipe: Recipe) -> Job:
     return (Pretraining if recipe.classifier is None else Finetuning)(recipe, Path())
 
@@ -92,9 +103,8 @@ def test_recipes_from_scratch_are_the_papers_settings(size, epochs, drop_path):
 def test_a_packaged_recipe_has_a_header_with_result_cost_and_command_and_runs_on_the_ranks_that_this_names(
     name, tmp_path
 ):
-    head = header(name)
+    head, command = header(name), command_of(name)
     assert all(word in head for word in ("Expected:", "Cost:", "Command")), name
-    command = re.sub(r"[\s#\\]+", " ", head[head.index("Command") :])
     kind = name.partition("/")[0]
     verb = {"demo": "pretrain", "partial": "finetune", "scratch": "finetune"}.get(kind, kind)
     assert f" {verb} {name} " in command
@@ -103,8 +113,7 @@ def test_a_packaged_recipe_has_a_header_with_result_cost_and_command_and_runs_on
     assert ("--weights" in command) == starts
     if starts:
         recipe = load_recipe(name, [f"classifier.weights={tmp_path}"])
-    ranks = prod(map(int, re.findall(r"--(?:nnodes|nproc-per-node|nproc)[ =](\d+)", command)))
-    layout = batch_layout(recipe, ranks)
+    layout = batch_layout(recipe, ranks_of(command))
     gpu = "H100" in head
     refuse_wrong_combinations(recipe, gpu=gpu)
     deepspeed_config(recipe, layout, gpu=gpu)

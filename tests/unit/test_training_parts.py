@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib import resources
 
 import pytest
 import torch
@@ -11,7 +12,13 @@ from mae_scale.errors import UsageError
 from mae_scale.models.mae import build_mae
 from mae_scale.objectives.reconstruct import Reconstruct
 from mae_scale.recipe import load_recipe
-from mae_scale.training.ds_config import batch_layout, compiles, deepspeed_config, refuse_wrong_combinations
+from mae_scale.training.ds_config import (
+    batch_layout,
+    checks_gradients,
+    compiles,
+    deepspeed_config,
+    refuse_wrong_combinations,
+)
 from mae_scale.training.optimizers import parameter_groups
 from mae_scale.training.schedules import learning_rate
 
@@ -68,9 +75,9 @@ def test_biases_norms_and_tokens_are_not_decayed_and_everything_else_is():
 
 def test_the_batch_layout_follows_from_the_global_batch():
     recipe = load_recipe("pretrain/vit_huge_1600ep")
-    for ranks, accumulation in ((128, 1), (64, 2), (8, 16)):
+    for ranks, micro_batch, accumulation in ((1, 256, 16), (8, 256, 2), (16, 256, 1), (64, 64, 1), (4096, 1, 1)):
         layout = batch_layout(recipe, ranks)
-        assert (layout.micro_batch, layout.accumulation) == (32, accumulation)
+        assert (layout.micro_batch, layout.accumulation) == (micro_batch, accumulation)
         assert layout.world_size * layout.micro_batch * layout.accumulation == 4096
 
 
@@ -79,7 +86,7 @@ def test_the_batch_layout_follows_from_the_global_batch():
     [
         ([], 3, "4095 or 4098 would fit, with this batch 1, 2, 4 or 8 ranks"),
         (["engine.micro_batch=48"], 64, "engine.micro_batch=8, 16, 32 or 64 would fit"),
-        (["engine.micro_batch=32"], 256, "share of 16 images"),
+        (["engine.micro_batch=12"], 256, "share of 16 images"),
     ],
 )
 def test_a_mismatch_says_what_would_fit(overrides, ranks, message):
@@ -158,3 +165,46 @@ def test_the_peak_is_at_the_end_of_warm_up():
     rates = [learning_rate(s, peak_lr=2.0, steps_per_epoch=10, epochs=20, warmup_epochs=5) for s in range(200)]
     assert math.isclose(max(rates), 2.0)
     assert rates.index(max(rates)) == 50
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero3_offload"])
+def test_no_packaged_deepspeed_file_times_steps_by_waiting_for_the_device(name):
+    """DeepSpeed's throughput timer is on by default and waits for the device twice a micro-batch."""
+    config = json.loads(resources.files("ds_configs").joinpath(f"{name}.json").read_text())
+    assert config["timers"]["throughput"]["enabled"] is False
+    assert config["wall_clock_breakdown"] is False
+
+
+def test_every_packaged_deepspeed_file_is_known_here():
+    files = {f.name for f in resources.files("ds_configs").iterdir() if f.name.endswith(".json")}
+    assert files == {f"{name}.json" for name in ("zero0", "zero1", "zero2", "zero3", "zero3_offload")}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "checked_by_us"),
+    [
+        (["engine.zero_stage=0", "engine.precision=fp32"], True),
+        (["engine.zero_stage=1", "engine.precision=fp32"], True),
+        (["engine.zero_stage=2", "engine.precision=fp32"], True),
+        (["engine.zero_stage=2", "engine.precision=bf16"], True),
+        (["engine.zero_stage=1", "engine.precision=bf16"], False),
+        (["engine.zero_stage=2", "engine.precision=fp16"], False),
+        (["engine.zero_stage=3", "engine.precision=bf16"], False),
+    ],
+)
+def test_deepspeed_leaves_the_norm_to_us_or_clips_itself_and_never_neither(overrides, checked_by_us):
+    recipe = load_recipe("demo", [*overrides, "optim.clip_grad_norm=0.5"])
+    config = deepspeed_config(recipe, batch_layout(recipe, 2), gpu=True)
+    assert checks_gradients(config) == checked_by_us
+    assert config["gradient_clipping"] == (0.0 if checked_by_us else 0.5)
+    zero = config["zero_optimization"]
+    told = checked_by_us and zero["stage"] > 0
+    assert zero.get("compute_grad_norm", True) != told
+    assert config["bf16"].get("check_grad_overflow", True) != told
+
+
+def test_communication_overlaps_the_backward_pass_only_where_there_is_some():
+    recipe = load_recipe("demo")
+    for ranks in (1, 2):
+        config = deepspeed_config(recipe, batch_layout(recipe, ranks), gpu=False)
+        assert config["zero_optimization"]["overlap_comm"] == (ranks > 1)

@@ -1,0 +1,82 @@
+"""What a folder of packed shards says of itself: pack.json, and whether the shards still are what it says.
+
+pack.json is written last: {"format", "source" (digest of the index that was packed), "options", "classes" (names by
+label), "images", "unreadable" ([name, reason]), "shards" ([{"name", "images", "bytes", "sha256", "left_out"}])}.
+Until then the same beginning lies in pack.json.unfinished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.scanning import Progress, reason_of, run_tasks
+from mae_scale.errors import UsageError
+
+PACK_NAME = "pack.json"
+UNFINISHED_NAME = "pack.json.unfinished"
+PACK_FORMAT = 1
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """Return what `path` holds, None when there is no such file. Raises UsageError when it is damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+        if found["format"] != PACK_FORMAT:
+            raise UsageError(f"{path} is of format {found['format']}, expected {PACK_FORMAT}; pack into another folder")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"{path} is damaged, or no manifest of packed shards; restore it, or pack into another folder"
+        ) from None
+    return found
+
+
+def packed_classes(folder: Path) -> list[str]:
+    """Return the class names by label, [] when `folder` was not packed. Raises UsageError when packing was cut off."""
+    manifest = read_manifest(folder / PACK_NAME)
+    if manifest is not None:
+        return manifest["classes"]
+    if (folder / UNFINISHED_NAME).exists():
+        raise UsageError(f"the shards in {folder} are not complete; run the same `mae-scale data pack` again")
+    return []
+
+
+def verify_pack(folder: Path, *, workers: int | None = None, progress: Progress = True) -> list[tuple[str, str]] | None:
+    """Return (shard, reason) of the shards that are not what pack.json says; None without a pack.json."""
+    manifest = read_manifest(folder / PACK_NAME)
+    if manifest is None:
+        return None
+    shards = manifest["shards"]
+    tasks = [(str(folder / shard["name"]), shard) for shard in shards]
+    reasons = run_tasks("verifying shards", damage, tasks, [1] * len(tasks), workers, progress)
+    found = [(shard["name"], reason) for shard, reason in zip(shards, reasons, strict=True) if reason]
+    unknown = {path.name for path in folder.glob("*.tar")} - {shard["name"] for shard in shards}
+    return found + [(name, f"not in {PACK_NAME}") for name in sorted(unknown)]
+
+
+def damage(task: tuple[str, dict[str, Any]]) -> str:
+    """Return what is wrong with a shard, "" when nothing is: (path, its record in pack.json)."""
+    path, record = task
+    try:
+        num_bytes = os.stat(path).st_size
+        if num_bytes != record["bytes"]:
+            return f"{num_bytes} bytes, {record['bytes']} when it was packed"
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
+    except OSError as error:
+        return reason_of(error)
+    return "" if digest.hexdigest() == record["sha256"] else "its bytes have changed since it was packed (sha256)"
+
+
+def _digest(file):
+    digest = hashlib.sha256()  # Python 3.10 has no file_digest
+    while some := file.read(2**20):
+        digest.update(some)
+    return digest
