@@ -1,6 +1,6 @@
 """How many images a second does our loader decode, alone and beside training, and are they the CPU's pixels?
 
-    python bench/decoding.py [--images 2048] [--threads 4 8 16] [--size large] [--micro-batch 128] [--json decoding.json]
+    python bench/decoding.py [--images 2048] [--threads 4 8 16] [--size large] [--json decoding.json]
 
 500 x 375 photographs, random resized crop to the model's image size. Rates by number of threads, on the CPU and decoded
 on the GPU ("mixed"), alone and while the engine of bench/engine.py trains on a batch of its own for every batch that

@@ -75,7 +75,7 @@ part() {
     timeout -k 10 "$limit" "$@" 2>&1 | tee -a "$log"
     code=${PIPESTATUS[0]}
     case $code in
-    0) state=done ;;
+    0) state="done" ;;
     124 | 137) state="failed: over its limit of $limit s" ;;
     *) state="failed: exit code $code" ;;
     esac
@@ -168,7 +168,7 @@ json.dump({"stage": stage, "gpu": gpu == "1", "parts": found}, open(path, "w"), 
 END
 say "=== $stage in $SECONDS s"
 while IFS=$'\t' read -r name state reason took _; do
-    if [ "$state" = done ]; then say "  done     $name ($took s)"; else say "  $state $name: $reason"; fi
+    if [ "$state" = "done" ]; then say "  done     $name ($took s)"; else say "  $state $name: $reason"; fi
 done <"$parts"
 failed=$(cut -f 2 "$parts" | grep -c failed)
 rm -f "$parts"
