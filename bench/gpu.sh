@@ -115,10 +115,10 @@ profile() {
 }
 
 data() {
-    part "decoding" 180 "deepspeed pydantic nvidia.dali sklearn" "$python" bench/decoding.py "${decoding[@]}" --json "$out/decoding.json"
-    tests "tests of decoding" 100 "nvidia.dali sklearn" tests/gpu/test_decoding.py
+    part "decoding" 180 "deepspeed pydantic nvidia.dali six sklearn" "$python" bench/decoding.py "${decoding[@]}" --json "$out/decoding.json"
+    tests "tests of decoding" 100 "nvidia.dali six sklearn" tests/gpu/test_decoding.py
     if [ -f "$carried/cifar10.tar.xz" ]; then cifar10; else skip "CIFAR-10" "no cifar10.tar.xz in $carried"; fi
-    tests "tests of pre-training" 300 "nvidia.dali sklearn deepspeed pydantic typer matplotlib" tests/gpu/test_pretrain.py
+    tests "tests of pre-training" 300 "nvidia.dali six sklearn deepspeed pydantic typer matplotlib" tests/gpu/test_pretrain.py
 }
 
 # A real run from JPEGs, stopped and gone on with by the same command; and a whole one that decodes on the CPU.
@@ -128,7 +128,7 @@ cifar10() {
     [ -d "$images/train" ] || { mkdir -p "$images" && tar xJf "$carried/cifar10.tar.xz" -C "$images"; }
     local train=("$python" -m mae_scale pretrain demo "data.root=$images/train" "data.val_root=$images/val" tracking.uri=off
         tracking.log_every_steps=1 schedule.epochs=2 schedule.warmup_epochs=1 checkpoint.every_epochs=null "${cifar[@]}")
-    local needs="nvidia.dali deepspeed pydantic typer"
+    local needs="nvidia.dali six deepspeed pydantic typer"
     part "CIFAR-10, the first half" 80 "$needs" "${train[@]}" --out "$run/a" "schedule.stop_after_steps=$half"
     part "CIFAR-10, gone on with" 80 "$needs" "${train[@]}" --out "$run/a" "schedule.stop_after_steps=$((2 * half))"
     part "CIFAR-10, decoded on the CPU" 80 "$needs" "${train[@]}" --out "$run/b" "schedule.stop_after_steps=$((2 * half))" data.device=cpu
@@ -140,7 +140,7 @@ cifar10() {
 
 say "$stage: figures and logs in $out"
 unpack
-wanted="torch timm transformers deepspeed fairscale pydantic yaml safetensors typer rich matplotlib sklearn pytest nvidia.dali"
+wanted="torch timm transformers deepspeed fairscale pydantic yaml safetensors typer rich matplotlib sklearn pytest nvidia.dali six"
 absent=""
 for module in $wanted; do has "$module" || absent+=" $module"; done
 say "modules that are missing:${absent:- none}"
