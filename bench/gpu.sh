@@ -51,14 +51,12 @@ unpack() {
     fi
 }
 
-has() { "$python" -c "import importlib.util as u, sys; sys.exit(not all(u.find_spec(m) for m in sys.argv[1:]))" "$@" 2>/dev/null; }
-
 note() { printf '%s\t%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" "$5" >>"$parts"; }
 
 # part NAME LIMIT_S "MODULES" COMMAND...: runs it when its modules are there and time is left.
 part() {
     local name=$1 limit=$2 missing="" module
-    for module in $3; do has "$module" 2>/dev/null || missing+=" $module"; done
+    for module in $3; do [[ " $absent " == *" $module "* ]] && missing+=" $module"; done
     shift 3
     if [ -n "$missing" ]; then
         skip "$name" "missing:$missing"
@@ -141,9 +139,18 @@ cifar10() {
 say "$stage: figures and logs in $out"
 unpack
 wanted="torch timm transformers deepspeed fairscale pydantic yaml safetensors typer rich matplotlib sklearn pytest nvidia.dali six"
-absent=""
-for module in $wanted; do has "$module" || absent+=" $module"; done
-say "modules that are missing:${absent:- none}"
+# shellcheck disable=SC2086
+absent=$("$python" - $wanted <<'END'
+import importlib.util, sys
+def there(module):
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+print(*(module for module in sys.argv[1:] if not there(module)))
+END
+)
+say "modules that are missing: ${absent:-none}"
 gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))' 2>/dev/null) || gpu=0
 if [ "$gpu" = 1 ]; then
     attention=() timer=(--sizes huge --micro-batches 32 --rounds 2) profiled=() decoding=()
@@ -152,7 +159,7 @@ if [ "$gpu" = 1 ]; then
 else
     say "no GPU: the smallest sizes"
     attention=(--shapes tiny) timer=(--sizes tiny --rounds 1) profiled=(--size tiny) decoding=(--size tiny --images 32 --threads 1)
-    huge=(--sizes tiny --rounds 1 --zero-stages 1) large=(--sizes tiny --rounds 1 --zero-stages 2)
+    huge=(--sizes tiny --rounds 1 --zero-stages 1) large=(--sizes tiny --rounds 1 --zero-stages 2 --ways engine)
     mask_tokens=(--sizes tiny --rounds 1) saved=(--width 64 --depth 2 --saves 1) cifar=() half=3
 fi
 
