@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-cluster torture lint format bench clean
+.PHONY: setup demo test test-cluster torture lint format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,7 +13,8 @@ help:
 	@echo "make test    every test          make lint   ruff, format check"
 	@echo "make test-cluster   jobs on a real Slurm of two nodes, started here (as root; apt installs it; about 6 minutes)"
 	@echo "make torture N=200   kill a real training N times at random instants, compare the whole curve"
-	@echo "make bench   our step beside Hugging Face's, our loader beside torchvision's, the stall of a save"
+	@echo "make bench   our step and the engine's beside Hugging Face's, our loader beside torchvision's, the stall of a save"
+	@echo "make bench-gpu STAGE=truth|speed|profile|data   what a GPU machine has to say, without make setup or a network"
 	@echo "make setup   only the set-up: .venv from requirements.lock, DeepSpeed's helpers built"
 
 setup: $(VENV)/.ready
@@ -46,8 +47,15 @@ format: setup
 
 bench: setup
 	$(BIN)/python bench/step.py
+	$(BIN)/python bench/engine.py --rounds 2
+	$(BIN)/python bench/mask_tokens.py --rounds 1
 	$(BIN)/python bench/loader.py
 	$(BIN)/python bench/checkpoint_stall.py
+
+PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+CARRIED ?= .gpu
+bench-gpu:
+	PYTHON=$(PYTHON) bench/gpu.sh "$(STAGE)" "$(CARRIED)"
 
 clean:
 	rm -rf $(VENV) demo

@@ -14,7 +14,6 @@ Needs torch and timm; without transformers ours is timed alone.
 """
 
 import argparse
-import functools
 import gc
 import itertools
 import json
@@ -31,30 +30,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from peer import layers_of, make_peer, peer_is_installed
 from report import machine, show
+from sizes import SIZES, training_flops_per_image
+from timing import matrix_product, quartiles, seconds
 from torch import nn
 
 from mae_scale.models.mae import build_mae
 from mae_scale.models.vit import resolve_size
-from mae_scale.planning.flops import mae_forward_flops, peak_flops_per_s, training_flops
+from mae_scale.planning.flops import peak_flops_per_s
 from mae_scale.training.activation_checkpointing import checkpoint_activations
 from mae_scale.training.compilation import compile_blocks
 
-SIZES = {
-    "small": {"image_size": 64, "patch_size": 8, "width": 192, "depth": 4, "heads": 3}
-    | {"decoder_width": 128, "decoder_depth": 2, "decoder_heads": 4},
-    "base": {"name": "vit_base_patch16"},
-    "large": {"name": "vit_large_patch16"},
-    "huge": {"name": "vit_huge_patch14"},
-}
 BATCHES = {"cpu": {"small": 32, "base": 8, "large": 4, "huge": 2}, "cuda": {"large": 128, "huge": 64}}
 VARIANTS = ("plain", "compiled", "checkpointed", "compiled+checkpointed")
 DEFAULT_CASES = {
     "cpu": [("small", "plain"), ("base", "plain")],
     "cuda": [("large", "plain"), ("large", "compiled"), *(("huge", variant) for variant in VARIANTS)],
 }
-SMALLEST_SIDE, LARGEST_SIDE = 256, {"cpu": 2048, "cuda": 8192}
-SLOWEST_PRODUCT_S = 1.0
 WAY_OF = {"ours": "fast", "peer": "plain"}  # way of mae_forward_flops: the peer embeds and predicts every patch
 SHORTEST_LAP_S = 0.3
 TIMING_S, FEWEST_ROUNDS = 20.0, 5  # without --rounds: rounds until that time is over, and no fewer than these
@@ -111,7 +104,7 @@ def make_trainees(case: Case, device: torch.device) -> tuple[dict[str, Trainee],
     """Ours and, with transformers, the peer; and by how much their losses differ before the first step."""
     torch.manual_seed(0)
     ours = build_mae(**SIZES[case.size])
-    peer = make_peer(ours)
+    peer = make_peer(ours) if peer_is_installed() else None
     images = torch.randn(case.batch, 3, ours.image_size, ours.image_size).to(device)
     noise = torch.rand(case.batch, ours.patches).to(device)
     trainees = {"ours": Trainee(ours.to(device), lambda model: model(images, noise).loss, case.precision, device)}
@@ -128,76 +121,6 @@ def make_trainees(case: Case, device: torch.device) -> tuple[dict[str, Trainee],
             compile_blocks(blocks)
         checkpoint_activations(blocks, "all" if "checkpointed" in case.variant else "none")
     return trainees, difference
-
-
-def make_peer(ours: nn.Module) -> nn.Module | None:
-    """Hugging Face's model of the same size; ours takes over its weights. None without transformers."""
-    if not peer_is_installed():
-        return None
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
-
-    from mae_scale.models.weights import load_hf
-
-    size, decoder = ours.encoder.size, ours.decoder
-    width, heads = decoder.norm.normalized_shape[0], decoder.blocks[0].attn.num_heads
-    config = ViTMAEConfig(
-        image_size=ours.image_size,
-        patch_size=size.patch_size,
-        hidden_size=size.width,
-        num_hidden_layers=size.depth,
-        num_attention_heads=size.heads,
-        intermediate_size=4 * size.width,
-        decoder_hidden_size=width,
-        decoder_num_hidden_layers=len(decoder.blocks),
-        decoder_num_attention_heads=heads,
-        decoder_intermediate_size=4 * width,
-        layer_norm_eps=1e-6,
-        norm_pix_loss=True,
-        mask_ratio=ours.mask_ratio,
-        attn_implementation="sdpa",
-    )
-    peer = ViTMAEForPreTraining(config)
-    with torch.no_grad():  # some versions of transformers leave positions zero
-        peer.vit.embeddings.position_embeddings.copy_(ours.encoder.pos_embed[None])
-        peer.decoder.decoder_pos_embed.copy_(decoder.pos_embed[None])
-    load_hf(ours, peer.state_dict())
-    return peer
-
-
-def peer_is_installed() -> bool:
-    try:
-        from transformers import ViTMAEForPreTraining  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def layers_of(peer: nn.Module) -> list[nn.Module]:
-    return [module for module in peer.modules() if type(module).__name__ == "ViTMAELayer"]
-
-
-def matrix_product(precision: str, device: torch.device) -> tuple[Callable[[], object], int]:
-    """A function that multiplies two square matrices, and their side: large, but at most about SLOWEST_PRODUCT_S."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    side = SMALLEST_SIDE
-    while True:
-        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        product = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
-        seconds(product, 1, device)
-        if side == LARGEST_SIDE[device.type] or 8 * seconds(product, 1, device) > SLOWEST_PRODUCT_S:
-            return product, side
-        side *= 2
-
-
-def seconds(work: Callable[[], object], times: int, device: torch.device) -> float:
-    """Of one call, when called that often."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    began = time.perf_counter()
-    for _ in range(times):
-        work()
-    wait()
-    return (time.perf_counter() - began) / times
 
 
 def measure(case: Case, device: torch.device, rounds: int | None, profile: bool) -> dict:
@@ -231,7 +154,7 @@ def measure(case: Case, device: torch.device, rounds: int | None, profile: bool)
     }
     for name, trainee in trainees.items():
         step_s = statistics.median(laps[name])
-        flops = training_flops(forward_flops(case.size, WAY_OF[name]))
+        flops = training_flops_per_image(SIZES[case.size], WAY_OF[name])
         rate = case.batch * flops / step_s
         result[name] = {
             "step_s": step_s,
@@ -245,18 +168,10 @@ def measure(case: Case, device: torch.device, rounds: int | None, profile: bool)
         }
     if "peer" in trainees:
         ratios = [theirs / mine for theirs, mine in zip(laps["peer"], laps["ours"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if done > 1 else ratios * 3
-        result["times_as_fast"] = {"median": middle, "lower_quartile": low, "upper_quartile": high}
+        result["times_as_fast"] = quartiles(ratios)
     if profile:
         print_profile(case, trainees["ours"].step, device)
     return result
-
-
-def forward_flops(size: str, way: str) -> int:
-    sizes = dict(SIZES[size])
-    for unused in ("heads", "decoder_heads"):
-        sizes.pop(unused, None)
-    return mae_forward_flops(**sizes, way=way)
 
 
 def print_profile(case: Case, step: Callable[[], None], device: torch.device) -> None:
