@@ -47,6 +47,7 @@ format: setup
 bench: setup
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/loader.py
+	$(BIN)/python bench/reads.py
 	$(BIN)/python bench/checkpoint_stall.py
 
 clean:
