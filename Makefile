@@ -50,6 +50,7 @@ bench: setup
 	$(BIN)/python bench/engine.py --rounds 2
 	$(BIN)/python bench/mask_tokens.py --rounds 1
 	$(BIN)/python bench/loader.py
+	$(BIN)/python bench/reads.py
 	$(BIN)/python bench/checkpoint_stall.py
 
 PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)

@@ -143,6 +143,7 @@ def test_the_cost_that_a_header_names_is_that_of_its_images(name):
         (["model.masking=stripes"], "'random', 'block' or 'grid'"),
         (["engine.activation_checkpointing=0"], "at least 1"),
         (["schedule.warmup_epochs=50"], "leaves nothing of schedule.epochs=50"),
+        (["data.cache_gib=3"], "bounds data.cache, which is not set; add data.cache=DIR"),
         (["seed"], "not an override"),
         (["seed.deep.key=1"], "seed"),
     ],
@@ -206,7 +207,8 @@ def test_another_rank_reads_a_whole_recipe_while_it_is_saved_again(tmp_path):
 def test_keys_that_do_not_change_what_is_computed_may_differ_and_others_are_named():
     free = ["engine.zero_stage=3", "checkpoint.keep=9", "tracking.uri=off", "schedule.stop_after_steps=1"]
     old = load_recipe("demo")
-    new = load_recipe("demo", [*free, "data.threads=9", "data.device=cpu", "engine.micro_batch=1"])
+    free += ["data.threads=9", "data.device=cpu", "data.cache=/local", "data.cache_gib=2.5"]
+    new = load_recipe("demo", [*free, "engine.micro_batch=1"])
     assert differing_keys(old, new) == []
     assert old.digest() == new.digest()
     changed = load_recipe("demo", ["seed=1", "optim.base_lr=1"])
