@@ -108,7 +108,7 @@ speed() {
 }
 
 profile() {
-    part "three steps" 180 "deepspeed pydantic" "$python" bench/profile_step.py "${profiled[@]}" --json "$out/profile.json"
+    part "three steps" 180 "deepspeed pydantic" "$python" bench/profile_step.py "${profiled[@]}" --json "$out/profile_step.json"
     part "stall of a save" 240 "deepspeed pydantic" "$python" bench/checkpoint_stall.py "${saved[@]}" --out "$out/checkpoint_stall.json"
 }
 

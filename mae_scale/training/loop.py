@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from data_pipeline.index import Index
-from data_pipeline.loader import ImageLoader
+from data_pipeline.loader import Batch, ImageLoader
 from data_pipeline.order import steps_per_epoch
 from mae_scale.checkpoints.resume import load_newest
 from mae_scale.checkpoints.saver import Saver
@@ -274,23 +274,31 @@ def _inputs(batches: Iterator, run: Run, tensors_of: Callable, clock: "_Clock"):
         waiting = time.perf_counter()
         batch = next(batches)
         clock.data_wait_s += time.perf_counter() - waiting
-        clock.images += len(batch.positions)
-        clock.replaced += batch.replaced
-        clock.cache_hits += batch.cache_hits
+        clock.count(batch)
         yield tensors_of(batch, run.device)
 
 
 class _Clock:
-    """Seconds, steps, images, bad and cached ones since the last log line."""
+    """Seconds and steps since the last log line, save or evaluation; images since the last log line."""
 
     def __init__(self, run: Run):
         self._run = run
+        self._counts = [0, 0, 0]
         self.restart(None)
 
     def restart(self, done: int | None) -> None:
         """Begin to measure at a step; None: at the first one, which is not timed by itself."""
         self.began, self.from_step, self.data_wait_s = time.perf_counter(), done, 0.0
-        self.images = self.replaced = self.cache_hits = 0
+
+    def count(self, batch: Batch) -> None:
+        """Note a micro-batch."""
+        found = batch.replaced, batch.cache_hits, len(batch.positions)
+        self._counts = [a + b for a, b in zip(self._counts, found, strict=True)]
+
+    def take_counts(self) -> list[int]:
+        """Return how many images were replaced, came from the cache, and were there at all, since the last call."""
+        counts, self._counts = self._counts, [0, 0, 0]
+        return counts
 
     def rates(self, done: int) -> dict[str, float]:
         """perf/... since the last call; call after the device is known to have finished step `done`."""
@@ -309,8 +317,7 @@ class _Clock:
 
 def _metrics(run: Run, result, loader: ImageLoader, lr: float, clock: _Clock, done: int) -> dict[str, float]:
     """One log line. Here the host waits for the device; elsewhere only for the step before (_Skips)."""
-    counts = [len(loader.bad_images), clock.replaced, clock.cache_hits, clock.images]
-    counts = torch.tensor(counts, device=run.device, dtype=torch.float32)
+    counts = torch.tensor([len(loader.bad_images), *clock.take_counts()], device=run.device, dtype=torch.float32)
     shared = torch.cat([result.loss.reshape(1), counts])
     torch.distributed.all_reduce(shared)
     loss, bad_images, replaced, cache_hits, images = shared.tolist()

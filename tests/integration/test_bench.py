@@ -152,6 +152,17 @@ def test_gpu_script_goes_through_all_stages_and_on_after_a_part_that_fails(tmp_p
     assert skipped == {"nvidia-smi", *(name for name in parts if name.startswith("tests of"))}
     assert {state for name, (state, _) in parts.items() if name not in skipped} == {"done"}
     assert len(parts) > 10
+    written = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "out").glob("*.json")}
+    (tokens,) = written["mask_tokens"]["results"]
+    assert {row["encoder_mask_tokens"] for row in tokens["rows"]} == {True, False}
+    assert all(row["laps"][0]["state"] == "measured" for row in tokens["rows"])
+    assert sum(written["profile_step"]["ms_per_step"].values()) == pytest.approx(
+        written["profile_step"]["wall_ms_per_step"], rel=0.5
+    )
+    assert written["rates"]
+    for stage in ("engine-huge", "engine-large"):
+        (setting,) = written[stage]["settings"]
+        assert all(way["state"] == "measured" for way in setting["ways"].values()), stage
 
 
 def test_gpu_script_refuses_an_unknown_stage():

@@ -3,6 +3,7 @@
 import json
 import math
 from importlib import resources
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from mae_scale.training.ds_config import (
     deepspeed_config,
     refuse_wrong_combinations,
 )
+from mae_scale.training.loop import _Clock
 from mae_scale.training.optimizers import parameter_groups
 from mae_scale.training.schedules import learning_rate
 
@@ -208,3 +210,12 @@ def test_communication_overlaps_the_backward_pass_only_where_there_is_some():
     for ranks in (1, 2):
         config = deepspeed_config(recipe, batch_layout(recipe, ranks), gpu=False)
         assert config["zero_optimization"]["overlap_comm"] == (ranks > 1)
+
+
+def test_images_that_were_replaced_before_a_save_are_in_the_next_log_line():
+    clock = _Clock(None)
+    clock.count(SimpleNamespace(replaced=1, cache_hits=3, positions=range(8)))
+    clock.restart(5)
+    clock.count(SimpleNamespace(replaced=0, cache_hits=4, positions=range(8)))
+    assert clock.take_counts() == [1, 7, 16]
+    assert clock.take_counts() == [0, 0, 0]
