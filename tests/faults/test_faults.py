@@ -212,6 +212,24 @@ def test_many_in_a_row_go_back_to_a_checkpoint_and_skip_the_data_also_over_a_new
     assert read_metrics(tmp_path / "one" / "metrics.jsonl")[-1]["faults/rollbacks"] == 1
 
 
+def test_going_back_takes_the_same_steps_when_skips_are_read_a_step_late(tmp_path, digits):
+    """Steps 6 and 7 are skipped, where nothing is logged or saved: the second is known when step 8 is on its way."""
+    rows, events = {}, {}
+    for every in (1, 100):
+        out = tmp_path / str(every)
+        more = ["checkpoint.rollback_after_skips=2", f"tracking.log_every_steps={every}"]
+        with poisoned(out, digits, "5:7", *more) as training:
+            assert training.wait() == 0, training.text()
+        rows[every] = read_metrics(out / "metrics.jsonl")
+        found = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+        events[every] = [(e["event"], e["step"], e.get("skipped_batches")) for e in found]
+    assert [row["step"] for row in rows[100]] == [1, 5, STEPS]
+    assert events[100] == events[1]
+    assert events[1][1:] == [("skipped_step", 6, None), ("skipped_step", 7, None), ("rollback", 4, 3)]
+    for key in ("train/loss", "train/grad_norm", "faults/skipped_steps", "faults/rollbacks"):
+        assert rows[100][-1][key] == rows[1][-1][key], key
+
+
 def test_a_run_that_never_recovers_stops_after_so_many_rollbacks(tmp_path, digits):
     more = ["checkpoint.rollback_after_skips=2", "checkpoint.max_rollbacks=2"]
     with poisoned(tmp_path / "run", digits, "5:10000", *more) as training:

@@ -1,6 +1,7 @@
 """One training step on the GPU: the peer's numbers, no waiting of the host, compiled and checkpointed blocks."""
 
 import gc
+import time
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from mae_scale.models.mae import build_mae
 from mae_scale.training.activation_checkpointing import checkpoint_activations
 from mae_scale.training.compilation import compile_blocks
+from mae_scale.training.host_copy import HostCopy
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -164,6 +166,21 @@ def test_a_step_never_makes_the_host_wait(precision, masking):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert loss.item() > 0
+
+
+def test_a_number_is_copied_to_the_host_without_a_wait_and_read_as_it_was():
+    number = torch.zeros((), device=DEVICE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        number.fill_(3.0)
+        copy = HostCopy(number)
+        number.fill_(4.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda._sleep(10**9)  # what is launched since: half a second
+    began = time.perf_counter()
+    assert copy() == 3.0
+    assert time.perf_counter() - began < 0.1
 
 
 def test_compiled_blocks_give_the_same_losses():
