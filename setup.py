@@ -23,7 +23,7 @@ setup(
     install_requires=[
         "torch>=2.8",
         "torchvision>=0.23",
-        "deepspeed>=0.18",
+        "deepspeed>=0.19.7",
         "fairscale>=0.4.13",
         "timm>=1.0.20",
         "mlflow>=3.17,<3.18",

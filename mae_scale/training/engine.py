@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from mae_scale.checkpoints.shards import EngineState
+from mae_scale.errors import UsageError
 from mae_scale.recipe import Recipe
 from mae_scale.training.deepspeed_state import DeepSpeedState
 from mae_scale.training.distributed import collective_timeout, extensions_folder
@@ -27,6 +29,9 @@ from mae_scale.training.optimizers import (
     set_learning_rate,
     skip_if_not_finite,
 )
+
+OLDEST = (0, 19, 7)
+"""The first DeepSpeed that has zero_optimization.compute_grad_norm (see ds_config.checks_gradients)."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,13 @@ def _deepspeed():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
+    found = tuple(int(number) for number in re.findall(r"\d+", deepspeed.__version__)[:3])
+    if found < OLDEST:
+        raise UsageError(
+            f"DeepSpeed {deepspeed.__version__} is installed; {'.'.join(map(str, OLDEST))} or newer is needed, which can "
+            "leave the gradient's norm to the engine: pip install --upgrade deepspeed",
+            on_all_ranks=True,
+        )
     return deepspeed
 
 

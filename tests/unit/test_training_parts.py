@@ -3,6 +3,7 @@
 import json
 import math
 from importlib import resources
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from mae_scale.training.ds_config import (
     deepspeed_config,
     refuse_wrong_combinations,
 )
+from mae_scale.training.engine import OLDEST, _deepspeed
 from mae_scale.training.loop import _Clock
 from mae_scale.training.optimizers import parameter_groups
 from mae_scale.training.schedules import learning_rate
@@ -219,3 +221,14 @@ def test_images_that_were_replaced_before_a_save_are_in_the_next_log_line():
     clock.count(SimpleNamespace(replaced=0, cache_hits=4, positions=range(8)))
     assert clock.take_counts() == [1, 7, 16]
     assert clock.take_counts() == [0, 0, 0]
+
+
+def test_an_old_deepspeed_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr("deepspeed.__version__", "0.18.9+abc123")
+    with pytest.raises(UsageError, match=r"DeepSpeed 0\.18\.9\+abc123 is installed; 0\.19\.7 or newer is needed"):
+        _deepspeed()
+
+
+def test_the_oldest_deepspeed_is_the_one_that_is_installed_with_the_package():
+    setup = Path(__file__).resolve().parents[2] / "setup.py"
+    assert f'"deepspeed>={".".join(map(str, OLDEST))}"' in setup.read_text()
