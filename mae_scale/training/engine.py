@@ -182,8 +182,8 @@ def _deepspeed():
     found = tuple(int(number) for number in re.findall(r"\d+", deepspeed.__version__)[:3])
     if found < OLDEST:
         raise UsageError(
-            f"DeepSpeed {deepspeed.__version__} is installed; {'.'.join(map(str, OLDEST))} or newer is needed, which can "
-            "leave the gradient's norm to the engine: pip install --upgrade deepspeed",
+            f"DeepSpeed {deepspeed.__version__} is installed; {'.'.join(map(str, OLDEST))} or newer is needed, which "
+            "can leave the gradient's norm to the engine: pip install --upgrade deepspeed",
             on_all_ranks=True,
         )
     return deepspeed
