@@ -134,10 +134,20 @@ def train(
                 return _updates(run, engine, tensors_of, loader, start, tracking, evaluate)
         except RollBack as reason:
             start = _roll_back(run, engine, tracking, reason)
-        except RunError:
+        except (RunError, torch.OutOfMemoryError) as error:
             with contextlib.suppress(RunError, RuntimeError):  # what is being written is not lost
                 run.saver.wait()
-            raise
+            if isinstance(error, RunError):
+                raise
+            raise RunError(
+                f"the GPU has too little memory for engine.micro_batch={run.layout.micro_batch}; choose a smaller one (the "
+                f"same batches, more accumulation) or engine.activation_checkpointing=all: {_first_sentences(error)}"
+            ) from error
+
+
+def _first_sentences(error: torch.OutOfMemoryError) -> str:
+    """What torch tried to allocate and what was free, without its advice."""
+    return ". ".join(str(error).split(". ")[:3])
 
 
 def _updates(

@@ -241,6 +241,17 @@ def test_a_run_that_never_recovers_stops_after_so_many_rollbacks(tmp_path, digit
     assert newest_whole_step(tmp_path / "run") == 4
 
 
+def test_a_gpu_without_enough_memory_is_said_in_one_line(tmp_path, digits):
+    run = ["pretrain", "demo", "--tracking-uri", "off", *arguments(digits), "engine.micro_batch=60"]
+    program = (str(Path(__file__).with_name("out_of_memory.py")),)
+    with Training(tmp_path / "run", *run, program=program, PYTHONPATH=os.getcwd()) as training:
+        assert training.wait() == 1, training.text()
+    said = training.text()
+    assert "error: the GPU has too little memory for engine.micro_batch=60; choose a smaller one" in said
+    assert "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.10 GiB is free\n" in said
+    assert "Traceback" not in said
+
+
 def test_two_to_three_to_one_rank_and_another_stage_by_the_same_command(tmp_path, digits, whole):
     """The curve within 1e-6 for 20 steps, the learning rate exactly; three ranks hold shards of ZeRO 3."""
     out = tmp_path / "run"
