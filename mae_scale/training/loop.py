@@ -140,8 +140,8 @@ def train(
             if isinstance(error, RunError):
                 raise
             raise RunError(
-                f"the GPU has too little memory for engine.micro_batch={run.layout.micro_batch}; choose a smaller one (the "
-                f"same batches, more accumulation) or engine.activation_checkpointing=all: {_first_sentences(error)}"
+                f"the GPU has too little memory for engine.micro_batch={run.layout.micro_batch}; choose a smaller one "
+                f"(the same batches, more accumulation) or engine.activation_checkpointing=all: {_first_sentences(error)}"
             ) from error
 
 

@@ -13,7 +13,7 @@ def forward(self, *tensors):
     if len(calls) == 2:
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.10 GiB "
-            "is free. Process 1 has 78.00 GiB memory in use. If reserved but unallocated memory is large try setting ..."
+            "is free. Process 1 has 78.00 GiB memory in use. If reserved memory is large try setting ..."
         )
     return whole(self, *tensors)
 
