@@ -141,7 +141,8 @@ def train(
                 raise
             raise RunError(
                 f"the GPU has too little memory for engine.micro_batch={run.layout.micro_batch}; choose a smaller one "
-                f"(the same batches, more accumulation) or engine.activation_checkpointing=all: {_first_sentences(error)}"
+                "(the same batches, more accumulation) or engine.activation_checkpointing=all: "
+                f"{_first_sentences(error)}"
             ) from error
 
 
