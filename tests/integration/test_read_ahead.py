@@ -82,10 +82,16 @@ def test_a_loader_with_slow_reads_gives_the_same_batches_at_two_thousand_images_
 
 def test_fast_reads_use_few_threads_and_slow_ones_at_most_the_bound():
     def threads(read_s: float, count: int) -> int:
-        with ReadAhead(lambda _: time.sleep(read_s)) as ahead:
-            for read in [ahead.submit(image) for image in range(count)]:
-                read.result()
-            return reading_threads()
+        readers = set()
+
+        def read(_: int) -> None:
+            readers.add(threading.get_ident())
+            time.sleep(read_s)
+
+        with ReadAhead(read) as ahead:
+            for future in [ahead.submit(image) for image in range(count)]:
+                future.result()
+        return len(readers)
 
     assert min(threads(0, 2000) for _ in range(3)) <= 8
     assert threads(0.2, 600) == MOST_IN_FLIGHT
