@@ -93,7 +93,7 @@ def test_fast_reads_use_few_threads_and_slow_ones_at_most_the_bound():
                 future.result()
         return len(readers)
 
-    assert min(threads(0, 2000) for _ in range(3)) <= 8
+    assert min(threads(0, 2000) for _ in range(3)) <= 16  # 4, and more when something else holds the interpreter
     assert threads(0.2, 600) == MOST_IN_FLIGHT
 
 
