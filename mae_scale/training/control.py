@@ -47,7 +47,8 @@ class Control:
         self._store = self._connect()
         self._store.set(self._keys[self._ranks.rank], "0")
         self._group = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
-        self._asked: tuple[torch.Tensor, torch.distributed.Work] | None = None
+        self._asked: torch.Tensor | None = None
+        self._exchange: torch.distributed.Work | None = None
         self._heart.start()
         return self
 
@@ -76,8 +77,18 @@ class Control:
         """
         before, asked = self._answer(), torch.tensor(flags, dtype=torch.uint8)
         maximum = torch.distributed.ReduceOp.MAX
-        self._asked = asked, torch.distributed.all_reduce(asked, maximum, group=self._group, async_op=True)
+        self._asked = asked
+        self._exchange = torch.distributed.all_reduce(asked, maximum, group=self._group, async_op=True)
         return [False] * len(flags) if before is None else [bool(flag) for flag in before.tolist()]
+
+    def meet(self) -> None:
+        """Wait until all ranks have come to the last agree(); to be called before a wait for the device.
+
+        A GPU that waits for a rank that is lost says nothing; this wait has a timeout, and the rank is named.
+        """
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.wait()
 
     def forget(self) -> None:
         """Let the next agree() return all False: what was asked has been dealt with since. All ranks call it."""
@@ -85,11 +96,9 @@ class Control:
 
     def _answer(self) -> torch.Tensor | None:
         """What was asked last, answered; None when nothing was."""
-        if self._asked is None:
-            return None
-        (flags, exchange), self._asked = self._asked, None
-        exchange.wait()
-        return flags
+        self.meet()
+        answer, self._asked = self._asked, None
+        return answer
 
     def silent_ranks(self) -> list[int]:
         """The ranks that no longer answer; takes 2.5 heartbeats. To be called after a collective has failed.

@@ -180,6 +180,7 @@ def _updates(
         measure = evaluate is not None and evaluate.due(done)
         logged = _due(done, run.recipe.tracking.log_every_steps) or done in (start + 1, run.last_step)
         if stop or measure or logged or owed:
+            run.control.meet()
             skips.settle()
         if stop or measure or logged:
             metrics = _metrics(run, result, loader, lr, clock, done)

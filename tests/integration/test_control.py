@@ -82,6 +82,9 @@ def test_what_one_rank_asks_for_is_true_on_all_and_a_programming_error_keeps_its
         "assert control.agree(rank == 1, False, rank == 0, True) == [False], 'the answer to what was asked before'\n"
         "assert control.agree(False, False) == [True, False, True, True], 'the answer comes a step later'\n"
         "assert control.agree(rank == 1, True) == [False, False], 'nothing is kept from one step to the next'\n"
+        "control.meet()\n"
+        "assert control.agree(False, False) == [True, True], 'an answer that was waited for is still there'\n"
+        "control.agree(True)\n"
         "control.forget()\n"
         "assert control.agree(False, False) == [False, False], 'what was dealt with is not answered'\n"
         "assert control.silent_ranks() == [], 'all hearts beat'\n"
@@ -167,3 +170,11 @@ def test_a_lost_peer_without_a_silent_rank_is_one_clear_line(error, monkeypatch)
     assert str(explanation).startswith("the ranks lost touch with each other: ")
     assert ".cc:" not in str(explanation)
     assert str(explanation).endswith("the same command goes on from the last checkpoint")
+
+
+def test_a_rank_that_does_not_come_is_named_before_the_device_is_waited_for():
+    done = run(
+        2, "time.sleep(60) if rank == 1 else (control.agree(False), control.meet(), time.sleep(20))", timeout_s=3
+    )
+    assert done.returncode == 1
+    assert re.search(r"rank 0 after \d\.\d s: ", done.stderr)
