@@ -112,6 +112,7 @@ def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri) -> i
     from mae_scale.recipe import load_recipe
     from mae_scale.training.distributed import launched
     from mae_scale.training.launcher import launch_local_ranks
+    from mae_scale.training.run_lock import hold
 
     overrides = list(overrides or [])
     if tracking_uri is not None:
@@ -123,8 +124,9 @@ def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri) -> i
     job.check(nproc)
     if nproc == 1:
         return job.run()
-    # Here, once and with a progress bar; the ranks then find the index fresh.
-    job.prepare()
+    # Here, once and with a progress bar; the ranks then find the index fresh. Rank 0 holds the lock after this.
+    with hold(out):
+        job.prepare()
     return launch_local_ranks(nproc, [command, recipe, *overrides, "--out", str(out)])
 
 

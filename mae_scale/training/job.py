@@ -1,9 +1,11 @@
 """One training job: recipe -> images -> objective, engine -> loop -> what it leaves. Kinds of it fill in the gaps."""
 
+import contextlib
 import os
 import platform
 import subprocess
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +32,7 @@ from mae_scale.tracking.run import Tracking
 from mae_scale.tracking.uri import tracking_uri
 from mae_scale.training.assemble import scale_out
 from mae_scale.training.control import Control
-from mae_scale.training.distributed import process_group, ranks_from_environment
+from mae_scale.training.distributed import Ranks, process_group, ranks_from_environment
 from mae_scale.training.ds_config import (
     BatchLayout,
     batch_layout,
@@ -40,6 +42,7 @@ from mae_scale.training.ds_config import (
     zero_stage_of,
 )
 from mae_scale.training.loop import Evaluator, Run, resume, train
+from mae_scale.training.run_lock import hold
 
 
 class Job(ABC):
@@ -130,8 +133,12 @@ class Job(ABC):
 
         EXIT_DONE, or EXIT_STOPPED after SIGTERM or SIGUSR1 to any rank, when a checkpoint was written.
         """
-        recipe, out = self.recipe, self.out
         ranks = ranks_from_environment()
+        with hold(self.out) if ranks.is_first else contextlib.nullcontext() as lock:
+            return self._run(ranks, lock.check if lock else None)
+
+    def _run(self, ranks: Ranks, guard: Callable[[], None] | None) -> int:
+        recipe, out = self.recipe, self.out
         layout = batch_layout(recipe, ranks.world_size)
         if ranks.is_first:
             self.prepare()
@@ -154,7 +161,7 @@ class Job(ABC):
                 self.training_flops(),
                 peak_flops_per_s(gpu, precision_of(recipe, gpu=True)) if gpu else None,
                 control,
-                saver(recipe, out),
+                saver(recipe, out, guard),
                 Events(out / "events.jsonl"),
             )
             start = resume(run, engine)
@@ -166,6 +173,7 @@ class Job(ABC):
                 total_steps=run.last_step,
                 steps_per_epoch=run.steps_per_epoch,
                 tags=tags(run),
+                guard=guard,
             ) as tracking:
                 tracking.console.message("\n".join([headline(run, engine, start), *self.notes]))
                 if ranks.is_first:
@@ -226,12 +234,12 @@ class Job(ABC):
         )
 
 
-def saver(recipe: Recipe, out: Path) -> Saver:
-    """What writes the run's checkpoints."""
+def saver(recipe: Recipe, out: Path, guard: Callable[[], None] | None) -> Saver:
+    """What writes the run's checkpoints; guard: of the run's lock, on rank 0."""
     checkpoint = recipe.checkpoint
     retention = Retention(checkpoint.keep, checkpoint.keep_every_epochs, checkpoint.keep_best)
     timeout_s = recipe.engine.collective_timeout_s
-    return Saver(out / "checkpoints", retention, background=checkpoint.background, timeout_s=timeout_s)
+    return Saver(out / "checkpoints", retention, background=checkpoint.background, timeout_s=timeout_s, guard=guard)
 
 
 def facts(recipe: Recipe, engine, index: Index, world_size: int) -> dict:
