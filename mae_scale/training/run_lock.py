@@ -99,10 +99,12 @@ class RunLock:
 
     def check(self) -> None:
         """End this process when another start has taken the lock over; to be called before something is written."""
-        found = read_owner(self._path)
-        if found is None:
-            with contextlib.suppress(OSError):  # removed by hand, or its folder with it
+        try:
+            found = read_owner(self._path)
+            if found is None:  # removed by hand
                 _create(self._path, self._owner)
+                return
+        except (OSError, UsageError):  # a file system that fails for a while: the next look counts
             return
         if found.token != self._owner.token:
             print(
@@ -123,7 +125,7 @@ class RunLock:
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
             self.check()
-            with contextlib.suppress(OSError):  # a file system that fails for a while: the next beat counts
+            with contextlib.suppress(OSError):  # as in check()
                 os.utime(self._path)
 
 
