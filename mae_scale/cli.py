@@ -129,19 +129,14 @@ def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri) -> i
 
 
 @app.command()
-def doctor(
-    build: Annotated[bool, typer.Option("--build", help="Build DeepSpeed's helpers now, once.")] = False,
-) -> None:
+def doctor() -> None:
     """Show what is installed, which devices there are and what will be used.
 
     Example: `mae-scale doctor`
     """
     from mae_scale import doctor as checks
 
-    if build:
-        checks.build()
-    else:
-        checks.report()
+    checks.report()
 
 
 @app.command()

@@ -6,7 +6,6 @@ import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import NoReturn
 
 from mae_scale.errors import RunError, UsageError
@@ -125,15 +124,6 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def extensions_folder() -> Path:
-    """Where DeepSpeed's compiled helpers stay: TORCH_EXTENSIONS_DIR, else beside the torch they were built for."""
-    given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    prefix = Path(sys.prefix)
-    if given is None and os.access(prefix, os.W_OK):
-        os.environ["TORCH_EXTENSIONS_DIR"] = given = str(prefix / "torch_extensions")
-    return Path(given) if given else Path.home() / ".cache" / "torch_extensions"
 
 
 def free_port() -> int:
