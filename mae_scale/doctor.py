@@ -38,7 +38,9 @@ def report() -> None:
     table.add_row("CPU cores", str(cores), f"--nproc 2 gives each rank {max(1, cores // 2)} thread(s)")
     compiler = shutil.which("g++")
     table.add_row(
-        "C++ compiler", compiler or "missing", "" if compiler else "apt-get install g++, for engine.compile=true on a CPU"
+        "C++ compiler",
+        compiler or "missing",
+        "" if compiler else "apt-get install g++, for engine.compile=true on a CPU",
     )
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     table.add_row("MLflow", uri or "no MLFLOW_TRACKING_URI", "used" if uri else "SQLite file beside the output folder")

@@ -28,6 +28,7 @@ class Training:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_minds_ctrl_c,
         )
 
     def ranks(self) -> dict[int, psutil.Process]:
@@ -62,6 +63,10 @@ class Training:
         """SIGKILL to the launcher and every rank, at once: a machine that loses its power."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def ctrl_c(self) -> None:
+        """SIGINT to the launcher and every rank, as a terminal sends it."""
+        os.killpg(self.process.pid, signal.SIGINT)
 
     def text(self) -> str:
         """What it has printed so far, stdout and stderr."""
@@ -112,6 +117,11 @@ def is_loading(rank: psutil.Process) -> bool:
         return ".safetensors" in Path(f"/proc/{rank.pid}/maps").read_text()
     except OSError:
         return False
+
+
+def _minds_ctrl_c() -> None:
+    """Undo what a shell does for a command in the background, such as these tests may be."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _session(pid: int) -> int | None:
