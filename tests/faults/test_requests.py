@@ -127,16 +127,16 @@ def test_ctrl_c_while_a_run_starts_ends_it_soon_and_leaves_nothing_half_written(
     assert not out.exists() or not any(out.rglob(".*"))
 
 
-def test_a_request_before_the_first_step_ends_a_run_whose_ranks_have_met(tmp_path, digits):
-    """Sent to one rank only: all of them agree to it, and go no step."""
+def test_a_request_to_one_rank_before_the_first_step_ends_all_of_them_together(tmp_path, digits):
     out = tmp_path / "run"
-    many = [f"model.{part}=2" for part in ("depth", "decoder_depth")]
-    with Training(out, *command(digits, "--nproc", 2), *many) as training:
+    with Training(out, *command(digits, "--nproc", 2)) as training:
         training.wait_until(lambda: "rank(s) on" in training.text(), pause_s=0)
         training.ranks()[1].send_signal(signal.SIGTERM)
         assert training.wait(60) == 75, training.text()
-    assert newest_whole_step(out) == steps_done(out) <= 2
-    assert "stopped by a signal to another rank; the same command" in training.text()
+    done = steps_done(out)
+    assert newest_whole_step(out) == done <= 2  # 0, unless this process was slow to send it
+    again = "goes on from the last checkpoint" if done else "begins again"
+    assert training.text().endswith(f"stopped by a signal to another rank; the same command {again}\n")
 
 
 @pytest.fixture(scope="module")
