@@ -15,7 +15,7 @@ help:
 	@echo "make torture N=200   kill a real training N times at random instants, compare the whole curve"
 	@echo "make bench   our step and the engine's beside Hugging Face's, our loader beside torchvision's, the stall of a save"
 	@echo "make bench-gpu STAGE=truth|speed|profile|data   what a GPU machine has to say, without make setup or a network"
-	@echo "make setup   only the set-up: .venv from requirements.lock, DeepSpeed's helpers built"
+	@echo "make setup   only the set-up: .venv from requirements.lock"
 
 setup: $(VENV)/.ready
 

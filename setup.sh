@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the virtual environment from requirements.lock and builds DeepSpeed's helpers once.  Usage: setup.sh VENV
+# Makes the virtual environment from requirements.lock.  Usage: setup.sh VENV
 set -euo pipefail
 venv=${1:?usage: setup.sh VENV}
 fail() { echo "setup: $*" >&2; exit 1; }
@@ -23,5 +23,3 @@ echo "setup: $("$python" --version) -> $venv (about 6 GB, a few minutes the firs
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
 "${pip[@]}" install --requirement requirements.lock
 "${pip[@]}" install --no-deps --no-build-isolation --editable .
-echo "setup: building DeepSpeed's helpers (once, about half a minute)"
-"$venv/bin/mae-scale" doctor --build

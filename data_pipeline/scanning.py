@@ -10,6 +10,7 @@ import io
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import tarfile
 import threading
@@ -289,9 +290,18 @@ def _in_processes(function: Callable, tasks: list, workers: int | None) -> Itera
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent) as pool:
+        # Ctrl-C in a terminal would reach the workers too; they start with it blocked, and this process ends them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            yield from pool.map(function, tasks)
-        except BaseException:
+            results = pool.map(function, tasks)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        try:
+            yield from results
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                for worker in multiprocessing.active_children():
+                    worker.kill()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 

@@ -18,12 +18,17 @@ from mae_scale.cli_options import (
     RecipeName,
     TrackingUri,
     Weights,
+    can_be_stopped,
     check_json,
+    read_recipe,
     with_weights,
     write_text,
 )
-from mae_scale.errors import EXIT_DONE, EXIT_FAILED, RunError, UsageError
-from mae_scale.training import preemption
+from mae_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RunError, UsageError
+from mae_scale.training.distributed import leave, say_error, this_rank
+from mae_scale.training.preemption import INTERRUPTED
+
+WRONG_ARGUMENTS = typer.BadParameter.__base__  # click's UsageError, wherever this typer has it from
 
 app = typer.Typer(
     name="mae-scale",
@@ -38,6 +43,7 @@ app.add_typer(checkpoints_app, name="checkpoints", no_args_is_help=True)
 
 
 @app.command()
+@can_be_stopped
 def pretrain(
     recipe: RecipeName, overrides: Overrides = None, out: Out = ..., nproc: Nproc = 1, tracking_uri: TrackingUri = None
 ) -> None:
@@ -45,14 +51,13 @@ def pretrain(
 
     Example: `mae-scale pretrain demo --nproc 2 --out runs/demo data.root=digits/train`
     """
-    # Before the heavy imports: a request to stop that comes during them is kept.
-    preemption.listen()
     from mae_scale.training.pretrain import Pretraining
 
     raise typer.Exit(_train("pretrain", Pretraining, recipe, overrides, out, nproc, tracking_uri))
 
 
 @app.command()
+@can_be_stopped
 def finetune(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -67,13 +72,13 @@ def finetune(
     Example: `mae-scale finetune finetune/vit_huge_224 --weights runs/vit_huge --out runs/vit_huge_224
     data.root=/data/imagenet/train data.val_root=/data/imagenet/val`
     """
-    preemption.listen()
     from mae_scale.training.finetune import Finetuning
 
     raise typer.Exit(_classify("finetune", Finetuning, recipe, overrides, out, weights, nproc, tracking_uri, json))
 
 
 @app.command()
+@can_be_stopped
 def probe(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -88,7 +93,6 @@ def probe(
     Example: `mae-scale probe probe/vit_large --weights runs/vit_large --out runs/vit_large_probe
     data.root=/data/imagenet/train data.val_root=/data/imagenet/val`
     """
-    preemption.listen()
     from mae_scale.training.finetune import Probing
 
     raise typer.Exit(_classify("probe", Probing, recipe, overrides, out, weights, nproc, tracking_uri, json))
@@ -98,7 +102,7 @@ def _classify(command, job_class, recipe, overrides, out, weights, nproc, tracki
     """A classifier's training; the exit code. What was measured is written to `json` by rank 0."""
     check_json(json)
     code = _train(command, job_class, recipe, with_weights(overrides, weights), out, nproc, tracking_uri)
-    if json is not None and code == EXIT_DONE and os.environ.get("RANK", "0") == "0":
+    if json is not None and code == EXIT_DONE and this_rank().is_first:
         from mae_scale.training.finetune import EVALUATION
 
         if not (out / EVALUATION).exists():
@@ -109,7 +113,6 @@ def _classify(command, job_class, recipe, overrides, out, weights, nproc, tracki
 
 def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri) -> int:
     """A training job as this rank, or with local ranks started here; the exit code."""
-    from mae_scale.recipe import load_recipe
     from mae_scale.training.distributed import launched
     from mae_scale.training.launcher import launch_local_ranks
     from mae_scale.training.run_lock import hold
@@ -117,9 +120,9 @@ def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri) -> i
     overrides = list(overrides or [])
     if tracking_uri is not None:
         overrides.append(f"tracking.uri={tracking_uri}")
-    job = job_class(load_recipe(recipe, overrides), out)
+    job = job_class(read_recipe(recipe, overrides), out)
     if launched():
-        job.check(int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))))
+        job.check(this_rank().world_size)
         return job.run()
     job.check(nproc)
     if nproc == 1:
@@ -131,22 +134,18 @@ def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri) -> i
 
 
 @app.command()
-def doctor(
-    build: Annotated[bool, typer.Option("--build", help="Build DeepSpeed's helpers now, once.")] = False,
-) -> None:
+def doctor() -> None:
     """Show what is installed, which devices there are and what will be used.
 
     Example: `mae-scale doctor`
     """
     from mae_scale import doctor as checks
 
-    if build:
-        checks.build()
-    else:
-        checks.report()
+    checks.report()
 
 
 @app.command()
+@can_be_stopped
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, run and pictures.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
@@ -237,28 +236,27 @@ def export(
 
 
 def main() -> None:
-    """Entry point: errors that are explained become one line and an exit code, without a traceback."""
+    """Entry point: errors that are explained become one line a job and an exit code, without a traceback."""
     # Gloo, of a peer that is lost, would print a C++ stack trace before our line that names it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = EXIT_DONE
     try:
-        app()
+        code = app(standalone_mode=this_rank().is_first)
     except SystemExit as ended:
         code = int(ended.code or 0)
+    except WRONG_ARGUMENTS as error:  # the first rank's has been said by typer
+        code = error.exit_code
     except (UsageError, RunError) as error:
-        rank, code = os.environ.get("RANK", "0"), error.exit_code
-        if rank == "0" or not error.on_all_ranks:
-            print(f"error: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
-        code = 130
+        code = error.exit_code
+        say_error(error)
     except Exception:
         traceback.print_exc()
         code = EXIT_FAILED
-    if "RANK" in os.environ:
-        from mae_scale.training.distributed import leave
-
+    if code == EXIT_INTERRUPTED:  # typer has taken the KeyboardInterrupt
+        print(INTERRUPTED, file=sys.stderr)
         leave(code)
+    if "RANK" in os.environ:
+        leave(code or EXIT_DONE)
     sys.exit(code)
 
 

@@ -5,12 +5,24 @@ from typing import Annotated, Optional
 
 import typer
 
-from mae_scale.cli_options import Json, Nproc, Overrides, RecipeName, Weights, check_json, with_weights, write_text
+from mae_scale.cli_options import (
+    Json,
+    Nproc,
+    Overrides,
+    RecipeName,
+    Weights,
+    can_be_stopped,
+    check_json,
+    read_recipe,
+    with_weights,
+    write_text,
+)
 
 measure_app = typer.Typer()
 
 
 @measure_app.command()
+@can_be_stopped
 def evaluate(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -40,6 +52,7 @@ def evaluate(
 
 
 @measure_app.command()
+@can_be_stopped
 def knn(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -81,9 +94,8 @@ def reconstruct(
     data.val_root=photos model.target=pixels`
     """
     from mae_scale.evaluation.reconstruct import reconstruct as draw
-    from mae_scale.recipe import load_recipe
 
-    draw(load_recipe(recipe, list(overrides or [])), weights, out)
+    draw(read_recipe(recipe, overrides), weights, out)
     typer.echo(f"{out}")
 
 
@@ -112,9 +124,7 @@ def partial_curve(
 
 def _measured(check, recipe: str, overrides: list[str], json: Path | None):
     """The recipe of something to measure, checked."""
-    from mae_scale.recipe import load_recipe
-
-    loaded = load_recipe(recipe, overrides)
+    loaded = read_recipe(recipe, overrides)
     check(loaded)
     check_json(json)
     return loaded

@@ -1,11 +1,14 @@
 """What the commands have in common: options by name, and how a JSON file is written."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from mae_scale.errors import UsageError
+from mae_scale.training import preemption
 
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045  (typer reads it at run time)
@@ -24,6 +27,28 @@ Weights = Annotated[
     ),
 ]
 Json = Annotated[Optional[Path], typer.Option("--json", help="Write the figures there, too.", show_default=False)]  # noqa: UP045
+
+
+def can_be_stopped(command: Callable) -> Callable:
+    """Return the command as one that listens to SIGTERM, SIGUSR1 and Ctrl-C, from before its heavy imports on."""
+
+    @functools.wraps(command)
+    def listening(*arguments, **options):
+        preemption.listen()
+        return command(*arguments, **options)
+
+    return listening
+
+
+def read_recipe(recipe: str, overrides: list[str] | None):
+    """Return the recipe with the overrides; what is wrong with them is so on every rank."""
+    from mae_scale.recipe import load_recipe
+
+    try:
+        return load_recipe(recipe, list(overrides or []))
+    except UsageError as error:
+        error.on_all_ranks = True
+        raise
 
 
 def with_weights(overrides: list[str] | None, weights: Path | None) -> list[str]:

@@ -1,7 +1,6 @@
 """`mae-scale demo`: digits as JPEGs, pre-training with two ranks, what was learned, where everything is."""
 
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,8 +9,9 @@ import numpy as np
 from rich.console import Console
 
 from data_pipeline.samples import write_digits
-from mae_scale.errors import RunError
+from mae_scale.errors import EXIT_STOPPED, RunError
 from mae_scale.recipe import Recipe, load_recipe
+from mae_scale.training.launcher import launch_local_ranks
 
 LABELS_A_CLASS = 10
 LABEL_DRAWS = 5
@@ -29,18 +29,9 @@ def run_demo(out: Path, seed: int) -> None:
     console.print(f"{digits}: scikit-learn's handwritten digits, 32 px JPEGs, train and val, ten classes")
 
     console.rule(f"2. Pre-training: {RANKS} ranks, ZeRO-2, DALI, activation checkpointing, MLflow", align="left")
-    command = [
-        sys.executable,
-        "-m",
-        "mae_scale",
-        "pretrain",
-        "demo",
-        "--nproc",
-        str(RANKS),
-        "--out",
-        str(run),
-    ]
-    if code := subprocess.run([*command, *overrides]).returncode:
+    if code := launch_local_ranks(RANKS, ["pretrain", "demo", "--out", str(run), *overrides]):
+        if code == EXIT_STOPPED:
+            sys.exit(code)
         raise RunError(f"pre-training ended with exit code {code}; what it said stands above")
 
     console.rule("3. What it learned", align="left")

@@ -6,18 +6,7 @@ import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, distributions, version
 
-from mae_scale.errors import UsageError
-
 PACKAGES = ("torch", "torchvision", "deepspeed", "fairscale", "timm", "mlflow", "safetensors")
-
-
-def build() -> None:
-    """Build DeepSpeed's helpers; a second call returns at once."""
-    if shutil.which("g++") is None:
-        raise UsageError("no C++ compiler found; DeepSpeed's helpers need g++ (apt-get install g++)")
-    from mae_scale.training.engine import build_helpers
-
-    build_helpers()
 
 
 def report() -> None:
@@ -25,8 +14,6 @@ def report() -> None:
     import torch
     from rich.console import Console
     from rich.table import Table
-
-    from mae_scale.training.distributed import extensions_folder
 
     table = Table("what", "found", "what it means", box=None, title_justify="left")
     table.add_row("Python", platform.python_version(), "")
@@ -51,13 +38,9 @@ def report() -> None:
     table.add_row("CPU cores", str(cores), f"--nproc 2 gives each rank {max(1, cores // 2)} thread(s)")
     compiler = shutil.which("g++")
     table.add_row(
-        "C++ compiler", compiler or "missing", "" if compiler else "apt-get install g++ (DeepSpeed's helpers)"
-    )
-    built = sorted(p.stem for p in extensions_folder().rglob("*.so")) if extensions_folder().exists() else []
-    table.add_row(
-        "DeepSpeed helpers",
-        ", ".join(built) or "not built",
-        "" if built or gpus else "mae-scale doctor --build",
+        "C++ compiler",
+        compiler or "missing",
+        "" if compiler else "apt-get install g++, for engine.compile=true on a CPU",
     )
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     table.add_row("MLflow", uri or "no MLFLOW_TRACKING_URI", "used" if uri else "SQLite file beside the output folder")

@@ -3,8 +3,6 @@
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,8 +14,10 @@ from rich.table import Table
 
 from data_pipeline.samples import write_digits
 from mae_scale.demo import mlflow_page
-from mae_scale.errors import RunError, UsageError
+from mae_scale.errors import EXIT_STOPPED, RunError, UsageError
 from mae_scale.evaluation.partial_curve import partial_curve
+from mae_scale.training.launcher import launch_local_ranks
+from mae_scale.training.preemption import passing_on
 
 SEEDS = (0, 1, 2)
 WEIGHTS, FINETUNED = "{weights}", "{finetuned}"
@@ -70,18 +70,19 @@ def run_transfer(
     console.print(f"{len(seeds)} seeds: pre-training on all images without labels, then ten labels a class")
     found: dict[str, list[float]] = {way.name: [] for way in (*WAYS, DOUBLE)}
     workers = min(os.cpu_count() or 1, len(WAYS))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # several run side by side
     for seed in seeds:
-        shared = [*data, f"seed={seed}"]
-        run = _folder(out, "run", seed)
-        command = ["pretrain", "demo", "--nproc", str(min(2, workers)), "--out", str(run), *shared]
-        _call(command, _file(out, "run", seed, "log"))
-        console.print(f"seed {seed}: pre-trained, {run}  ({time.monotonic() - began:.0f} s)")
-        with ThreadPoolExecutor(workers) as pool:  # each is a process of one thread
-            measured = pool.map(partial(_top1, out=out, seed=seed, overrides=shared), WAYS)
-            for way, top1 in zip(WAYS, measured, strict=True):
-                found[way.name].append(top1)
-                console.print(f"seed {seed}: {way.title:46} {top1:6.2f} %  ({time.monotonic() - began:.0f} s)")
-        found[DOUBLE.name].append(_top1(DOUBLE, out, seed, shared))
+        with passing_on("what runs is ended, trainings with a checkpoint, and the same command goes on"):
+            shared = [*data, f"seed={seed}"]
+            run = _folder(out, "run", seed)
+            _call(["pretrain", "demo", "--out", str(run), *shared], _file(out, "run", seed, "log"), min(2, workers))
+            console.print(f"seed {seed}: pre-trained, {run}  ({time.monotonic() - began:.0f} s)")
+            with ThreadPoolExecutor(workers) as pool:  # each is a process of one thread
+                measured = pool.map(partial(_top1, out=out, seed=seed, overrides=shared), WAYS)
+                for way, top1 in zip(WAYS, measured, strict=True):
+                    found[way.name].append(top1)
+                    console.print(f"seed {seed}: {way.title:46} {top1:6.2f} %  ({time.monotonic() - began:.0f} s)")
+            found[DOUBLE.name].append(_top1(DOUBLE, out, seed, shared))
     results = {
         name: {
             "mean": statistics.mean(values),
@@ -125,15 +126,14 @@ def _file(out: Path, name: str, seed: int, kind: str) -> Path:
     return out / "transfer" / f"{name}-seed{seed}.{kind}"
 
 
-def _call(words: list[str], log: Path) -> None:
+def _call(words: list[str], log: Path, ranks: int = 1) -> None:
     """`mae-scale WORDS`, what it says kept in a file. RunError with its last lines when it fails."""
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # several run side by side
-    with open(log, "w", encoding="utf-8") as file:
-        command = [sys.executable, "-m", "mae_scale", *words]
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-    if done.returncode:
+    code = launch_local_ranks(ranks, words, log=log)
+    if code == EXIT_STOPPED:
+        raise SystemExit(code)
+    if code:
         last = " / ".join(log.read_text(encoding="utf-8").strip().splitlines()[-3:])
-        raise RunError(f"`mae-scale {' '.join(words)}` ended with exit code {done.returncode}: {last} (all in {log})")
+        raise RunError(f"`mae-scale {' '.join(words)}` ended with exit code {code}: {last} (all in {log})")
 
 
 def _show(console: Console, results: dict[str, dict]) -> None:

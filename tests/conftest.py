@@ -9,6 +9,7 @@ import pytest
 
 from data_pipeline.samples import write_digits
 from mae_scale import cli
+from mae_scale.training import preemption
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -44,6 +45,7 @@ def call(monkeypatch, capsys):
 
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setenv("COLUMNS", "160")
+        monkeypatch.setattr(preemption, "listen", lambda: None)  # signals are the test runner's
         monkeypatch.setattr(sys, "argv", ["mae-scale", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.main()

@@ -17,6 +17,7 @@ from mae_scale.models.classifier import Classifier
 from mae_scale.models.classifier_weights import classes_in, load_classifier
 from mae_scale.recipe import Recipe
 from mae_scale.training.assemble import build_classifier_of
+from mae_scale.training.control import Control
 from mae_scale.training.distributed import Ranks, first_then_others, process_group, ranks_from_environment
 from mae_scale.training.ds_config import precision_of
 
@@ -95,8 +96,8 @@ def predictor(model: torch.nn.Module, recipe: Recipe, device: torch.device):
 @contextlib.contextmanager
 def all_ranks(recipe: Recipe) -> Iterator[tuple[Ranks, torch.device]]:
     """This process among the ranks that do an evaluation together."""
-    ranks = ranks_from_environment()
-    with process_group(ranks, recipe.engine.collective_timeout_s) as device:
+    ranks, timeout_s = ranks_from_environment(), recipe.engine.collective_timeout_s
+    with process_group(ranks, timeout_s) as device, Control(ranks, timeout_s):
         yield ranks, device
 
 

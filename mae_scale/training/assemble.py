@@ -49,7 +49,6 @@ def scale_out(objective: nn.Module, recipe: Recipe, layout: BatchLayout, device:
 
         precision = precision_of(recipe, gpu)
         return FairScaleEngine(objective, recipe, layout, stage=stage, precision=precision, device=device)
-    from mae_scale.training.engine import DeepSpeedEngine, build_helpers
+    from mae_scale.training.engine import DeepSpeedEngine
 
-    build_helpers()
     return DeepSpeedEngine(objective, recipe, deepspeed_config(recipe, layout, gpu=gpu), device)

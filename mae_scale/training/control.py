@@ -81,6 +81,11 @@ class Control:
         self._exchange = torch.distributed.all_reduce(asked, maximum, group=self._group, async_op=True)
         return [False] * len(flags) if before is None else [bool(flag) for flag in before.tolist()]
 
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is True on any rank, now. All ranks call it, and wait for each other."""
+        self.agree(flag)
+        return bool(self._answer())
+
     def meet(self) -> None:
         """Wait until all ranks have come to the last agree(); to be called before a wait for the device.
 

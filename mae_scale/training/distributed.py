@@ -4,19 +4,18 @@ import contextlib
 import os
 import socket
 import sys
+import time
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import NoReturn
 
 from mae_scale.errors import RunError, UsageError
 
-LAUNCHER_VARIABLES = {
-    "RANK": "SLURM_PROCID",
-    "WORLD_SIZE": "SLURM_NTASKS",
-    "LOCAL_RANK": "SLURM_LOCALID",
-    "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
-}
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+ALONE = (0, 1, 0)
+LAUNCHER_ENDS_S = 5.0
+"""By then a launcher has ended the ranks of the other nodes, when the first one has failed."""
 
 
 @dataclass(frozen=True)
@@ -37,26 +36,52 @@ def launched() -> bool:
     return "RANK" in os.environ or ("SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ)
 
 
-def ranks_from_environment() -> Ranks:
-    """RANK, WORLD_SIZE, LOCAL_RANK; else Slurm's own variables; else a run of one. Sets what torch needs.
+def this_rank() -> Ranks:
+    """Return RANK, WORLD_SIZE, LOCAL_RANK; else Slurm's own variables; else a run of one. Changes nothing."""
+    names = VARIABLES if "RANK" in os.environ else SLURM_VARIABLES if launched() else ()
+    values = [int(os.environ.get(name, alone)) for name, alone in zip(names, ALONE, strict=False)]
+    return Ranks(*(values or ALONE))
 
-    Raises UsageError when srun gives no address to meet at.
+
+def ranks_from_environment() -> Ranks:
+    """Return this process's place, ready for process_group(); UsageError when srun gives no address to meet at."""
+    ranks = this_rank()
+    if ranks.world_size > 1 and "RANK" not in os.environ and "MASTER_ADDR" not in os.environ:
+        raise UsageError(
+            "srun started this rank without MASTER_ADDR; export MASTER_ADDR (the first node) and MASTER_PORT "
+            "(a free port) in the batch script"
+        )
+    return ranks
+
+
+def say_error(error: UsageError | RunError) -> None:
+    """Print the error on stderr, one line a job.
+
+    Before the ranks have met they fail alike, and the first one says it. On another node something may be missing
+    that the first one has: its first rank says so, unless a launcher has ended it by then.
     """
-    if "RANK" not in os.environ and launched():
-        for name, slurm_name in LAUNCHER_VARIABLES.items():
-            if slurm_name in os.environ:
-                os.environ[name] = os.environ[slurm_name]
-        if "MASTER_ADDR" not in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
-            raise UsageError(
-                "srun started this rank without MASTER_ADDR; export MASTER_ADDR (the first node) and MASTER_PORT "
-                "(a free port) in the batch script"
-            )
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    if os.environ["WORLD_SIZE"] == "1":
+    ranks = this_rank()
+    if not ranks.is_first:
+        if error.on_all_ranks or (not _have_met() and ranks.local_rank):
+            return
+        if not _have_met():
+            time.sleep(LAUNCHER_ENDS_S)
+    print(f"error: {'' if ranks.is_first else f'rank {ranks.rank}: '}{error}", file=sys.stderr, flush=True)
+
+
+def _have_met() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized()
+
+
+def _tell_libraries(ranks: Ranks) -> None:
+    """Set the variables that torch and DeepSpeed read."""
+    os.environ.update(zip(VARIABLES, map(str, (ranks.rank, ranks.world_size, ranks.local_rank)), strict=True))
+    if "LOCAL_WORLD_SIZE" not in os.environ and "SLURM_NTASKS_PER_NODE" in os.environ:
+        os.environ["LOCAL_WORLD_SIZE"] = os.environ["SLURM_NTASKS_PER_NODE"]
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if ranks.world_size == 1:
         os.environ.setdefault("MASTER_PORT", str(free_port()))
-    return Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
 @contextlib.contextmanager
@@ -68,6 +93,7 @@ def process_group(ranks: Ranks, timeout_s: float):
     """
     import torch
 
+    _tell_libraries(ranks)
     if torch.cuda.is_available():
         device = torch.device("cuda", ranks.local_rank)
         torch.cuda.set_device(device)
@@ -125,15 +151,6 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def extensions_folder() -> Path:
-    """Where DeepSpeed's compiled helpers stay: TORCH_EXTENSIONS_DIR, else beside the torch they were built for."""
-    given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    prefix = Path(sys.prefix)
-    if given is None and os.access(prefix, os.W_OK):
-        os.environ["TORCH_EXTENSIONS_DIR"] = given = str(prefix / "torch_extensions")
-    return Path(given) if given else Path.home() / ".cache" / "torch_extensions"
 
 
 def free_port() -> int:

@@ -1,16 +1,13 @@
 """The DeepSpeed engine: ZeRO, precision, offload, accumulation. The one file that imports deepspeed."""
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,7 +16,7 @@ from mae_scale.checkpoints.shards import EngineState
 from mae_scale.errors import UsageError
 from mae_scale.recipe import Recipe
 from mae_scale.training.deepspeed_state import DeepSpeedState
-from mae_scale.training.distributed import collective_timeout, extensions_folder
+from mae_scale.training.distributed import collective_timeout
 from mae_scale.training.ds_config import checks_gradients
 from mae_scale.training.optimizers import (
     clip_gradients,
@@ -143,34 +140,8 @@ def give_timeout(timeout: timedelta) -> None:
         groups._WORLD_GROUP = torch.distributed.new_group(timeout=timeout)
 
 
-def build_helpers() -> None:
-    """Compile what DeepSpeed builds at first use on this machine, once: a killed build's lock would hang the next.
-
-    Safe to call from several processes; the second call returns at once.
-    """
-    if torch.cuda.is_available():
-        return
-    folder = extensions_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    # Always the ninja beside this Python: two releases of it do not trust each other's log, and build anew in turn.
-    beside = str(Path(sys.executable).parent)
-    if beside not in os.environ.get("PATH", "").split(os.pathsep)[:1]:
-        os.environ["PATH"] = beside + os.pathsep + os.environ.get("PATH", "")
-    with open(folder / "mae-scale.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        # Under our own lock, which dies with its holder, nobody builds: any lock file found here is a leftover.
-        for leftover in folder.rglob("lock"):
-            leftover.unlink()
-        _deepspeed()
-        from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-
-        with _quiet():
-            ShareMemCommBuilder().load(verbose=False)
-
-
 def _deepspeed():
     """DeepSpeed, imported late (it takes seconds) and quiet."""
-    extensions_folder()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
@@ -186,6 +157,10 @@ def _deepspeed():
             "can leave the gradient's norm to the engine: pip install --upgrade deepspeed",
             on_all_ranks=True,
         )
+    if not torch.cuda.is_available():
+        # Else a C++ helper is compiled for up to 75 s at the first start: an all-reduce for inference in one machine's
+        # memory. Training never calls it; all of its collectives are torch's.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 

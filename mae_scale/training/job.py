@@ -20,7 +20,7 @@ from data_pipeline.loader import ImageLoader
 from data_pipeline.order import steps_per_epoch
 from data_pipeline.pipelines import decoding_device
 from mae_scale.checkpoints.saver import Saver
-from mae_scale.checkpoints.store import Retention
+from mae_scale.checkpoints.store import Retention, list_checkpoints
 from mae_scale.errors import EXIT_DONE, EXIT_STOPPED, UsageError
 from mae_scale.files import write_json
 from mae_scale.planning.flops import peak_flops_per_s
@@ -30,6 +30,7 @@ from mae_scale.tracking.figures import loss_curve_figure
 from mae_scale.tracking.metrics_log import read_metrics
 from mae_scale.tracking.run import Tracking
 from mae_scale.tracking.uri import tracking_uri
+from mae_scale.training import preemption
 from mae_scale.training.assemble import scale_out
 from mae_scale.training.control import Control
 from mae_scale.training.distributed import Ranks, process_group, ranks_from_environment
@@ -131,7 +132,7 @@ class Job(ABC):
     def run(self) -> int:
         """Run as this process's rank, from where the output folder stands to the end; the exit code.
 
-        EXIT_DONE, or EXIT_STOPPED after SIGTERM or SIGUSR1 to any rank, when a checkpoint was written.
+        EXIT_DONE, or EXIT_STOPPED after SIGTERM, SIGUSR1 or Ctrl-C to any rank, when a checkpoint was written.
         """
         ranks = ranks_from_environment()
         with hold(self.out) if ranks.is_first else contextlib.nullcontext() as lock:
@@ -144,6 +145,8 @@ class Job(ABC):
             self.prepare()
         timeout_s = recipe.engine.collective_timeout_s
         with process_group(ranks, timeout_s) as device, Control(ranks, timeout_s) as control:
+            # Now that the ranks have met, none leaves by itself.
+            preemption.heed("this step is ended and a checkpoint written")
             index = load_index(out / "index.npz", recipe.data.root)
             torch.manual_seed(recipe.seed)
             objective = self.objective(index)
@@ -189,7 +192,8 @@ class Job(ABC):
                     )
                 tracking.artifact(run.events.path)
                 if stopped:
-                    tracking.console.message(f"stopped by {stopped}; the same command goes on from the last checkpoint")
+                    again = "goes on from the last checkpoint" if list_checkpoints(run.checkpoints) else "begins again"
+                    tracking.console.message(f"stopped by {stopped}; the same command {again}")
                 elif ranks.is_first:
                     tracking.console.message(self._end(run, tracking))
             engine.close()

@@ -4,52 +4,56 @@ torch's own agent kills its ranks 30 s after a SIGTERM, too soon for a checkpoin
 exit code 75 is a failure to it.
 """
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import IO
 
 from mae_scale.errors import EXIT_DONE, EXIT_STOPPED, RunError
-from mae_scale.training.preemption import LAUNCHER_VARIABLE, SIGNALS, requested
+from mae_scale.training.preemption import LAUNCHER_VARIABLE, SIGNALS, insisted, passing_on, requested
 
 GRACE_S = 15.0
 """What the others have, after one has failed, to say why they cannot go on (training.control: up to 12 s)."""
 POLL_S = 0.1
 
 
-def launch_local_ranks(nproc: int, arguments: list[str], program: tuple[str, ...] = ("-m", "mae_scale")) -> int:
+def launch_local_ranks(
+    nproc: int, arguments: list[str], program: tuple[str, ...] = ("-m", "mae_scale"), log: Path | None = None
+) -> int:
     """Run `python PROGRAM ARGUMENTS` as nproc ranks, which must call preemption.listen() first; their exit code.
 
-    0: all ended with 0. 75: the others with 75. Else the code of the first that failed. SIGTERM and SIGUSR1 go to
-    every rank, which has all the time it needs to save; noted before (preemption), none is started: 75. Ctrl-C kills
-    the ranks. Main thread only.
+    0: all ended with 0. 75: the others with 75. Else the code of the first that failed. A request to stop that this
+    process has noted (preemption.listen) goes to every rank, which has all the time it needs to save; so does the end
+    of a rank that was asked to stop itself. Noted before, none is started: 75. What the ranks print goes to `log`.
 
-    Raises RunError when a rank was killed by a signal, KeyboardInterrupt after Ctrl-C.
+    Raises RunError when a rank was killed by a signal, KeyboardInterrupt, all ranks killed, after a second Ctrl-C.
     """
-    received: list[int] = []
-    before = {signum: signal.signal(signum, lambda signum, _: received.append(signum)) for signum in SIGNALS}
     ranks: list[subprocess.Popen] = []
-    # Bound but not listening: rank 0 can still listen at this port, and no one else is given it before that.
-    with socket.socket() as held:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(passing_on())
+        output = None if log is None else stack.enter_context(open(log, "w", encoding="utf-8"))
+        # Bound but not listening: rank 0 can still listen at this port, and no one else is given it before that.
+        held = stack.enter_context(socket.socket())
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(("127.0.0.1", 0))
         try:
             if requested():
                 return EXIT_STOPPED
-            _start(ranks, nproc, [sys.executable, *program, *arguments], held.getsockname()[1])
-            return _outcome(*_wait(ranks, received))
+            _start(ranks, nproc, [sys.executable, *program, *arguments], held.getsockname()[1], output)
+            return _outcome(*_wait(ranks))
         finally:
             for process in ranks:
                 process.kill()
             for process in ranks:
                 process.wait()
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
 
 
-def _start(ranks: list[subprocess.Popen], nproc: int, command: list[str], port: int) -> None:
+def _start(ranks: list[subprocess.Popen], nproc: int, command: list[str], port: int, output: IO | None) -> None:
     """Start nproc processes, each appended to `ranks` at once."""
     common = {
         "WORLD_SIZE": str(nproc),
@@ -63,33 +67,38 @@ def _start(ranks: list[subprocess.Popen], nproc: int, command: list[str], port: 
         "GLOO_SOCKET_IFNAME": "lo",
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # a lost peer is otherwise a C++ stack trace a rank
     }
-    # A process starts with the signals blocked that its parent blocks. So a request waits for the rank's listen(),
-    # and Ctrl-C in a terminal, which reaches all of its processes, is the launcher's alone.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, signal.SIGINT})
+    stderr = None if output is None else subprocess.STDOUT
+    # A process starts with the signals blocked that its parent blocks. So a request, and a Ctrl-C in a terminal, which
+    # reaches all of its processes, waits for the rank's listen().
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         for rank in range(nproc):
             environment = {**defaults, **os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(subprocess.Popen(command, env=environment))
+            ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=stderr))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _wait(ranks: list[subprocess.Popen], received: list[int]) -> tuple[dict[int, int], set[int]]:
-    """Pass signals on until all have ended; exit codes in the order of ending, and the ranks that were given up."""
+def _wait(ranks: list[subprocess.Popen]) -> tuple[dict[int, int], set[int]]:
+    """Pass a request on until all have ended; exit codes in the order of ending, and the ranks that were given up."""
     codes: dict[int, int] = {}
     given_up: set[int] = set()
-    forwarded: set[int] = set()
-    deadline = None
+    passed_on = deadline = None
     while len(codes) < len(ranks):
-        while received:
-            forwarded.add(signum := received.pop(0))
+        if insisted():
+            raise KeyboardInterrupt
+        # A rank that has stopped was asked by somebody else; the others may not know it.
+        request = requested() or ("SIGTERM" if EXIT_STOPPED in codes.values() else None)
+        if request is not None and passed_on is None:
+            passed_on = signal.Signals[request]
             for process in ranks:
-                process.send_signal(signum)
+                process.send_signal(passed_on)
         for rank, process in enumerate(ranks):
             if rank in codes or process.poll() is None:
                 continue
             # An interpreter that is ending no longer listens: it had done what the signal asks.
-            codes[rank] = EXIT_STOPPED if -process.returncode in forwarded else process.returncode
+            stopped = passed_on is not None and process.returncode == -passed_on
+            codes[rank] = EXIT_STOPPED if stopped else process.returncode
             if deadline is None and codes[rank] not in (EXIT_DONE, EXIT_STOPPED):
                 deadline = time.monotonic() + GRACE_S
         if deadline is not None and time.monotonic() > deadline:

@@ -160,6 +160,8 @@ def _updates(
     tracking: Tracking,
     evaluate: Evaluator | None,
 ) -> str | None:
+    if run.control.any(preemption.requested() is not None):  # while it started: there is nothing new to save
+        return _stopped(run, start)
     clock, batches, skips = _Clock(run), iter(loader), _Skips(run)
     owed, losses = False, []
     for step in range(start, run.last_step):
@@ -201,10 +203,15 @@ def _updates(
             while not run.saver.wait():
                 run.saver.save(engine.state(), _facts(run, tracking, done, losses))
         if stop and done < run.last_step:
-            signal = preemption.requested() or "a signal to another rank"
-            run.events.add("stop", done, reason=signal)
-            return signal
+            return _stopped(run, done)
     return None
+
+
+def _stopped(run: Run, done: int) -> str:
+    """Note in the events what has stopped the run after step `done`, and return it."""
+    signal = preemption.requested() or "a signal to another rank"
+    run.events.add("stop", done, reason=signal)
+    return signal
 
 
 def _roll_back(run: Run, engine, tracking: Tracking, reason: RollBack) -> int:

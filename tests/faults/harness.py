@@ -14,31 +14,25 @@ import psutil
 from mae_scale.checkpoints.store import Damaged, list_checkpoints, verify
 
 
-class Training:
-    """`mae-scale ARGUMENTS --out OUT`, running; a context manager that leaves no process behind."""
+class Command:
+    """`mae-scale ARGUMENTS`, running, all it says in a file; a context manager that leaves no process behind."""
 
-    def __init__(
-        self,
-        out: Path,
-        *arguments: object,
-        program: tuple[str, ...] = ("-m", "mae_scale"),
-        log: str | None = None,
-        **environment,
-    ):
+    def __init__(self, log: Path, *arguments: object, program: tuple[str, ...] = ("-m", "mae_scale"), **environment):
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MLFLOW_", "RANK"))}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        self.out, self._log_path = out, out.parent / f"{log or out.name}.log"
-        self._log = open(self._log_path, "wb")  # noqa: SIM115  (closed by __exit__)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log_path = log
+        self._log = open(log, "wb")  # noqa: SIM115  (closed by __exit__)
         self.process = subprocess.Popen(
-            [sys.executable, *program, *map(str, arguments), "--out", str(out)],
+            [sys.executable, *program, *map(str, arguments)],
             env={**clean, "COLUMNS": "120", **environment},
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_minds_ctrl_c,
         )
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The processes that are ranks of this training, by rank."""
+        """The processes that are ranks of this command, by rank."""
         found = {}
         for process in self._children():
             try:
@@ -50,7 +44,7 @@ class Training:
         return found
 
     def wait_until(self, condition: Callable[[], object], timeout_s: float = 120, pause_s: float = 0.002) -> object:
-        """What the condition gives once that is true. Fails when the training has ended or the time is up."""
+        """What the condition gives once that is true. Fails when the command has ended or the time is up."""
         deadline = time.monotonic() + timeout_s
         while not (answer := condition()):
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.text()}"
@@ -70,6 +64,10 @@ class Training:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
+    def ctrl_c(self) -> None:
+        """SIGINT to the launcher and every rank, as a terminal sends it."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
     def text(self) -> str:
         """What it has printed so far, stdout and stderr."""
         return self._log_path.read_text(errors="replace")
@@ -81,10 +79,10 @@ class Training:
             return []
 
     def left_behind(self) -> list[int]:
-        """Processes of the training's session that still live."""
+        """Processes of the command's session that still live."""
         return [p for p in psutil.pids() if _session(p) == self.process.pid and psutil.Process(p).status() != "zombie"]
 
-    def __enter__(self) -> "Training":
+    def __enter__(self) -> "Command":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -92,6 +90,14 @@ class Training:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self._log.close()
+
+
+class Training(Command):
+    """`mae-scale ARGUMENTS --out OUT`, its log beside OUT, by its name where no other is given."""
+
+    def __init__(self, out: Path, *arguments: object, log: str | None = None, **options):
+        self.out = out
+        super().__init__(out.parent / f"{log or out.name}.log", *arguments, "--out", out, **options)
 
 
 def newest_whole_step(out: Path) -> int:
@@ -119,6 +125,11 @@ def is_loading(rank: psutil.Process) -> bool:
         return ".safetensors" in Path(f"/proc/{rank.pid}/maps").read_text()
     except OSError:
         return False
+
+
+def _minds_ctrl_c() -> None:
+    """Undo what a shell does for a command in the background, such as these tests may be."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _session(pid: int) -> int | None:

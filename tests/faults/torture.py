@@ -1,7 +1,8 @@
 """`make torture N=200`: kills a real two-rank training N times at random instants and compares the whole curve.
 
-A kill takes one rank or everything at once, between steps, in the middle of a save, or while a checkpoint is being
-read, and the next start may run under another engine: then the same pieces are read in another layout.
+A kill takes one rank or everything at once, or is a Ctrl-C, which has to lose no step. It comes between steps, in the
+middle of a save, or while a checkpoint is being read, and the next start may run under another engine: then the same
+pieces are read in another layout.
 """
 
 import argparse
@@ -26,7 +27,7 @@ ENGINES = [
     ["engine.backend=fairscale", "engine.zero_stage=1"],
 ]
 INSTANTS = ("at any time", "while saving", "while loading")
-VICTIMS = ("a rank", "all")
+WAYS = ("kill of a rank", "kill of all", "Ctrl-C")
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Report:
     kills: Counter = field(default_factory=Counter)
     starts: int = 0
     lost: int = 0
-    """Starts that did not go on from the newest whole checkpoint."""
+    """Starts that did not go on from the newest whole checkpoint, and steps that a Ctrl-C has lost."""
     steps: int = 0
     """Of the whole run."""
     mismatching: int = 0
@@ -48,7 +49,7 @@ class Report:
     seconds: float = 0.0
 
     def table(self) -> str:
-        rows = [(f"kills of {victim}, {instant}", count) for (victim, instant), count in sorted(self.kills.items())]
+        rows = [(f"{way}, {instant}", count) for (way, instant), count in sorted(self.kills.items())]
         rows += [
             ("kills", sum(self.kills.values())),
             ("resumes", self.starts - 1),
@@ -76,6 +77,8 @@ def torture(folder: Path, digits: Path, kills: int, seed: int, say=lambda text: 
                 report.intruders += 1
             kind = kill_somehow(training, rng)
             report.kills[kind] += 1
+            if kind[0] == "Ctrl-C" and "rank(s) on" in training.text():
+                report.lost += max(losses(out), default=0) - newest_whole_step(out)
         say(f"kill {number} of {kills}: {' '.join(kind)}; newest whole checkpoint: {newest_whole_step(out)}")
     last = f"schedule.stop_after_steps={newest_whole_step(out) + 4}"
     with started(out, [*recipe, *hurried, last], rng, report, say) as training:
@@ -113,8 +116,8 @@ def intrude(training: Training, arguments: list) -> None:
 
 
 def kill_somehow(training: Training, rng: random.Random) -> tuple[str, str]:
-    """Kill a rank or all at an instant that comes soon; what was killed, and when."""
-    victim, instant = rng.choice(VICTIMS), rng.choice(INSTANTS)
+    """Kill a rank or all, or press Ctrl-C, at an instant that comes soon; the way, and when."""
+    way, instant = rng.choice(WAYS), rng.choice(INSTANTS)
     ranks = training.wait_until(lambda: len(found := training.ranks()) == 2 and found)
     first = newest_whole_step(training.out)
     if instant == "while loading" and first:
@@ -131,12 +134,15 @@ def kill_somehow(training: Training, rng: random.Random) -> tuple[str, str]:
             time.sleep(rng.random() * 0.3)
         else:  # while it starts
             time.sleep(rng.random() * 8)
-    if victim == "all":
+    if way == "kill of all":
         training.kill_all()
+    elif way == "Ctrl-C":
+        training.ctrl_c()
+        assert training.wait(60) == 75, training.text()
     else:
         rng.choice(list(ranks.values())).kill()
         assert training.wait(60) == 1, training.text()
-    return victim, instant
+    return way, instant
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from mae_scale.training import launcher
 from mae_scale.training.launcher import launch_local_ranks
 
 RANK = "import os, signal, sys, time; from pathlib import Path; rank = int(os.environ['RANK']); "
-LISTEN = "from mae_scale.training import preemption; preemption.listen(); "
+LISTEN = "from mae_scale.training import preemption; preemption.listen(); preemption.heed('saving'); "
 BOTH_UP = "(Path(sys.argv[1]) / f'up{rank}').touch(); "
 
 WAIT_FOR_A_REQUEST = f"""
@@ -32,8 +32,10 @@ sys.exit(75)
 """
 AS_A_PROCESS = """
 import signal, sys
+from mae_scale.training import preemption
 from mae_scale.training.launcher import launch_local_ranks
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has put in the background
+preemption.listen()
 try:
     sys.exit(launch_local_ranks(2, [sys.argv[1]], program=("-c", sys.argv[2])))
 except KeyboardInterrupt:
@@ -125,12 +127,17 @@ def test_ranks_are_told_who_they_are(tmp_path, nothing_left, monkeypatch):
     assert first["GLOO_SOCKET_IFNAME"] == "eth7"  # a default gives way to what the user has set
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_request_reaches_every_rank_however_early_and_has_no_deadline(signum, tmp_path, nothing_left):
     process = start(tmp_path, WAIT_FOR_A_REQUEST)
     process.send_signal(signum)
     assert process.wait(20) == 75
     assert [(tmp_path / f"saved{rank}").read_text() for rank in range(2)] == [signum.name] * 2
+
+
+def test_a_request_to_one_rank_reaches_the_others_when_that_one_has_ended(tmp_path, nothing_left):
+    listening = LISTEN.replace("preemption.heed('saving'); ", "") + "time.sleep(600)"  # it ends at once
+    assert launch_local_ranks(2, [str(tmp_path)], ranks_do("sys.exit(75)", listening)) == 75
 
 
 def test_a_rank_that_a_second_request_finds_no_longer_listening_has_stopped_as_asked(tmp_path, nothing_left):
@@ -147,16 +154,29 @@ def test_a_request_noted_before_the_start_starts_no_rank(tmp_path, nothing_left,
 
 
 @pytest.mark.parametrize("whole_group", [True, False])
-def test_ctrl_c_ends_every_rank_and_only_the_launcher_speaks(whole_group, tmp_path, nothing_left):
+def test_ctrl_c_is_one_request_to_every_rank_and_one_line(whole_group, tmp_path, nothing_left):
     process = start(tmp_path, WAIT_FOR_A_REQUEST, stderr=subprocess.PIPE, text=True, start_new_session=True)
     if whole_group:
         os.killpg(process.pid, signal.SIGINT)
     else:
         process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=20)[1]
-    assert process.returncode == 130
-    assert said == ""
-    assert not list(tmp_path.glob("saved*"))
+    assert process.returncode == 75
+    assert said == "SIGINT: saving; Ctrl-C again ends at once\n"
+    assert len(list(tmp_path.glob("saved*"))) == 2
+
+
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_a_second_ctrl_c_kills_every_rank(whole_group, tmp_path, nothing_left):
+    never = RANK + LISTEN + BOTH_UP + "time.sleep(600)"
+    process = start(tmp_path, never, start_new_session=True)
+    for _ in range(2):
+        if whole_group:
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    assert process.wait(20) == 130
 
 
 def test_a_launcher_killed_outright_leaves_ranks_that_save_and_end(tmp_path, nothing_left):
