@@ -1,4 +1,4 @@
-"""Packaging of mae-scale: `pip install .` brings the recipes, the DeepSpeed files and the Slurm templates too."""
+"""Packaging of mae-scale: recipes, DeepSpeed files and Slurm templates come along."""
 
 import re
 from pathlib import Path

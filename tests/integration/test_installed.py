@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from email import message_from_string
 from pathlib import Path
@@ -29,7 +30,7 @@ def source(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("source") / "mae-scale"
     for name in SOURCE:
         shutil.copytree(ROOT / name, folder / name)
-    for name in ("setup.py", "README.md", "LICENSE"):
+    for name in ("setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "requirements.lock"):
         shutil.copy(ROOT / name, folder / name)
     (folder / "mae_scale" / "__pycache__").mkdir(exist_ok=True)
     (folder / "mae_scale" / "__pycache__" / "cli.cpython-399.pyc").touch()
@@ -109,6 +110,13 @@ def test_a_wheel_made_from_the_sdist_is_the_wheel(installed, wheel):
     }
     archive = zipfile.ZipFile(wheel)
     assert made == {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def test_the_sdist_has_the_versions_tested_together(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"requirements.lock", "slurm/environment.sh", "ds_configs/zero2.json", "setup.py"} <= names
+    assert not [name for name in names if name.startswith("tests") or "__pycache__" in name]
 
 
 def test_the_metadata_say_the_version_of_the_code_and_the_choice_of_cuda(wheel):
