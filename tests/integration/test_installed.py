@@ -63,6 +63,8 @@ class Environment:
         (self.site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
         (self.prefix / "bin" / "ninja").symlink_to(Path(sys.executable).with_name("ninja"))
         self.call("python", "-m", "pip", "install", "--ignore-installed", *PIP_OFFLINE, installed)
+        (self.site / "slurm").mkdir()
+        (self.site / "slurm" / "__init__.py").write_text("another's package of this name")
 
     def call(self, program: str, *arguments, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
         """Run one of its programs from another folder, without the source in sight."""
@@ -141,9 +143,9 @@ def test_it_installs_and_leaves_the_names_slurm_and_ds_configs_to_others(kind, i
     said = fresh.call("mae-scale", "--help").stdout
     assert "pretrain" in said
     assert "submit" in said
-    find = "from importlib.util import find_spec as f; print(f('slurm'), f('ds_configs'), f('mae_scale').origin)"
+    find = "from importlib.util import find_spec as f; print(f('slurm').origin, f('ds_configs'), f('mae_scale').origin)"
     found = fresh.call("python", "-c", find).stdout.split()
-    assert found == ["None", "None", str(fresh.site / "mae_scale" / "__init__.py")]
+    assert found == [f"{fresh.site}/slurm/__init__.py", "None", f"{fresh.site}/mae_scale/__init__.py"]
     checked = fresh.call("python", "-m", "pip", "check", check=False).stdout
     assert "mae-scale" not in checked
 
