@@ -29,10 +29,10 @@ def source(tmp_path_factory) -> Path:
     """A copy of the source, with a compiled module: a build leaves its folders there, and takes up those it finds."""
     folder = tmp_path_factory.mktemp("source") / "mae-scale"
     for name in SOURCE:
-        shutil.copytree(ROOT / name, folder / name)
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "requirements.lock"):
         shutil.copy(ROOT / name, folder / name)
-    (folder / "mae_scale" / "__pycache__").mkdir(exist_ok=True)
+    (folder / "mae_scale" / "__pycache__").mkdir()
     (folder / "mae_scale" / "__pycache__" / "cli.cpython-399.pyc").touch()
     return folder
 

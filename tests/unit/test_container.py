@@ -49,7 +49,10 @@ def test_what_is_copied_is_there_and_is_enough_for_the_last_step(definition, tmp
     for target, source in copied.items():
         path = tmp_path / target.lstrip("/")
         path.parent.mkdir(parents=True, exist_ok=True)
-        (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(ROOT / source, path)
+        if (ROOT / source).is_dir():
+            shutil.copytree(ROOT / source, path, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / source, path)
     wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path]
     subprocess.run([*wheel, tmp_path / inside.lstrip("/")], check=True, timeout=120, capture_output=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
