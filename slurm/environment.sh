@@ -58,7 +58,8 @@ is_taken() { grep -Eqsi "^ *[0-9]+: [0-9A-F]+:$(printf %04X "$1") [0-9A-F]+:[0-9
 take_gpus() {
     [ -n "${SLURM_GPUS_PER_NODE:-}" ] || return 0
     local asked
-    asked=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *TresPerNode=.*gres[:/]gpu[:=]\([^, ]*\).*/\1/p')
+    # Of a job array, it may show every job: they ask for the same.
+    asked=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *TresPerNode=.*gres[:/]gpu[:=]\([^, ]*\).*/\1/p' | tail -n 1)
     [ -z "$asked" ] || export SLURM_GPUS_PER_NODE=$asked
 }
 

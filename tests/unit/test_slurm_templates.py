@@ -245,6 +245,7 @@ def listens(port: int) -> bool:
         ("8", "gres:gpu:8,gres:gpu:a100:4", "a100:4"),
         ("0", "gres:gpu:0,gres:scratch:1,gres:gpu:2", "2"),
         ("0", "gres/gpu:0,gres/gpu:2", "2"),
+        ("0", "gres:gpu:0,gres:gpu:2\n   TresPerNode=gres:gpu:0,gres:gpu:2", "2"),
         ("0", "gres:gpu:0", "0"),
         ("8", "", "8"),
         (None, "gres:gpu:4", None),
