@@ -1,24 +1,29 @@
-"""Packaging of mae-scale: `pip install .` brings the recipes, the DeepSpeed files and the Slurm templates too."""
+"""Packaging of mae-scale: recipes, DeepSpeed files and Slurm templates come along."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
 DALI = "nvidia-dali-cuda{cuda}>=2.4"
+# Data at the top of the repository; where it is installed, inside mae_scale. mae_scale/packaged.py finds both.
+DATA = {"mae_scale.ds_configs": "ds_configs", "mae_scale.slurm": "slurm"}
 
 setup(
     name="mae-scale",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', (HERE / "mae_scale" / "__init__.py").read_text(encoding="utf-8"))[1],
     description="Masked-autoencoder pre-training of Vision Transformers, from one laptop to a Slurm cluster",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["mae_scale*", "data_pipeline*"]), "ds_configs", "slurm"],
+    packages=[*find_packages(include=["mae_scale*", "data_pipeline*"]), *DATA],
+    package_dir=DATA,
     package_data={
         "mae_scale.recipes": ["**/*.yaml"],
-        "ds_configs": ["*.json"],
-        "slurm": ["*.sbatch", "*.sh"],
+        "mae_scale.ds_configs": ["*.json"],
+        "mae_scale.slurm": ["*.sbatch", "*.sh"],
     },
     install_requires=[
         "torch>=2.8",

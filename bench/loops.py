@@ -4,7 +4,6 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from sizes import SIZES, recipe_of
 from torch import nn
 
 from mae_scale.objectives.reconstruct import Reconstruct
+from mae_scale.packaged import packaged
 from mae_scale.recipe import Recipe
 from mae_scale.training.activation_checkpointing import checkpoint_activations
 from mae_scale.training.assemble import build_model, scale_out
@@ -38,7 +38,7 @@ def engine_loop(setting, device: torch.device, stage: int, timer: bool | None = 
     overrides = [f"engine.zero_stage={stage}", *more]
     with tempfile.TemporaryDirectory() as folder:
         if timer is not None:
-            config = json.loads(resources.files("ds_configs").joinpath(f"zero{stage}.json").read_text())
+            config = json.loads((packaged("ds_configs") / f"zero{stage}.json").read_text())
             config["timers"] = {"throughput": {"enabled": timer}}
             path = Path(folder) / f"zero{stage}.json"
             path.write_text(json.dumps(config))

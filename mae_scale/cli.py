@@ -183,7 +183,10 @@ def submit(
     ],
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of each job.")],
     out: Annotated[Path, typer.Option(help="Parent folder: DIR/slurm, and a folder for each recipe.")],
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="0: nodes without GPUs.")] = 8,
+    gpus_per_node: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="By default the template's; 0: nodes without GPUs.", show_default=False),
+    ] = None,
     ntasks_per_node: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Ranks a node; by default one a GPU.", show_default=False),
@@ -211,6 +214,20 @@ def submit(
 
     shape = jobs.Shape(nodes, gpus_per_node, ntasks_per_node, cpus_per_task, partition, account, time)
     jobs.submit(recipes, shape, out, dry_run=dry_run)
+
+
+@app.command("slurm")
+def slurm_templates(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write them into.")]) -> None:
+    """Write the Slurm templates into a folder, to be fitted to the site there and sent with sbatch.
+
+    In the folder where it is called, `mae-scale submit` takes those of ./slurm.
+
+    Example: `mae-scale slurm slurm`, then `sbatch --nodes=16 slurm/pretrain.sbatch pretrain/vit_huge_1600ep
+    --out runs/vit_huge data.root=/data/imagenet/train`
+    """
+    from mae_scale.slurm_templates import copy_templates
+
+    copy_templates(folder)
 
 
 @app.command()

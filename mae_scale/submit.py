@@ -1,14 +1,10 @@
 """`mae-scale submit`: renders the Slurm templates for a chain of recipes, and sends each link after the one before."""
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import resources
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,22 +13,22 @@ from mae_scale.errors import RunError, UsageError
 from mae_scale.models.classifier_weights import load_classifier
 from mae_scale.models.weights import to_official
 from mae_scale.recipe import Recipe, load_recipe
+from mae_scale.slurm_templates import PROLOGUE, ask_for_gpus, find_template, gpus_of, render, sbatch_options
 from mae_scale.training.assemble import build_classifier_of, build_model
 from mae_scale.training.ds_config import batch_layout, refuse_wrong_combinations
 from mae_scale.training.finetune import Finetuning
 from mae_scale.training.pretrain import Pretraining
 
-PROLOGUE = "environment.sh"
 # What sbatch would read from the environment, above what the rendered script says.
 SITE_VARIABLES = {"partition": "SBATCH_PARTITION", "account": "SBATCH_ACCOUNT", "time": "SBATCH_TIMELIMIT"}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What each link of the chain asks Slurm for; None leaves it to the template, the site and the cluster."""
+    """What each link of the chain asks Slurm for; None leaves it to the site, the template and the cluster."""
 
     nodes: int
-    gpus_per_node: int
+    gpus_per_node: int | None = None
     ntasks_per_node: int | None = None
     cpus_per_task: int | None = None
     partition: str | None = None
@@ -40,22 +36,29 @@ class Shape:
     time: str | None = None
 
     @property
-    def ranks_per_node(self) -> int:
-        """One a GPU; one a node without GPUs."""
-        return self.ntasks_per_node or self.gpus_per_node or 1
-
-    @property
     def ranks(self) -> int:
-        return self.nodes * self.ranks_per_node
+        return self.nodes * (self.ntasks_per_node or 1)
 
-    def options(self) -> dict[str, str | int | None]:
-        """sbatch's options, by name; None: the template's line goes, or stays as it is for what is not here."""
-        given = {name: getattr(self, name) for name in ("partition", "account", "time")}
+    def on(self, template: str) -> "Shape":
+        """Return it with what a template says where this says nothing; one rank a GPU where GPUs are asked for here."""
+        lines = sbatch_options(template)
+        gpus = gpus_of(lines) if self.gpus_per_node is None else self.gpus_per_node
+        ntasks = lines.get("ntasks-per-node", "") if self.gpus_per_node is None else ""
+        return replace(
+            self,
+            gpus_per_node=gpus,
+            ntasks_per_node=self.ntasks_per_node or (int(ntasks) if ntasks.isdecimal() else gpus or 1),
+            partition=self.partition or lines.get("partition"),
+        )
+
+    def options(self, template: str) -> dict[str, str | int | None]:
+        """Return sbatch's options, by name; None: the template's line goes. What is not here stays as it is there."""
+        given = {"cpus-per-task": self.cpus_per_task}
+        given |= {name: getattr(self, name) for name in ("partition", "account", "time")}
         return {
             "nodes": self.nodes,
-            "gpus-per-node": self.gpus_per_node or None,
-            "ntasks-per-node": self.ranks_per_node,
-            **({} if self.cpus_per_task is None else {"cpus-per-task": self.cpus_per_task}),
+            **ask_for_gpus(sbatch_options(template), self.gpus_per_node or 0),
+            "ntasks-per-node": self.ntasks_per_node,
             **{name: value for name, value in given.items() if value is not None},
         }
 
@@ -69,6 +72,7 @@ class Link:
     out: Path
     script: Path
     text: str
+    shape: Shape
 
 
 def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
@@ -82,7 +86,7 @@ def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
     if not names:
         raise UsageError("no recipe given; expected one or more, such as pretrain/vit_huge_1600ep")
     out = out.absolute()
-    prologue = _prologue()
+    prologue = find_template(PROLOGUE)
     shape = _with_site(shape, prologue)
     links: list[Link] = []
     for name in names:
@@ -95,7 +99,8 @@ def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
     if slurm and dry_run:
         slurm = _run(["sinfo", "--noheader"]).returncode == 0  # installed, but no cluster answers
     if slurm:
-        check_partition(shape)
+        for shape in dict.fromkeys(link.shape for link in links):
+            check_partition(shape)
     elif not dry_run:
         raise UsageError(
             "Slurm is not found here (no sbatch and sinfo on PATH); run this on a login node of the cluster, "
@@ -120,7 +125,7 @@ def check(recipe: Recipe, name: str, shape: Shape, start: Link | None = None) ->
         if recipe.data.root is None:
             raise UsageError("data.root is not set; add data.root=/path/to/train, as the nodes see it")
         layout = batch_layout(recipe, shape.ranks)
-        refuse_wrong_combinations(recipe, gpu=shape.gpus_per_node > 0)
+        refuse_wrong_combinations(recipe, gpu=bool(shape.gpus_per_node))
         if start is not None:
             refuse_other_model(start, recipe)
             needs_none = recipe.classifier.model_copy(update={"weights": None, "from_scratch": True})
@@ -129,7 +134,7 @@ def check(recipe: Recipe, name: str, shape: Shape, start: Link | None = None) ->
         job.refuse(layout)
         job.augmentation()
     except UsageError as error:
-        raise UsageError(f"{name} on {shape.nodes} nodes x {shape.ranks_per_node} ranks: {error}") from None
+        raise UsageError(f"{name} on {shape.nodes} nodes x {shape.ntasks_per_node} ranks: {error}") from None
 
 
 def refuse_other_model(start: Link, recipe: Recipe) -> None:
@@ -169,24 +174,6 @@ def check_partition(shape: Shape) -> None:
             f"--nodes {shape.nodes}: partition '{largest}' has {sizes[largest]} nodes"
             + (f"; --partition {' or '.join(larger)} has enough" if larger else "; ask for fewer")
         )
-
-
-def render(template: str, options: Mapping[str, str | int | None], arguments: list[str], venv: Path | None) -> str:
-    """The template with its #SBATCH lines replaced or, for new options, added to, and its arguments written in it."""
-    lines, left = [], dict(options)
-    for line in template.splitlines():
-        name = (re.match(r"#SBATCH --([a-z-]+)", line) or [None, None])[1]
-        if name in options:
-            value = left.pop(name)
-            lines += [] if value is None else [f"#SBATCH --{name}={value}"]
-        else:
-            lines.append(line)
-    new = [f"#SBATCH --{name}={value}" for name, value in left.items() if value is not None]
-    last = max(i for i, line in enumerate(lines) if line.startswith("#SBATCH"))
-    fixed = ["", "# Written by mae-scale submit.", f"set -- {shlex.join(arguments)}"]
-    if venv is not None:
-        fixed.append(f'export VIRTUAL_ENV="${{VIRTUAL_ENV:-{venv}}}"')
-    return "\n".join([*lines[: last + 1], *new, *fixed, *lines[last + 1 :]]) + "\n"
 
 
 def write(links: list[Link], prologue: Path) -> None:
@@ -241,21 +228,29 @@ def _link(name: str, overrides: list[str], shape: Shape, out: Path, before: list
         recipe = load_recipe(name, overrides)
     weights = recipe.classifier.weights if recipe.classifier else None
     start = next((link for link in before if weights and link.out == weights.absolute()), None)
+    template = _template("pretrain.sbatch" if recipe.classifier is None else "finetune.sbatch")
+    shape = shape.on(template)
     check(recipe, name, shape, start)
 
     path = Path(name)
     # A recipe of one's own is found from any directory; a packaged one by its name.
     label, given = (path.stem, str(path.absolute())) if path.is_file() else (name.replace("/", "-"), name)
     folder, beginning = out / label, out / "slurm" / f"{len(before) + 1}-{label}"
-    options = {**shape.options(), "job-name": f"mae-{label}", "output": f"{beginning}-%j.log"}
-    template = "pretrain.sbatch" if recipe.classifier is None else "finetune.sbatch"
-    text = render(
-        resources.files("slurm").joinpath(template).read_text(encoding="utf-8"),
-        options,
-        [given, "--out", str(folder), *overrides],
-        _venv(),
-    )
-    return Link(name, recipe, folder, Path(f"{beginning}.sbatch"), text)
+    options = {**shape.options(template), "job-name": f"mae-{label}", "output": f"{beginning}-%j.log"}
+    text = render(template, options, [given, "--out", str(folder), *overrides])
+    return Link(name, recipe, folder, Path(f"{beginning}.sbatch"), text, shape)
+
+
+def _template(name: str) -> str:
+    """Return what a template says, the site's own or the package's."""
+    path = find_template(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    if "run_job" not in text or not sbatch_options(text):
+        raise UsageError(f"{path} is not one of the templates that `mae-scale slurm` writes; move it away")
+    return text
 
 
 def _of_classifier(override: str) -> bool:
@@ -280,12 +275,6 @@ def _sbatch(link: Link, after: str | None) -> list[str]:
     return ["sbatch", "--parsable", *dependency, str(link.script)]
 
 
-def _prologue() -> Path:
-    """The site's environment.sh: ./slurm/environment.sh where there is one, else the package's."""
-    own = Path("slurm") / PROLOGUE
-    return own if own.is_file() else Path(str(resources.files("slurm"))) / PROLOGUE
-
-
 def _with_site(shape: Shape, prologue: Path) -> Shape:
     """The shape with what the prologue or the environment says where no option does."""
     names = " ".join(f'"${{{variable}:-}}"' for variable in SITE_VARIABLES.values())
@@ -298,11 +287,6 @@ def _with_site(shape: Shape, prologue: Path) -> Shape:
         raise UsageError(f"{prologue} cannot be read by bash: {_last_line(told.stderr)}")
     site = dict(zip(SITE_VARIABLES, told.stdout.splitlines()[-len(SITE_VARIABLES) :], strict=True))
     return Shape(**{**vars(shape), **{k: v or None for k, v in site.items() if getattr(shape, k) is None}})
-
-
-def _venv() -> Path | None:
-    """The virtual environment that this runs in."""
-    return Path(sys.prefix) if sys.prefix != sys.base_prefix else None
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess:

@@ -8,6 +8,7 @@
 : "${SBATCH_ACCOUNT:=}"                # empty: your own
 : "${MAE_SCALE_MODULES:=}"             # for `module load`, such as "gcc/13 cuda/13.0"
 : "${MAE_SCALE_CONTAINER:=}"           # put before the command, such as "apptainer exec --nv --bind /data mae.sif"
+: "${MAE_SCALE_SRUN_OPTIONS:=}"        # more for srun, such as "--mpi=none --container-image='/my images/mae.sqsh'"
 : "${MAE_SCALE_SCRATCH:=${TMPDIR:-/tmp}}" # a disk of the node's own
 : "${MAE_SCALE_INTERFACE:=}"           # the network between the nodes, as `ip link` names it; empty: what is found
 templates=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -20,6 +21,17 @@ CODE_REFUSED=2 CODE_STOPPED=75
 
 say() { echo "$(date +%FT%T) job ${SLURM_JOB_ID:-?}: $*"; }
 
+# Reads the variable named $2 into the array named $1, word by word: quotes keep spaces, nothing else is special.
+read_words() {
+    local words
+    words=$(xargs -r printf '%s\n' <<<"${!2}" 2>/dev/null) || {
+        say "$2 cannot be split into words: ${!2}; expected each quote to be closed" >&2
+        exit $CODE_REFUSED
+    }
+    mapfile -t "$1" < <(printf '%s' "${words:+$words$'\n'}")
+}
+
+container=() site_options=()
 load_software() {
     if [ -n "$MAE_SCALE_MODULES" ]; then
         set +u # the shell code of modules uses variables that may be unset
@@ -29,21 +41,39 @@ load_software() {
     fi
     # After the modules, which change PATH too.
     [ ! -d "$MAE_SCALE_VENV/bin" ] || export PATH="$MAE_SCALE_VENV/bin:$PATH"
-    read -ra container <<<"$MAE_SCALE_CONTAINER"
-    [ ${#container[@]} -gt 0 ] || command -v mae-scale >/dev/null || {
+    read_words container MAE_SCALE_CONTAINER
+    read_words site_options MAE_SCALE_SRUN_OPTIONS
+    # In a container, also that of srun's plugin pyxis, it is looked for by whoever starts it.
+    [[ ${#container[@]} -gt 0 || " ${site_options[*]}" = *" --container-"* ]] || command -v mae-scale >/dev/null || {
         say "mae-scale is not found on $(hostname); set MAE_SCALE_VENV, MAE_SCALE_CONTAINER or MAE_SCALE_MODULES"
         exit $CODE_REFUSED
     }
 }
 
+# Whether something on this node listens at a port.
+is_taken() { grep -Eqsi "^ *[0-9]+: [0-9A-F]+:$(printf %04X "$1") [0-9A-F]+:[0-9A-F]+ 0A " /proc/net/tcp /proc/net/tcp6; }
+
+# Gives the ranks the GPUs that the job has. srun asks for SLURM_GPUS_PER_NODE, which says nothing of a --gres beside
+# or after it: with 0 the ranks would see no GPU, with another number srun would refuse to start them.
+take_gpus() {
+    [ -n "${SLURM_GPUS_PER_NODE:-}" ] || return 0
+    local asked
+    # Of a job array, it may show every job: they ask for the same.
+    asked=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *TresPerNode=.*gres[:/]gpu[:=]\([^, ]*\).*/\1/p' | tail -n 1)
+    [ -z "$asked" ] || export SLURM_GPUS_PER_NODE=$asked
+}
+
 set_environment() {
     # A rank takes its place from Slurm; what another launcher left in the submitting shell would win over it.
     unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
-    # The ranks meet on the first node. The port is below the kernel's ephemeral ones, differs between jobs that share
-    # a node, and between the starts of one job: what a lost start left behind may still listen on the last one.
+    # The ranks meet on the first node, where this runs. The port is below the kernel's ephemeral ones, differs between
+    # jobs that share a node, and between the starts of one job: what a lost start left behind may still listen on the
+    # last one. On a shared node another program may have it: then the next one that is free.
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
     MASTER_PORT=$((20000 + (SLURM_JOB_ID + 997 * ${SLURM_RESTART_COUNT:-0}) % 12000))
+    while is_taken "$MASTER_PORT"; do MASTER_PORT=$((20000 + (MASTER_PORT + 1 - 20000) % 12000)); done
     export MASTER_ADDR MASTER_PORT
+    take_gpus
 
     # NCCL picks a fast network by itself, Gloo takes the address of the host name, often that of a slow management
     # network or of loopback. Where either is wrong, both are told.
@@ -140,7 +170,7 @@ requeue() {
 }
 
 # Runs `mae-scale ARGUMENTS` as the ranks of this job and ends the job's start: 0 done, 1 failed, 2 refused, or
-# requeued. What srun_options holds goes to srun.
+# requeued. What srun_options holds goes to srun, after what the site says.
 srun_options=()
 run_job() {
     local out start notes verdict code=0
@@ -161,9 +191,11 @@ run_job() {
     # --cpus-per-task: srun does not take it from sbatch (since Slurm 22.05); its ranks would have one core each.
     # --export=ALL: the ranks get the settings above also where the job was sent with --export=NONE.
     # Every rank sees all GPUs of its node and takes its own by local rank: NCCL needs to see the others for NVLink.
+    # The rank's shell is told its code, not where it stands: srun may start it in a container without this file.
     # shellcheck disable=SC2016  # the rank's shell expands it
-    supervise srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --export=ALL "${srun_options[@]}" \
-        bash -c 'source "$1" && shift && run_rank "$@"' rank "$templates/environment.sh" "$verdict" \
+    supervise srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --export=ALL \
+        "${site_options[@]}" "${srun_options[@]}" \
+        bash -c "$(declare -p CODE_REFUSED CODE_STOPPED && declare -f supervise run_rank)"$'\nrun_rank "$@"' rank "$verdict" \
         "${container[@]}" mae-scale "$@" || code=$?
     case $code,$(cat "$verdict" 2>/dev/null) in
         *,"$CODE_REFUSED")

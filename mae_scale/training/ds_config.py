@@ -2,10 +2,10 @@
 
 import json
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 from mae_scale.errors import UsageError
+from mae_scale.packaged import packaged
 from mae_scale.recipe import Recipe
 
 
@@ -204,7 +204,7 @@ def _read_template(recipe: Recipe) -> tuple[dict, str]:
     engine = recipe.engine
     if engine.config is None:
         name = "zero3_offload" if engine.offload else f"zero{engine.zero_stage}"
-        return json.loads(resources.files("ds_configs").joinpath(f"{name}.json").read_text()), name
+        return json.loads((packaged("ds_configs") / f"{name}.json").read_text()), name
     path = Path(engine.config)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

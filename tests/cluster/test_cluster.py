@@ -1,8 +1,10 @@
 """Jobs on a real Slurm of two nodes: training, stopping, requeueing, chains, and the templates as sbatch reads them."""
 
+import contextlib
 import itertools
 import json
 import signal
+import socket
 import sys
 
 import psutil
@@ -206,6 +208,38 @@ def test_a_job_without_a_new_step_in_two_starts_stops(cluster: Cluster, tmp_path
     ended = cluster.wait_for_end(job, log, state="FAILED")
     assert (ended["ExitCode"], ended["Restarts"]) == ("1:0", "1")
     assert "stopped, not requeued: two starts brought no step after 0" in log.read_text()
+
+
+def test_jobs_share_a_node_each_with_its_own_gpus_memory_and_port(cluster: Cluster, tmp_path, digits):
+    """As a site asks for it that knows --gres only and does not give whole nodes, with its own copy of the templates.
+
+    Another program listens at the port that the second job would take; the environment is told by the copy alone.
+    """
+    cluster.call(sys.executable, "-m", "mae_scale", "slurm", tmp_path / "jobs")
+    shared = ["--nodes=1", "--nodelist=node1", "--gres=gpu:2", "--oversubscribe", "--mem=1G"]
+    site = {"VIRTUAL_ENV": "", "MAE_SCALE_SRUN_OPTIONS": "--mpi=none --export=ALL,SITE='two  words'"}
+    jobs: list[str] = []
+    with socket.socket() as other, contextlib.ExitStack() as stack:
+        stack.callback(lambda: cluster.call("scancel", *jobs))
+        for name in ("first", "second"):
+            command = [*shared, tmp_path / "jobs" / "pretrain.sbatch", "demo", "--out", name, *arguments(digits)]
+            jobs.append(cluster.sbatch(*command, cwd=tmp_path, **site))
+            if name == "first":
+                port = port_of(int(jobs[0]) + 1)
+                other.bind(("127.0.0.1", port))
+                other.listen()
+        for job, name in zip(jobs, ("first", "second"), strict=True):
+            cluster.wait_for_step(job, tmp_path / name, 2, tmp_path / f"{job}.log")
+        ranks = [cluster.rank(job, 1).environ() for job in jobs]
+    assert [rank["SLURMD_NODENAME"] for rank in ranks] == ["node1", "node1"]
+    assert sorted(rank["CUDA_VISIBLE_DEVICES"] for rank in ranks) == ["0,1", "2,3"]
+    assert [int(rank["MASTER_PORT"]) for rank in ranks] == [port_of(int(jobs[0])), port + 1]
+    assert {rank["SITE"] for rank in ranks} == {"two  words"}
+
+
+def port_of(job: int) -> int:
+    """The port of a job's first start, as environment.sh chooses it where it is free."""
+    return 20000 + job % 12000
 
 
 def test_a_scaling_curve_has_a_run_for_each_number_of_nodes(cluster: Cluster, tmp_path, digits):

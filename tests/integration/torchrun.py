@@ -4,8 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from importlib import resources
 from pathlib import Path
+
+from mae_scale.packaged import packaged
 
 TIMEOUT_S = 600
 
@@ -14,7 +15,7 @@ def fully_sharded_configs(folder: Path) -> dict[str, Path]:
     """Copies of the ZeRO 3 files as a user has edited them, by name: here the smallest parameters are sharded too."""
     files = {}
     for name in ("zero3", "zero3_offload"):
-        config = json.loads(resources.files("ds_configs").joinpath(f"{name}.json").read_text())
+        config = json.loads((packaged("ds_configs") / f"{name}.json").read_text())
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         files[name] = folder / f"{name}.json"
         files[name].write_text(json.dumps(config))

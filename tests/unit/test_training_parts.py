@@ -2,7 +2,6 @@
 
 import json
 import math
-from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ from timm.scheduler import CosineLRScheduler
 from mae_scale.errors import UsageError
 from mae_scale.models.mae import build_mae
 from mae_scale.objectives.reconstruct import Reconstruct
+from mae_scale.packaged import packaged
 from mae_scale.recipe import load_recipe
 from mae_scale.training.ds_config import (
     batch_layout,
@@ -174,13 +174,13 @@ def test_the_peak_is_at_the_end_of_warm_up():
 @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero3_offload"])
 def test_no_packaged_deepspeed_file_times_steps_by_waiting_for_the_device(name):
     """DeepSpeed's throughput timer is on by default and waits for the device twice a micro-batch."""
-    config = json.loads(resources.files("ds_configs").joinpath(f"{name}.json").read_text())
+    config = json.loads((packaged("ds_configs") / f"{name}.json").read_text())
     assert config["timers"]["throughput"]["enabled"] is False
     assert config["wall_clock_breakdown"] is False
 
 
 def test_every_packaged_deepspeed_file_is_known_here():
-    files = {f.name for f in resources.files("ds_configs").iterdir() if f.name.endswith(".json")}
+    files = {f.name for f in packaged("ds_configs").glob("*.json")}
     assert files == {f"{name}.json" for name in ("zero0", "zero1", "zero2", "zero3", "zero3_offload")}
 
 
