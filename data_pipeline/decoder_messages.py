@@ -16,7 +16,8 @@ from contextlib import contextmanager
 
 # Lines on missing or wrong pixels; other warnings, such as on an unusual header, say nothing of the image.
 _DAMAGE = re.compile(
-    r"Corrupt JPEG data|Premature end of JPEG file|libpng error|Decode\w*: (?!.*Warning)|Using code not yet in table"
+    r"Corrupt JPEG data|Premature end of JPEG file|Unsupported marker type|Bogus |Invalid JPEG file structure"
+    r"|(Huffman|Quantization|Arithmetic) table 0x|libpng error|Decode\w*: (?!.*Warning)|Using code not yet in table"
     r"|(Fill|Read)\w*: Read error"
 )
 # From the decoders too, but nothing is wrong with the pixels.

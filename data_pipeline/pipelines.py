@@ -102,7 +102,8 @@ class Decoder:
                 raise machine_failure(error, len(encoded), self.device_id) from error
             if len(encoded) == 1 and CROP_OUTSIDE not in str(error):
                 self._decode_control(encoded[0], plan)
-            raise BadImage(f"cannot be decoded ({reason_of(error)})") from error
+            said = self.damage[0] if len(encoded) == 1 and self.damage else reason_of(error)
+            raise BadImage(f"cannot be decoded ({said})") from error
 
     def _decode_control(self, refused: np.ndarray, plan: BatchPlan) -> None:
         """Decode a sound image of the size of the `refused` one; RunError when that fails too."""

@@ -15,7 +15,7 @@ from data_pipeline.image_header import BadImage, Header, Window
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MOST_ENTRIES = 4096
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _COLOURS, _SAMPLES = 256, 257, 258, 259, 262, 277
-_ORIENTATION, _PLANES, _FORMAT = 274, 284, 339
+_ORIENTATION, _PLANES, _FORMAT, _JPEG_TABLES = 274, 284, 339, 347
 _PLACES = ((273, 279), (324, 325))  # offsets and byte counts of strips, of tiles
 _TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}
 _JPEG_COMPRESSED = 7
@@ -32,7 +32,11 @@ class _Entry(NamedTuple):
 
 def tiff_header(window: Window) -> Header:
     """Return what the first page says. Raises BadImage when it is damaged, cut short or of a kind that is refused."""
-    entries, order = _directory(window, 0)
+    entries, order, end = _directory(window, 0)
+    window.whole(end, 4, "TIFF")  # where the next page lies
+    tables = entries.get(_JPEG_TABLES)
+    if tables is not None and struct.unpack(order + "I", tables.place[:4])[0] + tables.count > window.num_bytes:
+        raise BadImage("truncated TIFF (its JPEG tables are not all there)")
     numbers = {tag: _numbers(window, entries[tag], order) for tag in (_WIDTH, _HEIGHT) if tag in entries}
     if len(numbers) < 2:
         raise BadImage("damaged TIFF header (no width or height)")
@@ -53,7 +57,7 @@ def exif_orientation(window: Window, at: int) -> int:
     The first 16 bits of the entry's value count, whatever type it says, as in DALI, which turns the image.
     """
     try:
-        entries, order = _directory(window, at)
+        entries, order, _ = _directory(window, at)
     except BadImage:
         return 1
     return _orientation(entries, order)
@@ -79,8 +83,8 @@ def _unfit(values: dict[int, list[int]]) -> str | None:
     return None
 
 
-def _directory(window: Window, base: int) -> tuple[dict[int, _Entry], str]:
-    """Return the first directory's entries by tag, and the byte order as `struct` names it."""
+def _directory(window: Window, base: int) -> tuple[dict[int, _Entry], str, int]:
+    """Return the first directory's entries by tag, the byte order as `struct` names it, and where the entries end."""
     start = window.whole(base, 16 if window(base, 4)[2:] in (b"+\0", b"\0+") else 8, "TIFF")
     if start[:4] not in TIFF_STARTS:
         raise BadImage("damaged TIFF header")
@@ -97,7 +101,7 @@ def _directory(window: Window, base: int) -> tuple[dict[int, _Entry], str]:
         tag, kind = struct.unpack_from(order + "HH", table, at)
         number = struct.unpack_from(order + ("Q" if big else "I"), table, at + 4)[0]
         entries.setdefault(tag, _Entry(kind, number, first + counter + at + value, table[at + value : at + size]))
-    return entries, order
+    return entries, order, first + counter + len(table)
 
 
 def _numbers(window: Window, entry: _Entry, order: str) -> list[int]:

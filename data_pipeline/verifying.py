@@ -82,13 +82,16 @@ def check_pixels(data: bytes, height: int, width: int) -> None:
     for name, content, checksum in png_chunks(data):
         if zlib.crc32(name + content).to_bytes(4, "big") != checksum:
             raise BadImage(f"damaged PNG (checksum of its chunk {name.decode('ascii', 'replace')})")
+    refused = None
     with caught() as damage:
         try:
             found = _decoder().size(np.frombuffer(data, np.uint8))
         except RuntimeError as error:
             if not names_an_image(error):
                 raise machine_failure(error, 1, None) from error
-            raise BadImage(f"cannot be decoded ({dali_reason(error)})") from None
+            refused = dali_reason(error)
+    if refused:
+        raise BadImage(f"cannot be decoded ({damage[0] if damage else refused})")
     if damage:
         raise BadImage(damage[0])
     if found != (height, width):

@@ -115,14 +115,15 @@ class Job(ABC):
         recipe, kept = self.recipe, self.out / "index.npz"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            index = kept_index(
+            index, is_kept = kept_index(
                 kept,
                 recipe.data.root,
                 lambda: self.choose_images(open_index(recipe.data.root, recipe.data.index)),
             )
             check_data(index)
             steps_per_epoch(len(index), recipe.data.global_batch)  # refuses a batch larger than the data
-            index.save(kept)
+            if not is_kept:
+                index.save(kept)
             recipe.save(self.out / "recipe.yaml")
         except OSError as error:
             raise UsageError(f"--out {self.out} cannot be written to: {error.strerror}") from None
