@@ -57,7 +57,7 @@ def read_header(read: Read, num_bytes: int) -> Header:
     window = Window(read, num_bytes)
     head = window(0, min(HEAD_BYTES, num_bytes))
     if head.startswith(_JPEG_START):
-        header, body = _jpeg_header(window)
+        header, body = _jpeg_header(head, window)
     elif head.startswith(_PNG_START):
         header, body = _png_header(window)
     else:
@@ -119,33 +119,35 @@ def _check_end(head: bytes, tail: bytes) -> None:
         raise BadImage("truncated PNG (no end chunk)")
 
 
-def _jpeg_header(window: Window) -> tuple[Header, int]:
+def _jpeg_header(head: bytes, window: Window) -> tuple[Header, int]:
     """What the marker segments up to the first scan say, and where the compressed data begins."""
-    at, size, orientation = 2, None, None
+    at, base, size, orientation, is_exif_read = 2, 0, None, 1, False
     while True:
-        segment = window(at, 10)
-        if len(segment) < 4:
-            raise BadImage("truncated JPEG (its header is not all there)")
-        if segment[0] != 0xFF:
+        here = at - base
+        if here + 10 > len(head):
+            head, base, here = window(at, HEAD_BYTES), at, 0
+            if len(head) < 4:
+                raise BadImage("truncated JPEG (its header is not all there)")
+        if head[here] != 0xFF:
             raise BadImage(f"damaged JPEG header (no marker at byte {at})")
-        marker = segment[1]
+        marker = head[here + 1]
         if marker == 0xFF or marker in _JPEG_BARE:
             at += 1 if marker == 0xFF else 2
             continue
         if marker == 0xD9:
             raise BadImage("damaged JPEG (ends before any image data)")
-        length = struct.unpack_from(">H", segment, 2)[0]
+        length = struct.unpack_from(">H", head, here + 2)[0]
         if marker in _JPEG_SIZES and size is None:
-            if len(segment) < 9:
+            if here + 9 > len(head):
                 raise BadImage("truncated JPEG (its header is not all there)")
-            size = struct.unpack_from(">HH", segment, 5)
-        elif marker == 0xE1 and orientation is None and segment[4:] == b"Exif\0\0":
-            orientation = exif_orientation(window, at + 10)
+            size = struct.unpack_from(">HH", head, here + 5)
+        elif marker == 0xE1 and not is_exif_read and head[here + 4 : here + 10] == b"Exif\0\0":
+            orientation, is_exif_read = exif_orientation(window, at + 10), True
         at += 2 + length
         if marker == 0xDA:
             if size is None:
                 raise BadImage("damaged JPEG header (no image size before the image data)")
-            return Header(*size, orientation or 1), at
+            return Header(*size, orientation), at
 
 
 def _png_header(window: Window) -> tuple[Header, int]:

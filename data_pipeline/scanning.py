@@ -273,9 +273,14 @@ def run_tasks(
     return results
 
 
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _in_processes(function: Callable, tasks: list, workers: int | None) -> Iterator:
     if workers is None:
-        workers = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        workers = min(16, available_cores())
     workers = min(workers, len(tasks))
     if workers <= 1:
         yield from map(function, tasks)

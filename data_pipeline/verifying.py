@@ -20,7 +20,7 @@ from data_pipeline.decoding_failures import reason_of as dali_reason
 from data_pipeline.headers import BadImage, png_chunks, read_header
 from data_pipeline.index_table import Index
 from data_pipeline.pipelines import WholeDecoder, import_dali
-from data_pipeline.scanning import ONE_PROCESS_IMAGES, Progress, Rows, reader_of, reason_of, run_tasks
+from data_pipeline.scanning import ONE_PROCESS_IMAGES, Progress, Rows, available_cores, reader_of, reason_of, run_tasks
 
 CHUNK_IMAGES, CHUNK_DECODED = 1000, 50  # images a task: many enough to be cheap, few enough for the bar to move
 ONE_PROCESS_DECODED = 250
@@ -42,6 +42,8 @@ def verify(
     counts = [len(rows) for _, _, rows, _ in tasks]
     if workers is None and len(index) <= (ONE_PROCESS_DECODED if deep else ONE_PROCESS_IMAGES):
         workers = 1
+    if workers is None and deep:
+        workers = available_cores()  # decoding, unlike reading headers, is work for each of them
     parts = run_tasks("verifying images", check_images, tasks, counts, workers, progress)
     return [found for part in parts for found in part]
 

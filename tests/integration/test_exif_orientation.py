@@ -88,6 +88,17 @@ def test_shards_and_evaluation_turn_images_as_the_folder_does(folder, tmp_path, 
         assert np.abs(image - np.asarray(theirs)).mean() < 0.5, index.name(i)
 
 
+def test_images_made_smaller_keep_their_orientation(folder, tmp_path, call):
+    code, _, error = call("data", "pack", folder, tmp_path / "shards", "--shorter-side", 40)
+    assert code == 0, error
+    before, after = build_index(folder, progress=False), build_index(tmp_path / "shards", progress=False)
+    assert after.orientation.tolist() == before.orientation.tolist()
+    names = [before.name(image) for image in range(len(before))]
+    kept = [name.endswith(".tif") and name != "1.tif" for name in names]  # Pillow would turn it
+    smaller = [(96, 64) if is_kept else (60, 40) for is_kept in kept]
+    assert list(zip(after.width.tolist(), after.height.tolist(), strict=True)) == smaller
+
+
 def test_the_digest_of_an_index_knows_nothing_of_orientation(folder, tmp_path):
     """Runs and caches of earlier versions go by it."""
     index = build_index(folder, progress=False)
@@ -123,15 +134,14 @@ def test_an_index_of_an_earlier_version_loads_and_is_refreshed(folder, tmp_path,
     assert open_index(root, tmp_path / "index.npz", progress=False).rows.read == 0
 
 
-def test_a_run_with_turned_images_is_another_run(folder, tmp_path, mae_scale):
+def test_a_run_with_turned_images_is_another_run(folder, tmp_path, mae_scale, call):
     arguments = [*TINY, f"data.root={folder}", "data.global_batch=16", "model.image_size=32", "tracking.uri=off"]
     arguments += ["schedule.stop_after_steps=2", "data.augmentation=none"]
-    call = ["pretrain", "demo", "--out", tmp_path / "run", *arguments]
-    done = mae_scale(*call, "data.exif_orientation=true")
+    done = mae_scale("pretrain", "demo", "--out", tmp_path / "run", *arguments, "data.exif_orientation=true")
     assert done.returncode == 0, done.stderr
-    done = mae_scale(*call)
-    assert done.returncode == 2
-    assert "data.exif_orientation: True -> False" in " ".join(done.stderr.split())
+    code, _, error = call("pretrain", "demo", "--out", tmp_path / "run", *arguments)
+    assert code == 2
+    assert "data.exif_orientation: True -> False" in " ".join(error.split())
     done = mae_scale("pretrain", "demo", "--out", tmp_path / "stored", *arguments)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "run") != losses(tmp_path / "stored")
