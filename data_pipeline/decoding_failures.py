@@ -13,7 +13,7 @@ import resource
 
 import numpy as np
 
-from data_pipeline.headers import BadImage, image_size
+from data_pipeline.headers import BadImage, read_header
 from mae_scale.errors import RunError
 
 CROP_OUTSIDE = "The cropping window"  # the image is smaller than the index says
@@ -55,15 +55,15 @@ def control_image(encoded: np.ndarray) -> np.ndarray | None:
     It is progressive, which takes a decoder the most memory. Raises MemoryError.
     """
     try:
-        height, width = image_size(lambda offset, length: encoded[offset : offset + length].tobytes(), len(encoded))
+        header = read_header(lambda offset, length: encoded[offset : offset + length].tobytes(), len(encoded))
     except BadImage:
         return None
-    if height * width > LARGEST_CONTROL:
+    if header.height * header.width > LARGEST_CONTROL:
         return None
     from PIL import Image
 
     file = io.BytesIO()
-    Image.new("RGB", (width, height)).save(file, "JPEG", progressive=True)
+    Image.new("RGB", (header.width, header.height)).save(file, "JPEG", progressive=True)
     return np.frombuffer(file.getvalue(), np.uint8)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -12,16 +13,22 @@ from data_pipeline.headers import IMAGE_SUFFIXES
 from mae_scale.errors import UsageError
 
 CHUNK_NAMES = 1000
+BESIDE_SHARDS = frozenset((".json", ".idx", ".txt", ".md"))  # what packers leave beside shards: no images are missed
 
 
 @dataclass
 class Listing:
-    """What lies in a data folder, nothing opened yet: images by chunk, or shards; by name, as bytes."""
+    """What lies in a data folder, nothing opened yet: images by chunk, or shards; by name, as bytes.
+
+    `left_out` counts the other files by suffix; `loops` has a line on links that are not followed.
+    """
 
     root: Path
     classes: list[str]
     chunks: list[tuple[int, bytes]]  # (label, names joined by zero bytes)
     shards: list[str]
+    left_out: dict[str, int] = field(default_factory=dict)
+    loops: list[str] = field(default_factory=list)
 
     @property
     def num_images(self) -> int:
@@ -34,33 +41,36 @@ def list_folder(root: Path) -> Listing:
 
     Raises UsageError when it is missing, empty, cannot be listed, or holds images and shards together.
     """
-    if not root.exists():
-        raise UsageError(f"the data folder {root} does not exist; give an image folder or a folder of .tar shards")
-    if not root.is_dir():
-        raise UsageError(f"{root} is not a folder; give an image folder or a folder of .tar shards")
+    if not root.is_dir() and (problem := folder_problem(root)):
+        raise UsageError(f"{problem}; give an image folder or a folder of .tar shards")
     shards: list[str] = []
-    skipped = 0
+    loops: list[bytes] = []
+    others: Counter[str] = Counter()
+    status = os.stat(root)
+    above = frozenset({(status.st_dev, status.st_ino)})
     entries = _entries(os.fsencode(root))
+    suffixes = tuple(os.fsencode(suffix) for suffix in IMAGE_SUFFIXES)
 
     def images() -> Iterator[bytes]:
-        nonlocal skipped
         for name, is_folder in entries:
-            for path in _walk(os.fsencode(root), name, frozenset()) if is_folder else [name]:
-                if path.lower().endswith(tuple(os.fsencode(s) for s in IMAGE_SUFFIXES)):
+            for path in _walk(os.fsencode(root), name, above, loops) if is_folder else [name]:
+                lower = path.lower()
+                if lower.endswith(suffixes):
                     yield path
-                elif path.lower().endswith(b".tar"):
+                elif lower.endswith(b".tar"):
                     shards.append(os.fsdecode(path))
                 else:
-                    skipped += 1
+                    others[os.path.splitext(os.fsdecode(lower))[1] or "without a suffix"] += 1
 
     # (folder, names of its images joined by zero bytes), in the order of the names
     found = [(folder, b"\0".join(names)) for folder, names in groupby(images(), key=os.path.dirname)]
     if shards and found:
         raise UsageError(f"{root} holds both images and tar shards (such as {shards[0]}); give a folder of one kind")
     if not shards and not found:
-        others = f", but {skipped} other file{'s' * (skipped != 1)}" if skipped else ""
+        skipped = others.total()
+        found_instead = f", but {skipped} other file{'s' * (skipped != 1)}" if skipped else ""
         raise UsageError(
-            f"no image in {root}{others}; expected {', '.join(IMAGE_SUFFIXES)} files, flat or in a "
+            f"no image in {root}{found_instead}; expected {', '.join(IMAGE_SUFFIXES)} files, flat or in a "
             "folder a class, or uncompressed .tar shards in WebDataset layout"
         )
     classes, labels = _classes([name for name, is_folder in entries if is_folder], {folder for folder, _ in found})
@@ -69,7 +79,28 @@ def list_folder(root: Path) -> Listing:
         names = (name for _, joined in folders for name in joined.split(b"\0"))
         while some := list(islice(names, CHUNK_NAMES)):
             chunks.append((label, b"\0".join(some)))
-    return Listing(root, classes if found else [], chunks, shards)
+    if shards:
+        others = Counter({suffix: count for suffix, count in others.items() if suffix not in BESIDE_SHARDS})
+    return Listing(root, classes if found else [], chunks, shards, dict(others), _not_followed(loops))
+
+
+def folder_problem(root: Path) -> str | None:
+    """Return what is wrong with a data folder as a whole, as when its disk is not mounted; None when nothing is."""
+    try:
+        with os.scandir(root) as entries:
+            return None if any(entries) else f"the data folder {root} holds nothing"
+    except FileNotFoundError:
+        return f"the data folder {root} does not exist"
+    except NotADirectoryError:
+        return f"{root} is not a folder"
+    except OSError as error:
+        return f"the data folder {root} cannot be read ({error.strerror})"
+
+
+def _not_followed(loops: list[bytes]) -> list[str]:
+    if not loops:
+        return []
+    return [f"links to a folder above themselves, not followed: {len(loops):,} ({os.fsdecode(loops[0])})"]
 
 
 def _classes(top: list[bytes], holders: set[bytes]) -> tuple[list[str], dict[bytes, int]]:
@@ -101,7 +132,7 @@ def _entries(folder: bytes) -> list[tuple[bytes, bool]]:
     """(name, is a folder) of a folder's entries, in the order that their full paths have as bytes."""
     try:
         with os.scandir(folder) as entries:
-            found = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(b".")]
+            found = [(entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith(b".")]
     except OSError as error:
         raise UsageError(
             f"cannot list {os.fsdecode(folder)}: {error.strerror}; the whole data folder must be readable"
@@ -109,14 +140,22 @@ def _entries(folder: bytes) -> list[tuple[bytes, bool]]:
     return sorted(found, key=lambda entry: entry[0] + b"/" if entry[1] else entry[0])
 
 
-def _walk(root: bytes, folder: bytes, above: frozenset[tuple[int, int]]) -> Iterator[bytes]:
-    """Relative paths of all files below root/folder; a link to a folder above itself is not followed."""
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: it will be a file that cannot be read
+        return False
+
+
+def _walk(root: bytes, folder: bytes, above: frozenset[tuple[int, int]], loops: list[bytes]) -> Iterator[bytes]:
+    """Relative paths of all files below root/folder; a link to a folder above itself is noted in `loops` instead."""
     status = os.stat(os.path.join(root, folder))
     if (status.st_dev, status.st_ino) in above:
+        loops.append(folder)
         return
     for name, is_folder in _entries(os.path.join(root, folder)):
         path = folder + b"/" + name
         if is_folder:
-            yield from _walk(root, path, above | {(status.st_dev, status.st_ino)})
+            yield from _walk(root, path, above | {(status.st_dev, status.st_ino)}, loops)
         else:
             yield path

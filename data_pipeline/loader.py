@@ -15,7 +15,7 @@ import torch
 
 from data_pipeline.augmentations import Augmentation, augmentation
 from data_pipeline.cache import ImageCache
-from data_pipeline.index import Index, check_shards
+from data_pipeline.index import Index, check_data
 from data_pipeline.loading import Batch, Loading, Stream
 from data_pipeline.order import BatchPlan, plan_batch, plan_evaluation, steps_per_epoch
 from data_pipeline.pipelines import Decoder, decoding_device
@@ -47,12 +47,15 @@ class _Loader:
         draw: Callable[[int, np.ndarray], tuple[torch.Tensor, ...]] = lambda step, positions: (),
         invalidate: bool = False,
         cache: ImageCache | None = None,
+        exif_orientation: bool = False,
     ):
         if not 0 <= rank < world_size:
             raise UsageError(f"rank {rank} of {world_size} ranks; expected 0 to {world_size - 1}")
         if on_bad_image not in ("replace", "stop"):
             raise UsageError(f"data.on_bad_image is '{on_bad_image}'; expected replace or stop")
-        check_shards(index)
+        if cache is None or index.kind == "shards":  # a cache may hold every image of a folder
+            check_data(index)
+        index = index.turned() if exif_orientation else index
         self.index, self.image_size = index, image_size
         self.seed, self.global_batch = seed, global_batch
         self.augmentation = augmentation(kind) if isinstance(kind, str) else kind
@@ -64,6 +67,7 @@ class _Loader:
             device=decoding_device(device),
             device_id=device_id,
             threads=threads,
+            exif_orientation=exif_orientation,
         )
         self.device = decoder.device
         self._loading = Loading(
@@ -147,13 +151,15 @@ class ImageLoader(_Loader):
     Iterating gives, for each step, `accumulation` = global_batch // (world_size * micro_batch) batches of
     this rank's contiguous positions [rank * B / R, (rank + 1) * B / R) of the global batch, in order. A
     thread decodes `prefetch` micro-batches ahead with `threads` threads; how many reads are in flight follows
-    from how long they take (`read_ahead`). What `cache` holds is not read from the source.
+    from how long they take (`read_ahead`). What `cache` holds is not read from the source. With `exif_orientation` each
+    image is turned as its EXIF says before it is cut.
 
     An image that turns bad after indexing is named once in a warning (logger mae_scale.data), replaced by the
     next readable image of the index, and counted in `Batch.replaced` and `bad_images`; above
     `bad_image_limit` (share of the index; one is always allowed), or with on_bad_image="stop", iterating
-    raises RunError with the list. Raises UsageError when the batch sizes do not divide, the index is too
-    small, or a shard has shrunk.
+    raises RunError with the list; so it does when the data folder is gone. An image that is damaged, yet decoded, is
+    named once and used. Raises UsageError when the batch sizes do not divide, the index is too small, the data folder
+    does not exist, or a shard has shrunk.
     """
 
     def __init__(
@@ -178,6 +184,7 @@ class ImageLoader(_Loader):
         on_bad_image: Literal["replace", "stop"] = "replace",
         prefetch: int = 2,
         cache: ImageCache | None = None,
+        exif_orientation: bool = False,
     ):
         self.accumulation = accumulation(global_batch, micro_batch, world_size)
         self.steps_per_epoch = steps_per_epoch(len(index), global_batch)
@@ -200,6 +207,7 @@ class ImageLoader(_Loader):
             prefetch=prefetch,
             draw=draw,
             cache=cache,
+            exif_orientation=exif_orientation,
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -282,6 +290,7 @@ class EvaluationLoader(_Loader):
         bad_image_limit: float = 0.001,
         on_bad_image: Literal["replace", "stop"] = "replace",
         prefetch: int = 2,
+        exif_orientation: bool = False,
     ):
         self.batch_size = batch_size
         super().__init__(
@@ -300,6 +309,7 @@ class EvaluationLoader(_Loader):
             on_bad_image=on_bad_image,
             prefetch=prefetch,
             invalidate=True,
+            exif_orientation=exif_orientation,
         )
 
     def __len__(self) -> int:

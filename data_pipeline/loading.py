@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,8 @@ import torch
 
 from data_pipeline.cache import ImageCache
 from data_pipeline.headers import BadImage
-from data_pipeline.index import Index
+from data_pipeline.index_table import Index
+from data_pipeline.listing import folder_problem
 from data_pipeline.order import BatchPlan, erasing_noise
 from data_pipeline.pipelines import Decoder
 from data_pipeline.read_ahead import ReadAhead
@@ -31,6 +33,8 @@ POLL_S = 0.1
 Read = Callable[[int], tuple[np.ndarray, bool]]  # an image's encoded bytes, and whether they come from the cache
 
 log = logging.getLogger("mae_scale.data")
+
+_damaged: set[tuple[Path, str]] = set()  # (root, name) of the images that this process has named
 
 
 @dataclass
@@ -149,6 +153,7 @@ class Loading:
             self._stream = torch.cuda.Stream(self.decoder.device_id)  # one: the allocator keeps memory by stream
         patches = erasing_noise(plan, seed=self.seed, step=step)
         tensors = to_torch(images, labels, patches, self._stream)
+        self._name_damaged(encoded, plan)
         drawn = tuple(_pinned(tensor) for tensor in self.draw(step, plan.positions))
         return Batch(*tensors, plan.sample_ids, plan.positions, valid, step, len(replaced), cache_hits, drawn)
 
@@ -170,12 +175,38 @@ class Loading:
             return encoded, replace(plan, **columns)
         raise RunError(f"no image of {self.index.root} can be read any more: {_listed(self.bad_images)}")
 
+    def _name_damaged(self, encoded: list[np.ndarray], plan: BatchPlan) -> None:
+        """Say once which images of the batch just decoded are damaged, yet were decoded.
+
+        When decoders complained more often than there are damaged images known, the others are decoded one by one.
+        """
+        complaints = len(self.decoder.damage)
+        if not complaints:
+            return
+        names = [(self.index.root, self.index.name(int(image))) for image in plan.sample_ids]
+        if complaints <= sum(name in _damaged for name in names):
+            return
+        for row, name in enumerate(names):
+            if name not in _damaged:
+                self.decoder.decode([encoded[row]], plan[row : row + 1])
+                if self.decoder.damage:
+                    _damaged.add(name)
+                    log.warning(
+                        "damaged image %s/%s: %s; its pixels are used as they were decoded",
+                        *name,
+                        self.decoder.damage[0],
+                    )
+
     def _note(self, image: int, error: BadImage) -> None:
         if self.cache is not None:
             self.cache.forget(image)
         name = self.index.name(image)
         if name in self.bad_images:
             return
+        if problem := folder_problem(self.index.root):
+            raise RunError(
+                f"{problem} any more; mount or restore it, the same command goes on from the last checkpoint"
+            )
         self.bad_images[name] = str(error)
         if self.on_bad_image == "stop":
             raise RunError(f"bad image {self.index.root}/{name}: {error}; data.on_bad_image is 'stop'")

@@ -35,6 +35,8 @@ from mae_scale.errors import RunError, UsageError
 SHARD_MIB = 256
 QUALITY = 92
 BLOCK = tarfile.BLOCKSIZE
+JPEG_SUFFIXES = (b"jpg", b"jpeg", b"jpe", b"jfif")
+ORIENTATION = 0x0112  # EXIF's tag
 EIGHT_BIT = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}  # Pillow's modes that a JPEG can hold
 
 
@@ -266,13 +268,13 @@ def _members(task: ShardTask, left_out: list[tuple[str, str]]) -> Iterator[bytes
         side = min(int(images.height[row]), int(images.width[row]))
         if task.shrinking is not None and side > task.shrinking.shorter_side:
             try:
-                smaller = shrunk(data, task.shrinking)
+                smaller = shrunk(data, task.shrinking, int(images.orientation[row]))
             except BadImage as error:
                 left_out.append((name, str(error)))
                 continue
             if smaller is not None:
                 data = smaller
-                suffix = b"jpg" if suffix.lower() == b"png" else suffix
+                suffix = suffix if suffix.lower() in JPEG_SUFFIXES else b"jpg"
         label = int(images.label[row])
         yield _member(key + b"." + suffix, data) + (b"" if label < 0 else _member(key + b".cls", b"%d" % label))
 
@@ -284,11 +286,13 @@ def _member(name: bytes, data: bytes) -> bytes:
     return header.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape") + data + bytes(-len(data) % BLOCK)
 
 
-def shrunk(data: bytes, shrinking: Shrinking) -> bytes | None:
-    """Return the image in `data` as a JPEG with that shorter side; None when its pixels do not fit into 8 bits.
+def shrunk(data: bytes, shrinking: Shrinking, orientation: int = 1) -> bytes | None:
+    """Return the image in `data` as a JPEG with that shorter side; None when it stays as it is.
+
+    It does when its pixels do not fit into 8 bits, and when it is a TIFF with an orientation.
 
     Bicubic with antialiasing, as in training. Grey stays grey, CMYK becomes RGB, alpha is dropped; a JPEG keeps its
-    colour sub-sampling. EXIF and other metadata are not kept; the orientation in them is ignored, as everywhere here.
+    colour sub-sampling. The pixels stay as stored, and EXIF's `orientation` beside them; other metadata are not kept.
     Raises BadImage when it cannot be decoded.
     """
     from PIL import Image, JpegImagePlugin
@@ -296,7 +300,7 @@ def shrunk(data: bytes, shrinking: Shrinking) -> bytes | None:
     Image.MAX_IMAGE_PIXELS = None  # large photographs are what is made smaller here
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode not in EIGHT_BIT:
+            if image.mode not in EIGHT_BIT or (image.format == "TIFF" and orientation != 1):  # Pillow would turn it
                 return None
             sampling = max(0, JpegImagePlugin.get_sampling(image)) if image.format == "JPEG" else 0  # 0: 4:4:4
             grey = image.mode in ("1", "L", "LA")
@@ -311,7 +315,10 @@ def shrunk(data: bytes, shrinking: Shrinking) -> bytes | None:
     pixels = pixels.resize(size, Image.Resampling.BICUBIC)
     pixels.info.clear()
     file = io.BytesIO()
-    pixels.save(file, "JPEG", quality=shrinking.quality, subsampling=sampling)
+    exif = Image.Exif()
+    if orientation != 1:
+        exif[ORIENTATION] = orientation
+    pixels.save(file, "JPEG", quality=shrinking.quality, subsampling=sampling, exif=exif)
     return file.getvalue()
 
 

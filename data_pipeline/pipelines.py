@@ -6,9 +6,12 @@ It holds no state and reads no file: what it gives depends on its inputs alone.
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 
 from data_pipeline.augmentations import Augmentation, jitter_colours, jitter_slots, resize_crop
+from data_pipeline.decoder_messages import caught
 from data_pipeline.decoding_failures import CROP_OUTSIDE, control_image, machine_failure, names_an_image, reason_of
 from data_pipeline.headers import BadImage
 from data_pipeline.order import BatchPlan
@@ -29,6 +32,7 @@ MIXED_DECODER = {"affine": False, "hw_decoder_load": 0.0, "jpeg_fancy_upsampling
 
 def import_dali():
     """The module `nvidia.dali`. Raises UsageError naming the extra to install."""
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # what it says of an image that it refuses, DALI raises
     try:
         import nvidia.dali.backend
         import nvidia.dali.fn
@@ -59,8 +63,9 @@ def decoding_device(device: str = "auto") -> str:
 class Decoder:
     """Decodes, crops, resizes, flips, augments and normalises up to `max_batch` images at a time.
 
-    `device` is "cpu" or "mixed" (with `device_id`); `threads` decode. Not safe to call from two threads at
-    once.
+    `device` is "cpu" or "mixed" (with `device_id`); `threads` decode. With `exif_orientation` the images are turned
+    first, and crops are in turned coordinates. `damage` has a line for each image of the last batch that is damaged,
+    yet was decoded; which, the decoders do not say. Not safe to call from two threads at once.
     """
 
     def __init__(
@@ -72,10 +77,12 @@ class Decoder:
         device: str = "cpu",
         device_id: int | None = None,
         threads: int = 2,
+        exif_orientation: bool = False,
     ):
         import_dali()
         self.augmentation, self.image_size, self.max_batch = augmentation, image_size, max_batch
-        self.device, self.threads = device, threads
+        self.device, self.threads, self.exif_orientation = device, threads, exif_orientation
+        self.damage: list[str] = []
         self.device_id = (device_id or 0) if device == "mixed" else None
         self._pipeline = None
 
@@ -95,7 +102,8 @@ class Decoder:
                 raise machine_failure(error, len(encoded), self.device_id) from error
             if len(encoded) == 1 and CROP_OUTSIDE not in str(error):
                 self._decode_control(encoded[0], plan)
-            raise BadImage(f"cannot be decoded ({reason_of(error)})") from error
+            said = self.damage[0] if len(encoded) == 1 and self.damage else reason_of(error)
+            raise BadImage(f"cannot be decoded ({said})") from error
 
     def _decode_control(self, refused: np.ndarray, plan: BatchPlan) -> None:
         """Decode a sound image of the size of the `refused` one; RunError when that fails too."""
@@ -124,7 +132,8 @@ class Decoder:
         if self.augmentation.rand_augment:
             inputs["operations"], inputs["arguments"] = plan.operations, plan.arguments
             inputs["matrices"] = to_matrices(plan.operations, plan.arguments, self.image_size)
-        return self._pipeline.run(**inputs)[0]
+        with caught() as self.damage:
+            return self._pipeline.run(**inputs)[0]
 
     def close(self) -> None:
         """Let go of the pipeline, its threads and its memory."""
@@ -150,7 +159,7 @@ class Decoder:
                 axis_names="HW",
                 device=self.device,
                 output_type=types.RGB,
-                adjust_orientation=False,
+                adjust_orientation=self.exif_orientation,
                 **(MIXED_DECODER if self.device == "mixed" else {}),
             )
             images = resize_crop(images, region_start, region_end, self.image_size)
@@ -182,5 +191,33 @@ class Decoder:
             prefetch_queue_depth=1,
             set_affinity=False,
         )
+        pipeline.build()
+        return pipeline
+
+
+class WholeDecoder:
+    """Decodes one image at a time on the CPU, whole and as stored."""
+
+    def __init__(self):
+        self._pipeline = None
+
+    def size(self, encoded: np.ndarray) -> tuple[int, int]:
+        """Decode an image (uint8 [bytes]); return the height and width it has then. Raises RuntimeError, as DALI."""
+        try:
+            self._pipeline = self._pipeline or self._build()
+            return tuple(self._pipeline.run(encoded=[encoded])[0].at(0).shape[:2])
+        except RuntimeError:
+            self._pipeline = None  # DALI calls it "no longer valid"
+            raise
+
+    def _build(self):
+        dali = import_dali()
+
+        @dali.pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, set_affinity=False)
+        def graph():
+            encoded = dali.fn.external_source(name="encoded", dtype=dali.types.UINT8, ndim=1)
+            return dali.fn.decoders.image(encoded, output_type=dali.types.RGB, adjust_orientation=False)
+
+        pipeline = graph()
         pipeline.build()
         return pipeline

@@ -8,7 +8,7 @@ from collections import OrderedDict
 
 import numpy as np
 
-from data_pipeline.headers import HEAD_BYTES, TAIL_BYTES, BadImage, check_end
+from data_pipeline.headers import BadImage, check_whole
 from data_pipeline.index import Index
 
 OPEN_SHARDS = 128
@@ -25,8 +25,8 @@ class ByteReader:
     def read(self, image: int) -> np.ndarray:
         """The encoded bytes of image `image`, uint8 [bytes].
 
-        Raises BadImage when they are gone, are not as many as the index says, or do not begin and end as a
-        JPEG or PNG does.
+        Raises BadImage when they are gone, are not as many as the index says, or do not begin and end as an
+        image does.
         """
         index = self._index
         shard, expected = int(index.shard[image]), int(index.num_bytes[image])
@@ -46,7 +46,7 @@ class ByteReader:
             raise BadImage(f"cannot be read ({error.strerror})") from None
         if len(data) != expected:
             raise BadImage(f"shrunk since it was indexed ({len(data)} bytes can be read of {expected})")
-        check_end(data[:HEAD_BYTES], data[-TAIL_BYTES:])
+        check_whole(data)
         return np.frombuffer(data, np.uint8)
 
     def _shard(self, shard: int) -> _Descriptor:

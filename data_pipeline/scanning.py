@@ -6,7 +6,6 @@ An image folder is cut into chunks of names, tar shards are one task each. A tas
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import os
 import re
@@ -14,13 +13,14 @@ import signal
 import sys
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_pipeline.headers import IMAGE_SUFFIXES, BadImage, image_size
+from data_pipeline.headers import IMAGE_SUFFIXES, BadImage, Header, read_header
 
 ONE_PROCESS_IMAGES, ONE_PROCESS_SHARDS = 5000, 1  # starting processes takes longer than this many
 COLUMNS = {
@@ -31,7 +31,12 @@ COLUMNS = {
     "mtime_ns": np.int64,
     "offset": np.int64,
     "shard": np.int32,
+    "orientation": np.uint8,
 }
+# Members beside an image in WebDataset shards that are no images and need not be mentioned.
+COMPANIONS = frozenset(
+    (".cls", ".json", ".jsonl", ".txt", ".caption", ".tags", ".csv", ".xml", ".yaml", ".html", ".url", ".id", ".key")
+).union((".index", ".meta", ".bbox", ".npy", ".npz", ".pth", ".pt", ".pkl", ".pickle", ".pyd", ".md5", ".sha256"))
 
 _LABEL = re.compile(rb"\s*(\d{1,9})\s*\Z")
 
@@ -56,6 +61,7 @@ class Rows:
     bad: list[Bad] = field(default_factory=list)
     read: int = 0  # how many were read anew
     same: int = 0  # how many have the name and size of an earlier row
+    files: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # equal where two names are one file
 
     @classmethod
     def of(cls, names: list[bytes], values: list[tuple[int, ...]], bad: list[Bad], read: int, same: int = 0) -> Rows:
@@ -77,6 +83,7 @@ class Rows:
             [bad for part in parts for bad in part.bad],
             sum(part.read for part in parts),
             sum(part.same for part in parts),
+            np.concatenate([np.zeros(0, np.int64)] + [part.files for part in parts]),
         )
 
     def __len__(self) -> int:
@@ -111,7 +118,7 @@ def scan_names(task: tuple[str, int, bytes, Rows | None, list[Bad]]) -> Rows:
     root, label, joined, known, known_bad = task
     earlier = {known.name(row): row for row in range(len(known))} if known is not None else {}
     bad_before = {bad.name: bad for bad in known_bad}
-    names, values, bad, read, same = [], [], [], 0, 0
+    names, values, files, bad, read, same = [], [], [], [], 0, 0
     for name in joined.split(b"\0"):
         path = os.path.join(os.fsencode(root), name)
         status = None
@@ -121,42 +128,60 @@ def scan_names(task: tuple[str, int, bytes, Rows | None, list[Bad]]) -> Rows:
             same += int(row is not None and known.columns["num_bytes"][row] == status.st_size)
             before = bad_before.get(os.fsdecode(name))
             if row is not None and _same(known, row, status):
-                height, width = int(known.columns["height"][row]), int(known.columns["width"][row])
+                header = Header(*(int(known.columns[column][row]) for column in Header._fields))
             elif before and (before.num_bytes, before.mtime_ns) == (status.st_size, status.st_mtime_ns):
                 bad.append(before)
                 continue
             else:
                 read += 1
                 with open(path, "rb", buffering=0) as file:
-                    height, width = image_size(_reader(file.fileno(), 0, status.st_size), status.st_size)
+                    header = read_header(reader_of(file.fileno(), 0, status.st_size), status.st_size)
         except (BadImage, OSError) as error:
             size, mtime_ns = (status.st_size, status.st_mtime_ns) if status else (-1, -1)
             bad.append(Bad(os.fsdecode(name), reason_of(error), size, mtime_ns))
             continue
         names.append(name)
-        values.append((label, height, width, status.st_size, status.st_mtime_ns, 0, -1))
-    return Rows.of(names, values, bad, read, same)
+        size, time_ns = status.st_size, status.st_mtime_ns
+        values.append((label, header.height, header.width, size, time_ns, 0, -1, header.orientation))
+        files.append(same_file(status, name))
+    rows = Rows.of(names, values, bad, read, same)
+    rows.files = np.array(files, np.int64)
+    return rows
+
+
+def same_file(status: os.stat_result, name: str | bytes) -> int:
+    """Return a number that is equal for two names of one file; the names' own where the file system has no inodes."""
+    return hash((status.st_dev, status.st_ino)) if status.st_ino else hash(name)
 
 
 def _same(known: Rows, row: int, status: os.stat_result) -> bool:
-    return known.columns["num_bytes"][row] == status.st_size and known.columns["mtime_ns"][row] == status.st_mtime_ns
+    """Return whether a file's row still holds; one without orientation, of an older index, is read anew."""
+    found = (known.columns[name][row] for name in ("num_bytes", "mtime_ns"))
+    return tuple(found) == (status.st_size, status.st_mtime_ns) and known.columns["orientation"][row] > 0
 
 
-def scan_shard(task: tuple[str, int, str]) -> Rows:
-    """Rows of one shard: (root, shard number, relative path). Labels come from each key's `.cls` member."""
+def scan_shard(task: tuple[str, int, str]) -> tuple[Rows, dict[str, int]]:
+    """Rows of one shard, and its other members by suffix: (root, shard number, relative path).
+
+    Labels come from each key's `.cls` member.
+    """
     root, shard, relative = task
     path = os.path.join(root, relative)
     names, values, bad = [], [], []
     labels: dict[str, int] = {}
     keys: list[str] = []
+    others: Counter[str] = Counter()
     try:
         status = os.stat(path)
         with tarfile.open(path, "r:") as archive, open(path, "rb", buffering=0) as file:
             for member in _members(archive, relative, bad, status):
+                if not member.isreg():
+                    others["links"] += int(member.issym() or member.islnk())
+                    continue
                 folder, _, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
                 key, suffix = f"{folder}/{stem}", "." + suffix.lower()
-                read = _reader(file.fileno(), member.offset_data, member.size)
+                read = reader_of(file.fileno(), member.offset_data, member.size)
                 if suffix == ".cls":
                     found = _LABEL.match(read(0, 32))
                     if found:
@@ -167,28 +192,30 @@ def scan_shard(task: tuple[str, int, str]) -> Rows:
                     try:
                         if member.offset_data + member.size > status.st_size:
                             raise BadImage("the shard ends before the image does")
-                        height, width = image_size(read, member.size)
+                        height, width, orientation = read_header(read, member.size)
                     except BadImage as error:
                         bad.append(_bad(relative, member.name, str(error), status))
                         continue
                     names.append(os.fsencode(member.name))
                     keys.append(key)
-                    values.append([-1, height, width, member.size, status.st_mtime_ns, member.offset_data, shard])
+                    size, at = member.size, member.offset_data
+                    values.append([-1, height, width, size, status.st_mtime_ns, at, shard, orientation])
+                elif suffix not in COMPANIONS:
+                    others[suffix] += 1
     except (OSError, tarfile.TarError) as error:
         bad.append(Bad(relative, f"damaged shard ({reason_of(error)})", -1, -1))
     for value, key in zip(values, keys, strict=True):
         value[0] = labels.get(key, -1)
-    return Rows.of(names, values, bad, len(names))
+    return Rows.of(names, values, bad, len(names)), {suffix: count for suffix, count in others.items() if count}
 
 
 def _members(archive: tarfile.TarFile, relative: str, bad: list[Bad], status: os.stat_result):
-    """Regular members, as far as the archive can be read; damage is noted once."""
+    """Members, as far as the archive can be read; damage is noted once."""
     damage = None
     try:
         while (member := archive.next()) is not None:
             archive.members.clear()  # tarfile remembers every member; a shard has tens of thousands
-            if member.isreg():
-                yield member
+            yield member
         if os.pread(archive.fileobj.fileno(), tarfile.BLOCKSIZE, archive.offset).strip(b"\0"):
             damage = f"no tar header at byte {archive.offset}"  # where tarfile ends without a word
     except tarfile.TarError as error:
@@ -201,48 +228,14 @@ def _bad(shard: str, member: str, reason: str, status: os.stat_result) -> Bad:
     return Bad(f"{shard}/{member}", reason, status.st_size, status.st_mtime_ns)
 
 
-def _reader(fd: int, base: int, size: int) -> Callable[[int, int], bytes]:
+def reader_of(fd: int, base: int, size: int) -> Callable[[int, int], bytes]:
+    """Return what reads (offset, length) of the `size` bytes at `base` of an open file."""
     return lambda offset, length: os.pread(fd, max(0, min(length, size - offset)), base + offset)
 
 
 def reason_of(error: Exception) -> str:
     """One line for people."""
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
-
-
-def check_images(task: tuple[str, list[str], Rows, bool]) -> list[tuple[str, str]]:
-    """(name, reason) of images no longer as indexed: (root, shards, rows, whether to decode each too)."""
-    root, shards, rows, deep = task
-    found = []
-    for row in range(len(rows)):
-        shard, size, offset, height, width = (
-            int(rows.columns[name][row]) for name in ("shard", "num_bytes", "offset", "height", "width")
-        )
-        inside = rows.name(row) if shard < 0 else os.fsencode(shards[shard])
-        try:
-            with open(os.path.join(os.fsencode(root), inside), "rb", buffering=0) as file:
-                there = os.fstat(file.fileno()).st_size
-                if (shard < 0 and there != size) or there < offset + size:
-                    raise BadImage(f"{there} bytes, expected {offset + size} when it was indexed")
-                read = _reader(file.fileno(), offset, size)
-                if (now := image_size(read, size)) != (height, width):
-                    raise BadImage(f"{now[0]} x {now[1]} pixels, {height} x {width} when it was indexed")
-                if deep:
-                    _decode(read(0, size))
-        except (BadImage, OSError) as error:
-            found.append((rows.shard_name(shards, row), reason_of(error)))
-    return found
-
-
-def _decode(data: bytes) -> None:
-    """Raise BadImage when Pillow cannot decode every pixel."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and others on damaged data
-        raise BadImage(f"cannot be decoded: {reason_of(error)}") from None
 
 
 Progress = bool | Callable[[int, int], None]
@@ -281,9 +274,14 @@ def run_tasks(
     return results
 
 
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _in_processes(function: Callable, tasks: list, workers: int | None) -> Iterator:
     if workers is None:
-        workers = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        workers = min(16, available_cores())
     workers = min(workers, len(tasks))
     if workers <= 1:
         yield from map(function, tasks)

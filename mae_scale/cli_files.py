@@ -76,21 +76,22 @@ def data_index(
     from data_pipeline.index import open_index
 
     found = open_index(root, index, workers=workers)
-    typer.echo(found.summary())
+    typer.echo("\n".join([found.summary(), *found.remarks.sentences()]))
 
 
 @data_app.command("verify")
 def data_verify(
     root: Annotated[Path, typer.Argument(help="A folder of images, or of tar shards.")],
     index: Annotated[Optional[Path], typer.Option(help="Index file; by default beside the data.")] = None,  # noqa: UP045
-    deep: Annotated[bool, typer.Option("--deep", help="Decode every image.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Decode every image, whole and strictly.")] = False,
 ) -> None:
     """Check every image, and the digests of packed shards; exit code 1 when some cannot be read or have changed.
 
     Example: `mae-scale data verify --deep /data/imagenet/train`
     """
-    from data_pipeline.index import open_index, verify
+    from data_pipeline.index import open_index
     from data_pipeline.pack_manifest import verify_pack
+    from data_pipeline.verifying import verify
 
     damaged = verify_pack(root)
     if damaged:
@@ -107,6 +108,8 @@ def data_verify(
         + ("" if deep else " (headers and ends only; --deep decodes)")
         + ("" if damaged is None else ", every shard has its digest")
     )
+    for line in found.remarks.sentences():
+        typer.echo(line)
     if bad:
         raise typer.Exit(EXIT_FAILED)
 
@@ -142,6 +145,8 @@ def data_pack(
     for name, reason in left_out:
         typer.echo(f"{name}: {reason}")
     typer.echo(index.summary() + (f", {len(left_out):,} unreadable images left out" if left_out else ""))
+    for line in index.remarks.sentences():
+        typer.echo(line)
 
 
 @data_app.command("sample")

@@ -50,6 +50,7 @@ class DataSection(Section):
     ] = "random_resized_crop"
     crop_scale: float | None = Field(None, gt=0, le=1, description="smallest share of the area; else the kind's")
     flip: float | None = Field(None, ge=0, le=1, description="probability of a horizontal flip; else the kind's")
+    exif_orientation: bool = Field(False, description="turn images as their EXIF says; else they are taken as stored")
     random_erasing: float = Field(0.0, ge=0, le=1, description="probability to fill a rectangle with noise")
     labels_a_class: int | None = Field(None, gt=0, description="train on so many images of each class, drawn by seed")
     device: Literal["auto", "cpu", "gpu"] = "auto"

@@ -33,6 +33,7 @@ def evaluation_loader(recipe: Recipe, index, augmentation: str, ranks: Ranks) ->
         threads=data.threads,
         bad_image_limit=data.bad_image_limit,
         on_bad_image=data.on_bad_image,
+        exif_orientation=data.exif_orientation,
     )
 
 

@@ -184,7 +184,11 @@ def _to_mlflow(recipe: Recipe, figure: Path) -> None:
 def _images(index: Index, rows: Tensor, recipe: Recipe) -> Tensor:
     """Images [n, 3, S, S] float32 of the index, as in evaluation, decoded on the host."""
     loader = EvaluationLoader(
-        index.take(rows.cpu().numpy()), image_size=recipe.model.image_size, batch_size=len(rows), device="cpu"
+        index.take(rows.cpu().numpy()),
+        image_size=recipe.model.image_size,
+        batch_size=len(rows),
+        device="cpu",
+        exif_orientation=recipe.data.exif_orientation,
     )
     with loader:
         return next(iter(loader)).images

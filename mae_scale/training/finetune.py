@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from data_pipeline.augmentations import augmentation
-from data_pipeline.index import Index, load_index, open_index
+from data_pipeline.index import DamagedIndex, Index, check_data, load_index, open_index
 from mae_scale.checkpoints.export import FROZEN, checkpoint_model, export_weights, starting_weights
 from mae_scale.checkpoints.shards import digest_of
 from mae_scale.checkpoints.store import list_checkpoints
@@ -87,7 +87,12 @@ class Finetuning(Job):
             return
         index = load_index(self.out / "index.npz", self.recipe.data.root)
         kept = self.out / VALIDATION_INDEX
-        validation = load_index(kept, root) if kept.exists() else open_index(root)
+        try:
+            validation = load_index(kept, root) if kept.exists() else open_index(root)
+        except DamagedIndex:
+            kept.unlink()  # no step has seen these images: their order does not matter
+            validation = open_index(root)
+        check_data(validation)
         folder_set(validation, num_classes=len(index.classes), class_names=index.classes)  # refuses what does not fit
         if not kept.exists():
             validation.save(kept)

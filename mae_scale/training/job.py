@@ -15,7 +15,7 @@ from torch import nn
 
 from data_pipeline.augmentations import augmentation
 from data_pipeline.cache import ImageCache
-from data_pipeline.index import Index, load_index, open_index
+from data_pipeline.index import Index, check_data, load_index, open_index
 from data_pipeline.loader import ImageLoader
 from data_pipeline.order import steps_per_epoch
 from data_pipeline.pipelines import decoding_device
@@ -42,6 +42,7 @@ from mae_scale.training.ds_config import (
     refuse_wrong_combinations,
     zero_stage_of,
 )
+from mae_scale.training.kept_index import kept_index
 from mae_scale.training.loop import Evaluator, Run, resume, train
 from mae_scale.training.run_lock import hold
 
@@ -118,12 +119,14 @@ class Job(ABC):
         recipe, kept = self.recipe, self.out / "index.npz"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            if kept.exists():
-                index = load_index(kept, recipe.data.root)
-            else:
-                index = self.choose_images(open_index(recipe.data.root, recipe.data.index))
+            index, is_kept = kept_index(
+                kept,
+                recipe.data.root,
+                lambda: self.choose_images(open_index(recipe.data.root, recipe.data.index)),
+            )
+            check_data(index)
             steps_per_epoch(len(index), recipe.data.global_batch)  # refuses a batch larger than the data
-            if not kept.exists():
+            if not is_kept:
                 index.save(kept)
             recipe.save(self.out / "recipe.yaml")
         except OSError as error:
@@ -234,6 +237,7 @@ class Job(ABC):
             draw=objective.draw,
             bad_image_limit=data.bad_image_limit,
             on_bad_image=data.on_bad_image,
+            exif_orientation=data.exif_orientation,
             cache=None if data.cache is None else ImageCache(data.cache, run.index, limit_gib=data.cache_gib),
         )
 
@@ -279,14 +283,15 @@ def tags(run: Run) -> dict[str, str | int | None]:
 
 
 def headline(run: Run, engine, start: int) -> str:
-    """Two lines on what this start will do."""
+    """Lines on what this start will do, and on what of the data folder is not used."""
     layout, schedule = run.layout, run.recipe.schedule
     whence = f"going on from step {start}" if start else "from the beginning"
     if start == run.last_step:
         whence = f"all {start} steps are done"
+    remarks = "".join(f"{line}\n" for line in run.index.remarks.sentences())
     return (
         f"{run.index.summary()}; {run.steps_per_epoch} steps an epoch, {schedule.epochs} epochs, "
-        f"{run.total_steps} steps; {whence}\n"
+        f"{run.total_steps} steps; {whence}\n{remarks}"
         f"{engine.name}, {layout.world_size} rank(s) on {run.device.type} x {layout.micro_batch} images "
         f"x {layout.accumulation} = global batch {layout.global_batch}; peak lr {run.recipe.lr:.3g}"
     )

@@ -85,6 +85,7 @@ def some_images(index: Index, count: int, recipe: Recipe, kind: Augmentation) ->
         micro_batch=count,
         seed=recipe.seed,
         device="cpu",
+        exif_orientation=recipe.data.exif_orientation,
         stop_step=1,
     ) as loader:
         return next(iter(loader)).images

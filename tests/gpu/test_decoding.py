@@ -138,3 +138,28 @@ def test_batches_stay_whole_while_more_are_decoded(index):
         kept = [batch.images for batch in loader]
     expected = [images for images, *_ in batches(index, "gpu", steps=20)]
     assert all(torch.equal(a, b) for a, b in zip(kept, expected, strict=True))
+
+
+@pytest.mark.parametrize("exif_orientation", [False, True])
+def test_other_image_types_and_turned_images_are_the_cpus(tmp_path, exif_orientation):
+    """TIFF and JPEG 2000 have decoders of their own on a GPU. Expected, not yet seen: no GPU has run this."""
+    from PIL import Image
+
+    from tests.image_types import DEEP, READ, photo, write_all
+
+    write_all(tmp_path, READ | DEEP)
+    for orientation in range(2, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        photo().save(tmp_path / f"turned{orientation}.jpg", exif=exif, quality=95)
+    index = build_index(tmp_path, progress=False)
+    index = index.turned() if exif_orientation else index
+    kind, ids = augmentation("random_resized_crop"), np.arange(len(index))
+    plan = plan_batch(index, kind, seed=0, step=1, global_batch=len(ids), sample_ids=ids, image_size=64)
+    found = []
+    for device in ("cpu", "mixed"):
+        decoder = Decoder(kind, 64, len(ids), device=device, device_id=0, exif_orientation=exif_orientation)
+        images = decoder.decode([ByteReader(index).read(i) for i in ids], plan)
+        images = images.as_cpu() if device == "mixed" else images
+        found.append(levels(torch.from_numpy(np.array(images.as_array()))))
+    close(*found)

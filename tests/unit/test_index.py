@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.headers import BadImage, image_size
-from data_pipeline.index import INDEX_NAME, build_index, load_index, open_index, verify
+from data_pipeline.headers import BadImage, read_header
+from data_pipeline.index import INDEX_NAME, DamagedIndex, build_index, load_index, open_index
 from data_pipeline.listing import list_folder
 from data_pipeline.reading import ByteReader
+from data_pipeline.verifying import verify
 from mae_scale.errors import UsageError
 
 
@@ -178,13 +179,13 @@ def test_an_image_cut_anywhere_is_found_and_named(kind):
     data = picture(kind=kind)
     for length in [*range(0, 700), *range(700, len(data), 97), len(data) - 1]:
         with pytest.raises(BadImage):
-            image_size(lambda at, n, end=length: data[at : min(at + n, end)], length)
-    assert image_size(lambda at, n: data[at : at + n], len(data)) == (40, 60)
+            read_header(lambda at, n, end=length: data[at : min(at + n, end)], length)
+    assert read_header(lambda at, n: data[at : at + n], len(data))[:2] == (40, 60)
 
 
 def test_padding_behind_the_end_marker_is_accepted():
     data = picture() + bytes(300)
-    assert image_size(lambda at, n: data[at : at + n], len(data)) == (40, 60)
+    assert read_header(lambda at, n: data[at : at + n], len(data))[:2] == (40, 60)
 
 
 def test_unreadable_files_are_left_out_counted_and_named_with_reasons(folder):
@@ -212,12 +213,12 @@ def test_saved_index_is_the_same_again(folder, tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 100, -30])
-def test_damaged_index_file_is_one_clear_error(folder, keep):
+def test_a_damaged_index_file_is_one_clear_error(folder, keep):
     open_index(folder, progress=False)
     file = folder / INDEX_NAME
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(UsageError, match="damaged, or no index"):
-        open_index(folder, progress=False)
+    with pytest.raises(DamagedIndex, match="damaged, or no index"):
+        load_index(file)
 
 
 def test_refresh_reads_only_what_changed(folder):

@@ -1,0 +1,238 @@
+"""The index of a data folder as columns, and the file it is kept in.
+
+Columns of NumPy arrays, about 100 bytes an image, so that 15 million images fit; kept in one file (NumPy's
+npz) beside the data or elsewhere. Images are in the order of their relative paths as bytes, so that the same
+folder gives the same index on every machine and with any number of processes. Heights and widths are those of
+the stored pixels, as the paper's code takes them; `turned` gives those of the pixels turned by EXIF.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.order import generator
+from data_pipeline.scanning import COLUMNS, Bad, Rows
+from data_pipeline.whole_file import whole_file
+from mae_scale.errors import UsageError
+
+FORMAT = 1
+KINDS_SHOWN = 8
+_NOT_IN_DIGEST = ("mtime_ns", "orientation")
+
+
+class DamagedIndex(UsageError):
+    """An index file that is no whole index of today's format."""
+
+
+@dataclass(frozen=True)
+class Remarks:
+    """What a user should know of a data folder beside its images.
+
+    `left_out` says how many files of which suffix are no images for us, by shard ("" for a folder); `lines` are
+    sentences for people.
+    """
+
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+    def sentences(self) -> list[str]:
+        """Return all of it, one line a subject."""
+        counts: dict[str, int] = {}
+        for found in self.left_out.values():
+            for suffix, count in found.items():
+                counts[suffix] = counts.get(suffix, 0) + count
+        if not counts:
+            return self.lines
+        kinds = sorted(counts, key=lambda suffix: (-counts[suffix], suffix))
+        shown = [f"{counts[suffix]:,} {suffix}" for suffix in kinds[:KINDS_SHOWN]]
+        if rest := sum(counts[suffix] for suffix in kinds[KINDS_SHOWN:]):
+            shown.append(f"{rest:,} others")
+        return [f"left out: {', '.join(shown)}", *self.lines]
+
+
+class Index:
+    """The readable images of a data folder, as columns; image i is row i.
+
+    `label` int32 [n] (-1: none), `height` and `width` int32 [n] (pixels as stored), `num_bytes`, `mtime_ns`
+    and `offset` int64 [n] (offset into the shard, 0 for a file), `shard` int32 [n] (-1 for a file), `orientation`
+    uint8 [n] (EXIF's, 1 to 8; 0: not known, of an older index); `classes` the class names by label; `shard_names` and
+    `shard_bytes`; `bad` the unreadable files, which have no row; `remarks` what else the folder holds.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        rows: Rows,
+        classes: list[str],
+        shard_names: list[str],
+        shard_bytes: list[int],
+        remarks: Remarks | None = None,
+    ) -> None:
+        self.root = Path(root)
+        self.rows = rows
+        self.classes = classes
+        self.shard_names = shard_names
+        self.shard_bytes = shard_bytes
+        self.label, self.height, self.width = (rows.columns[name] for name in ("label", "height", "width"))
+        self.num_bytes, self.mtime_ns = rows.columns["num_bytes"], rows.columns["mtime_ns"]
+        self.offset, self.shard = rows.columns["offset"], rows.columns["shard"]
+        self.orientation = rows.columns["orientation"]
+        self.remarks = remarks or Remarks()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"Index({str(self.root)!r}, {self.summary()})"
+
+    @property
+    def kind(self) -> str:
+        """ "folder" or "shards"."""
+        return "shards" if self.shard_names else "folder"
+
+    @property
+    def bad(self) -> list[Bad]:
+        return self.rows.bad
+
+    @property
+    def unreadable(self) -> list[tuple[str, str]]:
+        """(name, reason) of the files that were left out."""
+        return [(bad.name, bad.reason) for bad in self.bad]
+
+    def name(self, image: int) -> str:
+        """Path relative to the folder, or shard/member."""
+        return self.rows.shard_name(self.shard_names, int(image))
+
+    def path(self, image: int) -> Path:
+        """The file that holds image `image`: itself, or its shard."""
+        shard = int(self.shard[image])
+        inside = os.fsdecode(self.rows.name(int(image))) if shard < 0 else self.shard_names[shard]
+        return self.root / inside
+
+    def take(self, images: np.ndarray) -> Index:
+        """An index of these images, int [n], in this order."""
+        return self._of(self.rows.take(images))
+
+    def turned(self) -> Index:
+        """An index with the heights and widths that the images have when they are turned by EXIF's orientation.
+
+        Raises UsageError when an orientation is not known.
+        """
+        if not self.orientation.all():
+            raise UsageError(
+                f"the index of {self.root} is of an older version and does not know EXIF's orientations; write it anew "
+                "with `mae-scale data index`, or drop data.exif_orientation"
+            )
+        lying = self.orientation >= 5
+        columns = dict(self.rows.columns)
+        columns["height"] = np.where(lying, self.width, self.height)
+        columns["width"] = np.where(lying, self.height, self.width)
+        return self._of(Rows(self.rows.names, self.rows.ends, columns, self.rows.bad))
+
+    def _of(self, rows: Rows) -> Index:
+        return Index(self.root, rows, self.classes, self.shard_names, self.shard_bytes, self.remarks)
+
+    def few(self, count: int, *, seed: int) -> Index:
+        """An index of `count` images of each class, drawn by the seed, in the order of this one.
+
+        Raises UsageError when a class has fewer.
+        """
+        chosen = []
+        for label in np.unique(self.label):
+            images = np.flatnonzero(self.label == label)
+            if len(images) < count:
+                name = self.classes[label] if self.classes else str(label)
+                raise UsageError(
+                    f"data.labels_a_class={count}: class {name} has {len(images)} images; choose at most that many"
+                )
+            draws = generator(seed, "few", int(label)).bit_generator.random_raw(len(images))
+            chosen.append(images[np.argsort(draws, kind="stable")[:count]])
+        return self.take(np.sort(np.concatenate(chosen)))
+
+    def summary(self) -> str:
+        """One line for people."""
+        mib = self.num_bytes.sum() / 2**20
+        parts = [f"{len(self):,} images", f"{mib / 1024:.2f} GiB" if mib >= 1024 else f"{mib:.2f} MiB"]
+        if self.classes:
+            nested = next((f" such as {name}" for name in self.classes if "/" in name), "")
+            parts.append(f"{len(self.classes)} classes{nested}")
+        if self.shard_names:
+            parts.append(f"{len(self.shard_names)} shards")
+        if self.bad:
+            parts.append(f"{len(self.bad):,} unreadable files left out")
+        return ", ".join(parts)
+
+    def digest(self) -> str:
+        """32 hex digits that change with any image, its order, size or label; not with times or the root."""
+        state = hashlib.blake2b(digest_size=16)
+        state.update(json.dumps([self.classes, self.shard_names]).encode())
+        for column in (self.rows.names, self.rows.ends):
+            state.update(np.ascontiguousarray(column))
+        for name in COLUMNS:
+            if name not in _NOT_IN_DIGEST:
+                state.update(np.ascontiguousarray(self.rows.columns[name]))
+        return state.hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the index to `path`: whole, or not at all. Raises OSError."""
+        path = Path(path)
+        about = {
+            "format": FORMAT,
+            "root": str(self.root),
+            "classes": self.classes,
+            "shard_names": self.shard_names,
+            "shard_bytes": self.shard_bytes,
+            "bad": [[bad.name, bad.reason, bad.num_bytes, bad.mtime_ns] for bad in self.bad],
+            "remarks": asdict(self.remarks),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            np.savez(
+                file,
+                about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+                names=self.rows.names,
+                ends=self.rows.ends,
+                **self.rows.columns,
+            )
+
+
+def load_index(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Index:
+    """Read an index file; `root` is where the data lie now (default: where they lay when it was written).
+
+    Raises UsageError when there is no such file or it cannot be read, DamagedIndex when it is no whole index.
+    """
+    path = Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            about = json.loads(file["about"].tobytes())
+            if about["format"] != FORMAT:
+                raise DamagedIndex(
+                    f"index {path} is of format {about['format']}, not {FORMAT}; delete it to build it again"
+                )
+            count = len(file["ends"])
+            older = {"orientation": np.zeros(count)}  # written before there was such a column
+            columns = {
+                name: (file[name] if name in file else older[name]).astype(dtype, copy=False)
+                for name, dtype in COLUMNS.items()
+            }
+            rows = Rows(file["names"], file["ends"], columns, [Bad(*bad) for bad in about["bad"]])
+            remarks = Remarks(**about.get("remarks", {}))
+            root = Path(root or about["root"])
+            index = Index(root, rows, about["classes"], about["shard_names"], about["shard_bytes"], remarks)
+        if any(len(column) != count for column in columns.values()):
+            raise ValueError("columns of several lengths")
+    except FileNotFoundError:
+        raise UsageError(f"no index at {path}; write it with `mae-scale data index`") from None
+    except OSError as error:
+        raise UsageError(f"index {path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error):
+        raise DamagedIndex(f"{path} is damaged, or no index at all; delete it, it is built again") from None
+    return index

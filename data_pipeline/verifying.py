@@ -1,0 +1,100 @@
+"""Checking indexed images: that their bytes are as indexed, and, decoding each of them whole, that they are sound.
+
+Deep checks are strict: what libjpeg, libtiff or libpng complain about is damage even though they decode it, and so is a
+wrong checksum in a PNG. Bytes behind a JPEG's end marker are not. Damage that leaves a readable stream, such as one bit
+of a photograph or of pixels that are stored plainly, is seen by no decoder.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import zlib
+from itertools import pairwise
+
+import numpy as np
+
+from data_pipeline.decoder_messages import caught
+from data_pipeline.decoding_failures import machine_failure, names_an_image
+from data_pipeline.decoding_failures import reason_of as dali_reason
+from data_pipeline.headers import BadImage, png_chunks, read_header
+from data_pipeline.index_table import Index
+from data_pipeline.pipelines import WholeDecoder, import_dali
+from data_pipeline.scanning import ONE_PROCESS_IMAGES, Progress, Rows, available_cores, reader_of, reason_of, run_tasks
+
+CHUNK_IMAGES, CHUNK_DECODED = 1000, 50  # images a task: many enough to be cheap, few enough for the bar to move
+ONE_PROCESS_DECODED = 250
+
+
+def verify(
+    index: Index, deep: bool = False, *, workers: int | None = None, progress: Progress = True
+) -> list[tuple[str, str]]:
+    """Return (name, reason) of every indexed image that is no longer as indexed: its bytes, size, start and end.
+
+    `deep` decodes each image as well, whole and strictly. Raises UsageError when DALI is missing for that.
+    """
+    bounds = [*range(0, len(index), CHUNK_DECODED if deep else CHUNK_IMAGES), len(index)]
+    if deep:
+        import_dali()
+    tasks = [
+        (str(index.root), index.shard_names, index.rows.slice(first, last), deep) for first, last in pairwise(bounds)
+    ]
+    counts = [len(rows) for _, _, rows, _ in tasks]
+    if workers is None and len(index) <= (ONE_PROCESS_DECODED if deep else ONE_PROCESS_IMAGES):
+        workers = 1
+    if workers is None and deep:
+        workers = available_cores()  # decoding, unlike reading headers, is work for each of them
+    parts = run_tasks("verifying images", check_images, tasks, counts, workers, progress)
+    return [found for part in parts for found in part]
+
+
+def check_images(task: tuple[str, list[str], Rows, bool]) -> list[tuple[str, str]]:
+    """Return (name, reason) of images no longer as indexed: (root, shards, rows, whether to decode each too)."""
+    root, shards, rows, deep = task
+    found = []
+    for row in range(len(rows)):
+        shard, size, offset, height, width = (
+            int(rows.columns[name][row]) for name in ("shard", "num_bytes", "offset", "height", "width")
+        )
+        inside = rows.name(row) if shard < 0 else os.fsencode(shards[shard])
+        try:
+            with open(os.path.join(os.fsencode(root), inside), "rb", buffering=0) as file:
+                there = os.fstat(file.fileno()).st_size
+                if (shard < 0 and there != size) or there < offset + size:
+                    raise BadImage(f"{there} bytes, expected {offset + size} when it was indexed")
+                read = reader_of(file.fileno(), offset, size)
+                now = read_header(read, size)
+                if (now.height, now.width) != (height, width):
+                    raise BadImage(f"{now.height} x {now.width} pixels, {height} x {width} when it was indexed")
+                if deep:
+                    check_pixels(read(0, size), height, width)
+        except (BadImage, OSError) as error:
+            found.append((rows.shard_name(shards, row), reason_of(error)))
+    return found
+
+
+@functools.cache
+def _decoder() -> WholeDecoder:
+    """One a process."""
+    return WholeDecoder()
+
+
+def check_pixels(data: bytes, height: int, width: int) -> None:
+    """Decode an image whole; raise BadImage when a decoder refuses it or complains, or it has another size."""
+    for name, content, checksum in png_chunks(data):
+        if zlib.crc32(name + content).to_bytes(4, "big") != checksum:
+            raise BadImage(f"damaged PNG (checksum of its chunk {name.decode('ascii', 'replace')})")
+    refused = None
+    with caught() as damage:
+        try:
+            found = _decoder().size(np.frombuffer(data, np.uint8))
+        except RuntimeError as error:
+            if not names_an_image(error):
+                raise machine_failure(error, 1, None) from error
+            refused = dali_reason(error)
+    if refused:
+        raise BadImage(f"cannot be decoded ({damage[0] if damage else refused})")
+    if damage:
+        raise BadImage(damage[0])
+    if found != (height, width):
+        raise BadImage(f"decoded to {found[0]} x {found[1]} pixels, its header says {height} x {width}")
