@@ -114,6 +114,7 @@ def _classify(command, job_class, recipe, overrides, out, weights, nproc, tracki
 def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri) -> int:
     """A training job as this rank, or with local ranks started here; the exit code."""
     from mae_scale.training.distributed import launched
+    from mae_scale.training.inputs import PREPARED
     from mae_scale.training.launcher import launch_local_ranks
     from mae_scale.training.run_lock import hold
 
@@ -127,10 +128,11 @@ def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri) -> i
     job.check(nproc)
     if nproc == 1:
         return job.run()
-    # Here, once and with a progress bar; the ranks then find the index fresh. Rank 0 holds the lock after this.
+    # Here, once and with a progress bar; the ranks then find everything checked, and the folder filled. Rank 0 holds
+    # the lock after this.
     with hold(out):
         job.prepare()
-    return launch_local_ranks(nproc, [command, recipe, *overrides, "--out", str(out)])
+    return launch_local_ranks(nproc, [command, recipe, *overrides, "--out", str(out)], environment={PREPARED: "1"})
 
 
 @app.command()

@@ -14,6 +14,7 @@ from mae_scale.models.classifier_weights import load_classifier
 from mae_scale.models.weights import to_official
 from mae_scale.recipe import Recipe, load_recipe
 from mae_scale.slurm_templates import PROLOGUE, ask_for_gpus, find_template, gpus_of, render, sbatch_options
+from mae_scale.tracking.uri import hide_password
 from mae_scale.training.assemble import build_classifier_of, build_model
 from mae_scale.training.ds_config import batch_layout, refuse_wrong_combinations
 from mae_scale.training.finetune import Finetuning
@@ -85,6 +86,11 @@ def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
     overrides = [word for word in words if "=" in word]
     if not names:
         raise UsageError("no recipe given; expected one or more, such as pretrain/vit_huge_1600ep")
+    if hide_password(overrides)[1]:
+        raise UsageError(
+            "tracking.uri holds a password, which would stand in the scripts; leave it out there, and export the whole "
+            "URI as MLFLOW_TRACKING_URI (or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD): jobs inherit them"
+        )
     out = out.absolute()
     prologue = find_template(PROLOGUE)
     shape = _with_site(shape, prologue)
@@ -116,10 +122,10 @@ def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
     send(links)
 
 
-def check(recipe: Recipe, name: str, shape: Shape, start: Link | None = None) -> None:
+def check(recipe: Recipe, name: str, shape: Shape, out: Path, start: Link | None = None) -> None:
     """What can be refused before a job waits in a queue; UsageError says what to do.
 
-    start: the link whose weights, which are not there yet, the recipe starts from.
+    out: the job's folder; start: the link whose weights, which are not there yet, the recipe starts from.
     """
     try:
         if recipe.data.root is None:
@@ -130,7 +136,7 @@ def check(recipe: Recipe, name: str, shape: Shape, start: Link | None = None) ->
             refuse_other_model(start, recipe)
             needs_none = recipe.classifier.model_copy(update={"weights": None, "from_scratch": True})
             recipe = recipe.model_copy(update={"classifier": needs_none})
-        job = (Pretraining if recipe.classifier is None else Finetuning)(recipe, Path())
+        job = (Pretraining if recipe.classifier is None else Finetuning)(recipe, out)
         job.refuse(layout)
         job.augmentation()
     except UsageError as error:
@@ -230,12 +236,12 @@ def _link(name: str, overrides: list[str], shape: Shape, out: Path, before: list
     start = next((link for link in before if weights and link.out == weights.absolute()), None)
     template = _template("pretrain.sbatch" if recipe.classifier is None else "finetune.sbatch")
     shape = shape.on(template)
-    check(recipe, name, shape, start)
-
     path = Path(name)
     # A recipe of one's own is found from any directory; a packaged one by its name.
     label, given = (path.stem, str(path.absolute())) if path.is_file() else (name.replace("/", "-"), name)
     folder, beginning = out / label, out / "slurm" / f"{len(before) + 1}-{label}"
+    check(recipe, name, shape, folder, start)
+
     options = {**shape.options(template), "job-name": f"mae-{label}", "output": f"{beginning}-%j.log"}
     text = render(template, options, [given, "--out", str(folder), *overrides])
     return Link(name, recipe, folder, Path(f"{beginning}.sbatch"), text, shape)

@@ -24,12 +24,14 @@ class Tracking:
         start: int,
         total_steps: int,
         steps_per_epoch: int,
+        used: Mapping[str, Any],
         tags: Mapping[str, Any],
         guard: Callable[[], None] | None = None,
     ):
         """start: the updates already done; total_steps: after this many this start ends.
 
-        guard: called before a step is logged; it ends a process that may no longer write.
+        used: what of the recipe's keys this start has decided itself, by key; guard: called before a step is logged; it
+        ends a process that may no longer write.
         """
         self._log, self._guard = None, guard
         self.mlflow: MlflowTracker | None = None  # rank 0's, unless tracking is off
@@ -45,7 +47,7 @@ class Tracking:
                 uri=uri,
                 experiment=recipe.tracking.experiment,
                 run_name=recipe.tracking.run_name,
-                params=recipe.flat(),
+                params=recipe.flat() | dict(used),
                 tags=tags,
             )
 

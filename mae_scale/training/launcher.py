@@ -11,10 +11,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
 from mae_scale.errors import EXIT_DONE, EXIT_STOPPED, RunError
+from mae_scale.tracking.uri import hide_password
 from mae_scale.training.preemption import LAUNCHER_VARIABLE, SIGNALS, insisted, passing_on, requested
 
 GRACE_S = 15.0
@@ -23,13 +25,19 @@ POLL_S = 0.1
 
 
 def launch_local_ranks(
-    nproc: int, arguments: list[str], program: tuple[str, ...] = ("-m", "mae_scale"), log: Path | None = None
+    nproc: int,
+    arguments: list[str],
+    program: tuple[str, ...] = ("-m", "mae_scale"),
+    *,
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
 ) -> int:
     """Run `python PROGRAM ARGUMENTS` as nproc ranks, which must call preemption.listen() first; their exit code.
 
     0: all ended with 0. 75: the others with 75. Else the code of the first that failed. A request to stop that this
     process has noted (preemption.listen) goes to every rank, which has all the time it needs to save; so does the end
     of a rank that was asked to stop itself. Noted before, none is started: 75. What the ranks print goes to `log`.
+    A password in tracking.uri reaches them by the environment: `ps` does not show it.
 
     Raises RunError when a rank was killed by a signal, KeyboardInterrupt, all ranks killed, after a second Ctrl-C.
     """
@@ -44,7 +52,9 @@ def launch_local_ranks(
         try:
             if requested():
                 return EXIT_STOPPED
-            _start(ranks, nproc, [sys.executable, *program, *arguments], held.getsockname()[1], output)
+            arguments, secret = hide_password(arguments)
+            variables = {**(environment or {}), **secret, "MASTER_PORT": str(held.getsockname()[1])}
+            _start(ranks, nproc, [sys.executable, *program, *arguments], variables, output)
             return _outcome(*_wait(ranks))
         finally:
             for process in ranks:
@@ -53,14 +63,16 @@ def launch_local_ranks(
                 process.wait()
 
 
-def _start(ranks: list[subprocess.Popen], nproc: int, command: list[str], port: int, output: IO | None) -> None:
+def _start(
+    ranks: list[subprocess.Popen], nproc: int, command: list[str], variables: dict[str, str], output: IO | None
+) -> None:
     """Start nproc processes, each appended to `ranks` at once."""
     common = {
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
         LAUNCHER_VARIABLE: str(os.getpid()),
+        **variables,
     }
     defaults = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc)),
