@@ -16,7 +16,7 @@ from mae_scale.checkpoints.export import FROZEN
 from mae_scale.checkpoints.shards import digest_of
 from mae_scale.checkpoints.store import Damaged, damaged_folders, list_checkpoints, read_manifest
 from mae_scale.errors import UsageError
-from mae_scale.recipe import Recipe, load_recipe
+from mae_scale.recipe import Recipe, differing_keys, load_recipe
 from mae_scale.tracking.metrics_log import read_metrics
 
 RECIPE, IMAGES, VALIDATION = "recipe.yaml", "index.npz", "val_index.npz"
@@ -33,11 +33,19 @@ class RunImages:
 
 
 def run_images(
-    out: Path, name: str, key: str, root: Path, open_folder: Callable[[], Index], *, part: bool
+    out: Path,
+    name: str,
+    key: str,
+    root: Path,
+    open_folder: Callable[[], Index],
+    choose: Callable[[Index], Index] | None = None,
+    *,
+    part: bool = False,
 ) -> RunImages:
     """Return the images at `root`: those of the index `name` in `out` once the run has a step, else what is found.
 
-    key: the recipe's, for errors; open_folder: indexes `root`; part: the run takes a part of the folder's images.
+    key: the recipe's, for errors; open_folder: indexes `root`; choose: what of it a first start takes; part: that may be
+    a part.
     Raises UsageError when the folder is not there, or holds other images than the run has.
     """
     if not root.is_dir():
@@ -45,7 +53,8 @@ def run_images(
         raise UsageError(f"{key}={root} {what}; give the folder of the images, wherever it lies now")
     kept = out / name
     if not (has_step(out) and kept.exists()):
-        return RunImages(_at(root, open_folder()), is_kept=False)
+        found = open_folder()
+        return RunImages(_at(root, choose(found) if choose else found), is_kept=False)
     known = load_index(kept)
     index = _at(root, known)
     others = f"give the folder that the run in {out} was begun with, or a copy of it, or choose another --out"
@@ -73,6 +82,18 @@ def has_checkpoint(out: Path) -> bool:
 def has_step(out: Path) -> bool:
     """Whether the run in a folder has got anywhere; if not, the folder takes another recipe."""
     return has_checkpoint(out) or bool(read_metrics(out / "metrics.jsonl"))
+
+
+def refuse_other_recipe(recipe: Recipe, out: Path) -> None:
+    """Raise UsageError when a folder holds a run of another recipe that has got somewhere."""
+    if not ((out / RECIPE).exists() and has_step(out)):
+        return
+    different = differing_keys(load_recipe(str(out / RECIPE)), recipe)
+    if different:
+        raise UsageError(
+            f"--out {out} holds a run of another recipe ({'; '.join(different)}); "
+            f"start it with its own recipe, or choose another --out"
+        )
 
 
 def started_from(out: Path, source: Path | None) -> dict | None:
