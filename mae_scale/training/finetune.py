@@ -95,7 +95,7 @@ class Finetuning(Job):
             return
         with torch.device("meta"):
             model = build_classifier_of(self.recipe, len(images.classes))
-        self._load_weights(model, starting_point(path))
+        load_weights(model, starting_point(path))
 
     def objective(self, index: Index) -> Classify:
         model = build_classifier_of(self.recipe, len(index.classes))
@@ -178,21 +178,11 @@ class Finetuning(Job):
             ]
         return said
 
-    def _load_weights(self, model: Classifier, source: Path) -> LoadReport:
-        """Load a file's or a checkpoint's weights; UsageError when they do not fit."""
-        loaded = load_classifier(model, weights_of(source))
-        if "pos_embed" in loaded.not_set:
-            raise UsageError(
-                f"{source} has no positions, so the image size that it was trained at is not known; "
-                "write it anew with `mae-scale export --format official`"
-            )
-        return loaded
-
     def _start_from(self, model: Classifier) -> None:
         """Load the recipe's weights, and note what of them was used."""
         path = self.recipe.classifier.weights
         self._source = starting_point(path)
-        loaded = self._load_weights(model, self._source)
+        loaded = load_weights(model, self._source)
         fresh = f"; fresh: {_places(loaded.not_set)}" if loaded.not_set else ""
         unused = f"; unused: {_places(loaded.unused)}" if loaded.unused else ""
         self.notes.append(f"{len(loaded.loaded)} tensors from {path}{fresh}{unused}")
@@ -248,6 +238,17 @@ class Validation:
             write_json(run.out / EVALUATION, report(accuracy, names, self._set.index))
         found = accuracy.results()
         return {"val/top1": found["top1"], "val/top5": found["top5"], "val/loss": found["loss"]}
+
+
+def load_weights(model: Classifier, source: Path) -> LoadReport:
+    """Load a file's or a checkpoint's weights; UsageError when they do not fit."""
+    loaded = load_classifier(model, weights_of(source))
+    if "pos_embed" in loaded.not_set:
+        raise UsageError(
+            f"{source} has no positions, so the image size that it was trained at is not known; "
+            "write it anew with `mae-scale export --format official`"
+        )
+    return loaded
 
 
 def shown_images(run: Run, count: int) -> torch.Tensor:

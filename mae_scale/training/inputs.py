@@ -17,7 +17,7 @@ from mae_scale.checkpoints.export import FROZEN
 from mae_scale.checkpoints.shards import digest_of
 from mae_scale.checkpoints.store import Damaged, damaged_folders, list_checkpoints, read_manifest
 from mae_scale.errors import UsageError
-from mae_scale.recipe import Recipe, load_recipe
+from mae_scale.recipe import Recipe, differing_keys, load_recipe
 from mae_scale.tracking.metrics_log import read_metrics
 
 log = logging.getLogger("mae_scale")
@@ -36,21 +36,30 @@ class RunImages:
 
 
 def run_images(
-    out: Path, name: str, key: str, root: Path, open_folder: Callable[[], Index], *, part: bool
+    out: Path,
+    name: str,
+    key: str,
+    root: Path,
+    open_folder: Callable[[], Index],
+    choose: Callable[[Index], Index] | None = None,
+    *,
+    part: bool = False,
 ) -> RunImages:
     """Return the images at `root`: those of the index `name` in `out` once the run has a step, else what is found.
 
-    key: the recipe's, for errors; open_folder: indexes `root`; part: the run takes a part of the folder's images.
+    key: the recipe's, for errors; open_folder: indexes `root`; choose: what of it a first start takes; part: that may be
+    a part.
     Raises UsageError when the folder is not there, or holds other images than the run has.
     """
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise UsageError(f"{key}={root} {what}; give the folder of the images, wherever it lies now")
-    if not has_step(out):
-        return RunImages(_at(root, open_folder()), is_kept=False)
-    known = _kept_index(out / name)
+    known = _kept_index(out / name) if has_step(out) else None
     if known is None:
-        return RunImages(_at(root, _built_again(out / name, open_folder)), is_kept=False)
+        found = open_folder()
+        index = choose(found) if choose else found
+        _refuse_other_order(out / name, index)
+        return RunImages(_at(root, index), is_kept=False)
     index = _at(root, known)
     check_data(index)
     others = f"give the folder that the run in {out} was begun with, or a copy of it, or choose another --out"
@@ -82,18 +91,14 @@ def _kept_index(file: Path) -> Index | None:
         return None
 
 
-def _built_again(file: Path, open_folder: Callable[[], Index]) -> Index:
-    """Return the index of the folder as it is now.
-
-    Raises UsageError when the run's checkpoints were trained on other images, or in another order.
-    """
-    index, known = open_folder(), _recorded(file.parent, "index")
+def _refuse_other_order(file: Path, index: Index) -> None:
+    """Raise UsageError when the run's checkpoints were trained on other images, or in another order."""
+    known = _recorded(file.parent, "index")
     if file.name == IMAGES and known not in (None, index.digest()):
         raise UsageError(
             f"{file} is damaged or missing, and {index.root} does not give the index that the run's checkpoints were "
             "trained on; restore that file, or the data as they were, or choose another --out"
         )
-    return index
 
 
 def has_checkpoint(out: Path) -> bool:
@@ -104,6 +109,18 @@ def has_checkpoint(out: Path) -> bool:
 def has_step(out: Path) -> bool:
     """Whether the run in a folder has got anywhere; if not, the folder takes another recipe."""
     return has_checkpoint(out) or bool(read_metrics(out / "metrics.jsonl"))
+
+
+def refuse_other_recipe(recipe: Recipe, out: Path) -> None:
+    """Raise UsageError when a folder holds a run of another recipe that has got somewhere."""
+    if not ((out / RECIPE).exists() and has_step(out)):
+        return
+    different = differing_keys(load_recipe(str(out / RECIPE)), recipe)
+    if different:
+        raise UsageError(
+            f"--out {out} holds a run of another recipe ({'; '.join(different)}); "
+            f"start it with its own recipe, or choose another --out"
+        )
 
 
 def started_from(out: Path, source: Path | None) -> dict | None:

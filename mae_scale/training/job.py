@@ -20,7 +20,7 @@ from mae_scale.checkpoints.store import Retention, list_checkpoints
 from mae_scale.errors import EXIT_DONE, EXIT_STOPPED, UsageError
 from mae_scale.files import write_json
 from mae_scale.planning.flops import peak_flops_per_s
-from mae_scale.recipe import Recipe, differing_keys, load_recipe
+from mae_scale.recipe import Recipe
 from mae_scale.tracking.events import Events
 from mae_scale.tracking.figures import loss_curve_figure
 from mae_scale.tracking.metrics_log import read_metrics
@@ -45,6 +45,7 @@ from mae_scale.training.inputs import (
     RunImages,
     has_step,
     is_prepared,
+    refuse_other_recipe,
     remove_leftovers,
     run_images,
 )
@@ -112,13 +113,7 @@ class Job(ABC):
         self.augmentation()
         if out.exists() and not out.is_dir():
             raise UsageError(f"--out {out} is a file, expected a folder (or a name for a new one)")
-        if (out / RECIPE).exists() and has_step(out):
-            different = differing_keys(load_recipe(str(out / RECIPE)), recipe)
-            if different:
-                raise UsageError(
-                    f"--out {out} holds a run of another recipe ({'; '.join(different)}); "
-                    f"start it with its own recipe, or choose another --out"
-                )
+        refuse_other_recipe(recipe, out)
 
     def check_inputs(self) -> dict[str, RunImages]:
         """Read what the run starts from and raise UsageError when it does not fit; nothing is written into --out.
@@ -128,16 +123,18 @@ class Job(ABC):
         has turned bad since is replaced and counted by the loader.
         """
         data = self.recipe.data
-        found = {}
-        found[IMAGES] = run_images(
-            *(self.out, IMAGES, "data.root", data.root),
-            lambda: self.choose_images(open_index(data.root, data.index)),
-            part=data.labels_a_class is not None,
-        )
+        found = {
+            IMAGES: run_images(
+                *(self.out, IMAGES, "data.root", data.root),
+                lambda: open_index(data.root, data.index),
+                self.choose_images,
+                part=data.labels_a_class is not None,
+            )
+        }
         steps_per_epoch(len(found[IMAGES].index), data.global_batch)  # refuses a batch larger than the data
         if data.val_root is not None:
             found[VALIDATION] = run_images(
-                *(self.out, VALIDATION, "data.val_root", data.val_root), lambda: open_index(data.val_root), part=False
+                *(self.out, VALIDATION, "data.val_root", data.val_root), lambda: open_index(data.val_root)
             )
         self.check_fit(found[IMAGES].index, found[VALIDATION].index if VALIDATION in found else None)
         return found
@@ -145,6 +142,7 @@ class Job(ABC):
     def prepare(self) -> None:
         """Once a start, before the ranks meet: check everything, then write what the ranks read into --out."""
         inputs = self.check_inputs()
+        refuse_other_recipe(self.recipe, self.out)  # another start may have come in between
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             if not has_step(self.out):

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipeline.index import load_index
 from mae_scale.checkpoints.shards import digest_of
 from mae_scale.checkpoints.store import read_manifest, write_manifest
 from mae_scale.recipe import load_recipe
+from mae_scale.training.finetune import Finetuning
 from mae_scale.training.pretrain import Pretraining
 from tests.tiny import arguments, losses
 
@@ -171,14 +173,19 @@ def test_other_images_in_the_place_of_the_runs_own_are_refused(digits, mae_scale
     assert f"data.root={tmp_path}/digits/train no longer holds the images of this run" in error
 
 
-def test_an_image_that_has_turned_bad_in_a_copy_is_no_other_image(killed, digits, tmp_path):
+@pytest.mark.parametrize(("kind", "nproc"), [("pretrain", 2), ("finetune", 1)])
+def test_an_image_that_has_turned_bad_in_a_copy_is_no_other_image(kind, nproc, killed, digits, tmp_path):
     """It is replaced and counted when its turn comes, as one that turns bad where it lies."""
-    out = killed("pretrain")
+    out = killed(kind, nproc)
+    kept = load_index(out / "index.npz")
     shutil.copytree(digits, tmp_path / "digits")
-    image = sorted((tmp_path / "digits" / "train" / "3").glob("*.jpg"))[0]
+    image = tmp_path / "digits" / "train" / kept.name(0)
     image.write_bytes(image.read_bytes()[:100])
-    job = Pretraining(load_recipe("demo", words_of("pretrain", out, tmp_path / "digits")[6:]), out)
-    assert len(job.check_inputs()["index.npz"].index) == 1442
+    _, name, *words = words_of(kind, out, tmp_path / "digits")
+    recipe = load_recipe(name, words[4:])
+    job = (Pretraining if kind == "pretrain" else Finetuning)(recipe, out)
+    job.check(nproc)
+    assert job.check_inputs()["index.npz"].index.digest() == kept.digest()
 
 
 def test_a_file_of_other_weights_is_refused_and_none_is_needed(killed, digits, weights, call, tmp_path):
