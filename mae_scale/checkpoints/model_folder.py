@@ -9,7 +9,6 @@ Neither library is asked: what they read is documented, and tests open the folde
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
