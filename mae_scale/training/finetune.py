@@ -9,7 +9,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from data_pipeline.augmentations import augmentation
 from data_pipeline.index import Index, load_index, open_index
 from mae_scale.checkpoints.export import FROZEN, checkpoint_model, export_weights, starting_weights
 from mae_scale.checkpoints.shards import digest_of
@@ -33,10 +32,9 @@ from mae_scale.training.ds_config import BatchLayout
 from mae_scale.training.job import Job
 from mae_scale.training.loop import Run
 from mae_scale.training.optimizers import parameter_groups
-from mae_scale.training.pretrain import some_images
+from mae_scale.training.shown_images import VALIDATION_INDEX, shown_images
 
 EVALUATION = "evaluation.json"
-VALIDATION_INDEX = "val_index.npz"
 FIGURE_IMAGES = 8
 
 
@@ -125,7 +123,7 @@ class Finetuning(Job):
         none = vit_forward_macs(model.name, depth=0, **sizes)
         return int(2 * (whole + 2 * (whole - none) * trained / depth))
 
-    def evaluator(self, run: Run, engine) -> "Validation | None":
+    def evaluator(self, run: Run, engine, tracking: Tracking) -> "Validation | None":
         if run.recipe.data.val_root is None:
             return None
         validation = load_index(run.out / VALIDATION_INDEX, run.recipe.data.val_root)
@@ -215,7 +213,7 @@ class Validation:
         every = self._run.recipe.classifier.evaluate_every_epochs * self._run.steps_per_epoch
         return done % every == 0 or done == self._run.total_steps
 
-    def __call__(self) -> dict[str, float]:
+    def __call__(self, done: int) -> dict[str, float]:
         run, names = self._run, self._run.index.classes
         with self._engine.averaged():
             accuracy = measure(
@@ -225,13 +223,6 @@ class Validation:
             write_json(run.out / EVALUATION, report(accuracy, names, self._set.index))
         found = accuracy.results()
         return {"val/top1": found["top1"], "val/top5": found["top5"], "val/loss": found["loss"]}
-
-
-def shown_images(run: Run, count: int) -> torch.Tensor:
-    """Some validation images (training images without data.val_root) [N, 3, S, S], cut as in evaluation."""
-    root = run.recipe.data.val_root
-    index = run.index if root is None else load_index(run.out / VALIDATION_INDEX, root)
-    return some_images(index, count, run.recipe, augmentation("evaluation"))
 
 
 def draw_figures(model: Classifier, run: Run) -> list[Path]:

@@ -77,8 +77,8 @@ class Job(ABC):
         """What else a checkpoint's manifest says."""
         return {}
 
-    def evaluator(self, run: Run, engine) -> Evaluator | None:
-        """What is measured now and then beside the loss."""
+    def evaluator(self, run: Run, engine, tracking: Tracking) -> Evaluator | None:
+        """What is measured, or drawn, now and then beside the loss."""
         return None
 
     def check(self, world_size: int) -> None:
@@ -176,9 +176,8 @@ class Job(ABC):
                 if start < run.last_step:
                     run.events.add("start", start, world_size=ranks.world_size, engine=engine.name)
                     loader = partial(self.image_loader, run, objective)
-                    stopped = train(
-                        run, engine, objective.tensors, loader, start, tracking, self.evaluator(run, engine)
-                    )
+                    evaluate = self.evaluator(run, engine, tracking)
+                    stopped = train(run, engine, objective.tensors, loader, start, tracking, evaluate)
                 tracking.artifact(run.events.path)
                 if stopped:
                     tracking.console.message(f"stopped by {stopped}; the same command goes on from the last checkpoint")

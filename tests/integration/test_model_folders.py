@@ -19,7 +19,7 @@ from mae_scale.checkpoints.store import folder_of, write_manifest
 from mae_scale.models.vit import SIZES
 from mae_scale.recipe import load_recipe
 from mae_scale.training.assemble import build_classifier_of, build_model
-from mae_scale.training.pretrain import some_images
+from mae_scale.training.shown_images import some_images
 
 pytestmark = pytest.mark.timeout(120)
 CLASSES = ["cat", "dog", "gnu", "owl", "yak"]
