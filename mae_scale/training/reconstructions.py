@@ -67,7 +67,7 @@ class Reconstructions:
         return torch.cat(masks), torch.cat(pixels)
 
     def _draw(self, done: int, mask: torch.Tensor, pixels: torch.Tensor) -> None:
-        """Rank 0's thread. A picture that cannot be written is a warning."""
+        """Rank 0's thread. A picture that cannot be drawn is a warning, and the run goes on."""
         run, figures = self._run, self._run.out / "figures"
         path, newest = figures / NAME / f"step_{done:08d}.png", figures / f"{NAME}.png"
         title = f"epoch {round(done / run.steps_per_epoch, 2):g} of {run.recipe.schedule.epochs}, step {done:,}"
@@ -75,8 +75,8 @@ class Reconstructions:
         try:
             reconstruction_figure(self._images, mask, pixels, path, patch_size=patch_size, title=title)
             write_atomically(newest, path.read_bytes())
-        except OSError as error:
-            log.warning("%s could not be written: %s", path, error.strerror or error)
+        except Exception as error:
+            log.warning("%s could not be drawn (%s: %s); training goes on", path, type(error).__name__, error)
             return
         self._tracking.figure(path, NAME, done)
         if done == run.last_step:
