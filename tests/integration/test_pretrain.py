@@ -88,6 +88,7 @@ def test_a_run_is_in_mlflow_with_parameters_tags_metrics_and_files(uninterrupted
     assert expected <= set(files)
 
 
+@pytest.mark.timeout(600)
 def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_bit_for_bit(tmp_path, digits, mae_scale, uninterrupted):
     """With a picture each epoch and at the end of each start, where the whole run has one: they change nothing."""
     whole, _ = uninterrupted
