@@ -235,23 +235,34 @@ def slurm_templates(folder: Annotated[Path, typer.Argument(metavar="DIR", help="
 @app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run's folder: its newest whole one.")],
-    out: Annotated[Path, typer.Argument(help="File to write: .safetensors or .pth.")],
+    out: Annotated[
+        Path, typer.Argument(help="File to write, .safetensors or .pth; for timm and hf any other name is a folder.")
+    ],
     layout: Annotated[
         str, typer.Option("--format", help="official (the authors' release), timm, hf, or safetensors (our names).")
     ] = "official",
 ) -> None:
-    """Write the weights of a checkpoint into one file; on any machine, whatever ranks and engine wrote it.
+    """Write the weights of a checkpoint; on any machine, whatever ranks and engine wrote it.
 
-    Example: `mae-scale export runs/vit_huge vit_huge.pth --format official`
+    As one file, or for timm and hf as a folder that `timm.create_model("local-dir:OUT", pretrained=True)` or
+    transformers' `from_pretrained("OUT")` opens: weights, architecture, class names, preparation of images.
+
+    Example: `mae-scale export runs/vit_huge vit_huge.pth`, or `mae-scale export runs/vit_huge vit_huge_hf --format hf`
     """
-    from mae_scale.checkpoints.export import FORMATS, checkpoint_model, export_weights, find_checkpoint
+    from mae_scale.checkpoints.export import FORMATS, SUFFIXES, checkpoint_model, export_weights, find_checkpoint
+    from mae_scale.checkpoints.model_folder import export_folder
+    from mae_scale.checkpoints.store import read_manifest
 
     if layout not in FORMATS:
         raise UsageError(f"--format {layout} is not known; expected {', '.join(FORMATS)}")
     folder = find_checkpoint(checkpoint)
     model, _ = checkpoint_model(folder)
-    export_weights(model, out, layout)
-    typer.echo(f"{out}: {layout} layout, from {folder}")
+    what = f"{layout} layout"
+    if layout in ("timm", "hf") and out.suffix not in SUFFIXES:
+        what = export_folder(model, read_manifest(folder).get("classes"), out, layout)
+    else:
+        export_weights(model, out, layout)
+    typer.echo(f"{out}: {what}, from {folder}")
 
 
 def main() -> None:

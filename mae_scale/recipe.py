@@ -148,6 +148,9 @@ class TrackingSection(Section):
         None, description="a classifier's name in MLflow's model registry; null: logged to the run only"
     )
     log_every_steps: int = Field(20, gt=0)
+    reconstruct_every_epochs: int = Field(
+        20, gt=0, description="pre-training draws reconstructions; and at the end of each start"
+    )
 
     @field_validator("uri", mode="before")
     @classmethod

@@ -21,6 +21,7 @@ from mae_scale.training.assemble import build_classifier_of, build_model
 from mae_scale.training.optimizers import EMA
 
 FORMATS = ("official", "timm", "hf", "safetensors")
+SUFFIXES = (".safetensors", ".pth")
 FROZEN = "frozen.safetensors"  # in a run's folder: the weights that it does not train
 
 
@@ -122,7 +123,7 @@ def export_weights(model: MaskedAutoencoder | Classifier, path: Path, layout: st
 
     The file appears under its name only when it is whole. Raises UsageError when it cannot be written.
     """
-    if path.suffix not in (".safetensors", ".pth"):
+    if path.suffix not in SUFFIXES:
         raise UsageError(f"{path}: expected a name that ends in .safetensors or .pth")
     state = {name: tensor.detach().float().contiguous() for name, tensor in weights_in(model, layout).items()}
     beside = path.with_name(f".{path.name}.partial")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from data_pipeline.augmentations import augmentation
 from data_pipeline.index import open_index
 from mae_scale.checkpoints.export import checkpoint_model, find_checkpoint
 from mae_scale.errors import UsageError
@@ -11,7 +12,8 @@ from mae_scale.models.mae import MaskedAutoencoder
 from mae_scale.models.weights import load_hf, load_official, read_weights
 from mae_scale.recipe import Recipe
 from mae_scale.training.assemble import build_model
-from mae_scale.training.pretrain import draw_reconstructions
+from mae_scale.training.reconstructions import IMAGES, draw_reconstructions
+from mae_scale.training.shown_images import some_images
 
 
 def reconstruct(recipe: Recipe, weights: Path, picture: Path) -> None:
@@ -43,6 +45,7 @@ def reconstruct(recipe: Recipe, weights: Path, picture: Path) -> None:
             )
     try:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        draw_reconstructions(model.eval(), recipe, open_index(root, progress=False), picture)
+        images = some_images(open_index(root, progress=False), IMAGES, recipe, augmentation("evaluation"))
+        draw_reconstructions(model, recipe, images, picture)
     except OSError as error:
         raise UsageError(f"--out {picture} cannot be written: {error.strerror}") from None

@@ -123,7 +123,8 @@ def classifier_to_hf(model: Classifier) -> StateDict:
     if model.pool == "mean":
         raise UsageError(
             "this classifier pools the mean of the patch tokens, Hugging Face's ViTForImageClassification only the "
-            "cls token, so it would give other logits: export it in the layout official or timm"
+            "cls token, so it would give other logits: export it in the layout official or timm "
+            "(transformers' AutoModelForImageClassification opens timm's folder, too)"
         )
     return release_to_hf(classifier_to_official(model))
 

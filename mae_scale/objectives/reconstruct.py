@@ -12,6 +12,7 @@ from data_pipeline.order import generator
 from mae_scale.models.drop_path import draw_branch_scales
 from mae_scale.models.mae import MaskedAutoencoder
 from mae_scale.models.masking import mask_noise
+from mae_scale.models.vit import patchify
 
 if TYPE_CHECKING:
     from data_pipeline.loader import Batch
@@ -59,6 +60,13 @@ class Reconstruct(nn.Module):
 
     def forward(
         self, images: torch.Tensor, noise: torch.Tensor, branch_scales: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """images [B, 3, H, W], noise [B, L], branch_scales [B, depth, 2] -> the loss, [] float32."""
-        return self.model(images, noise, branch_scales)["loss"]
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """images [B, 3, H, W], noise [B, L], branch_scales [B, depth, 2] -> the loss, [] float32.
+
+        In evaluation mode: the loss, the mask [B, L] (1: removed), and the prediction as pixels [B, L, p*p*3] float32.
+        """
+        output = self.model(images, noise, branch_scales)
+        if self.training:
+            return output.loss
+        patches = patchify(images, self.model.patch_size)
+        return output.loss, output.mask, self.model.target.to_pixels(output.prediction, patches)

@@ -16,11 +16,14 @@ STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 GREY = 0.5
 ROWS = ("original", "masked", "reconstructed")
 IMAGES_A_BAND = 8
+TITLE_HEIGHT = 44  # pixels
 SMALLEST_SIDE = 128  # pixels in the figure; smaller images are enlarged by a whole factor
 
 
-def reconstruction_figure(images, mask, prediction_pixels, path: Path, *, patch_size: int) -> None:
-    """Write a PNG of N images, each original, with its removed patches grey, and reconstructed.
+def reconstruction_figure(
+    images, mask, prediction_pixels, path: Path, *, patch_size: int, title: str | None = None
+) -> None:
+    """Write a PNG of N images, each original, with its removed patches grey, and reconstructed; a title above them.
 
     `images` [N, 3, H, W] float, normalised by ImageNet's mean and standard deviation; `mask` [N, L], 1 for a
     removed patch; `prediction_pixels` [N, L, p*p*3] float, the values of a patch in the order height, width,
@@ -42,22 +45,23 @@ def reconstruction_figure(images, mask, prediction_pixels, path: Path, *, patch_
     pictures = (original, np.where(removed, GREY, original), np.where(removed, predicted, original))
     factor = math.ceil(SMALLEST_SIDE / min(height, width))
     pictures = tuple(picture.repeat(factor, axis=1).repeat(factor, axis=2) for picture in pictures)
-    _draw_bands(pictures, path)
+    _draw_bands(pictures, path, title)
 
 
-def _draw_bands(pictures: Sequence[np.ndarray], path: Path) -> None:
+def _draw_bands(pictures: Sequence[np.ndarray], path: Path, title: str | None) -> None:
     """Up to eight images side by side in three rows, and so on below; one figure pixel an image pixel."""
     count, height, width, _ = pictures[0].shape
     columns = min(count, IMAGES_A_BAND)
     bands = math.ceil(count / columns)
     gap, band_gap, label_width, dpi = max(4, height // 32), max(12, height // 8), 150, 100
-    canvas_height = bands * (len(ROWS) * (height + gap) + band_gap) - gap - band_gap + 2 * gap
+    head = TITLE_HEIGHT if title else gap
+    canvas_height = head + bands * (len(ROWS) * (height + gap) + band_gap) - band_gap
     canvas_width = label_width + columns * (width + gap)
     canvas = np.ones((canvas_height, canvas_width, 3), dtype=np.float32)
     labels = []
     for band in range(bands):
         for row, name in enumerate(ROWS):
-            top = gap + band * (len(ROWS) * (height + gap) + band_gap) + row * (height + gap)
+            top = head + band * (len(ROWS) * (height + gap) + band_gap) + row * (height + gap)
             labels.append((top + height / 2, name))
             for column, picture in enumerate(pictures[row][band * columns : (band + 1) * columns]):
                 left = label_width + column * (width + gap)
@@ -68,6 +72,8 @@ def _draw_bands(pictures: Sequence[np.ndarray], path: Path) -> None:
     axes.axis("off")
     for y, name in labels:
         axes.text(label_width - 12, y, name, ha="right", va="center", fontsize=13, color="#222222")
+    if title:
+        axes.text(label_width, head / 2, title, ha="left", va="center", fontsize=13, color="#222222")
     save_png(figure, path)
 
 

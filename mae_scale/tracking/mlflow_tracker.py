@@ -8,13 +8,11 @@ MLflow's SQL store.
 """
 
 import getpass
-import json
 import logging
 import os
 import re
 import threading
 import time
-import uuid
 from collections import defaultdict
 from collections.abc import Mapping
 from importlib import util
@@ -22,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from mae_scale.errors import UsageError
-from mae_scale.files import write_json
 from mae_scale.passwords import redacted, without_password
 from mae_scale.tracking.metrics_log import parse_rows, read_metrics
+from mae_scale.tracking.mlflow_artifacts import send_artifact
+from mae_scale.tracking.mlflow_state import MlflowState
 from mae_scale.tracking.uri import artifact_location, new_sqlite_file
 
 logger = logging.getLogger(__name__)
@@ -90,10 +89,8 @@ class MlflowTracker:
         self._params = {_name(key): redacted(str(value))[:PARAM_LENGTH] for key, value in params.items() if str(value)}
         self._tags = {_name(key): redacted(str(value))[:TAG_LENGTH] for key, value in tags.items() if value is not None}
         self._started_at = time.time()
-        self._state_lock = threading.Lock()
-        self._state = self._read_state()
+        self._state = MlflowState(self._out_dir)
         self._state.update(uri=without_password(uri), experiment=experiment)
-        self._save_state()
 
         self._client = None
         self._connected = False
@@ -122,12 +119,17 @@ class MlflowTracker:
 
         What is not sent when the run ends is sent by its next start.
         """
+        self._send_later(path, artifact_path=artifact_path)
+
+    def log_figure(self, path: Path, figure: str, step: int) -> None:
+        """The same for a picture, as a step of `figure`; a step that MLflow has already stays as it is there."""
+        self._send_later(path, figure=figure, step=step)
+
+    def _send_later(self, path: Path, **how: Any) -> None:
         path = Path(path).absolute()
         if path.is_relative_to(self._out_dir):
             path = path.relative_to(self._out_dir)
-        with self._state_lock:
-            self._state["artifacts"].append({"path": str(path), "artifact_path": artifact_path})
-        self._save_state()
+        self._state.add_artifact({"path": str(path), **how})
         self._wake.set()
 
     def close(self, status: str = "FINISHED", timeout_s: float = 20.0) -> None:
@@ -211,8 +213,7 @@ class MlflowTracker:
         run = self._known_run() or self._new_run()
         run_id = run.info.run_id
         if run_id != self._state["run_id"]:
-            self._state["run_id"] = run_id
-            self._save_state()
+            self._state.update(run_id=run_id)
         if run.info.status != "RUNNING":
             client.update_run(run_id, "RUNNING")
         first = run.data.params
@@ -334,7 +335,7 @@ class MlflowTracker:
             path = self._out_dir / entry["path"]
             try:
                 if path.exists():
-                    self._client.log_artifact(self._state["run_id"], str(path), entry["artifact_path"])
+                    send_artifact(self._client, self._state["run_id"], path, entry)
                 else:
                     logger.warning("%s is no longer there, so MLflow does not get it", path)
             except Exception as error:
@@ -342,9 +343,7 @@ class MlflowTracker:
                     where = redacted(self.uri)
                     logger.warning("MLflow (%s) does not take %s yet: %s", where, path, reason(error))
                 return True
-            with self._state_lock:
-                self._state["artifacts"].pop(0)
-            self._save_state()
+            self._state.drop_artifact()
         return False
 
     def _end_run(self) -> bool:
@@ -354,27 +353,6 @@ class MlflowTracker:
             self._connected = False
             return False
         return True
-
-    # mlflow.json.
-
-    def _read_state(self) -> dict[str, Any]:
-        path = self._out_dir / "mlflow.json"
-        state = {"uri": None, "experiment": None, "run_id": None, "key": uuid.uuid4().hex, "artifacts": []}
-        try:
-            state.update(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            pass
-        except ValueError:
-            logger.warning("%s is damaged; the run gets a new MLflow run", path)
-        return state
-
-    def _save_state(self) -> None:
-        path = self._out_dir / "mlflow.json"
-        try:
-            with self._state_lock:
-                write_json(path, self._state)
-        except OSError as error:
-            logger.warning("%s could not be written: %s", path, error)
 
 
 def _name(key: str) -> str:

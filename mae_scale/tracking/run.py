@@ -82,6 +82,11 @@ class Tracking:
         if self.mlflow is not None:
             self.mlflow.log_artifact(path, folder)
 
+    def figure(self, path: Path, name: str, step: int) -> None:
+        """Send a picture to MLflow as a step of the figure `name`, when its turn comes."""
+        if self.mlflow is not None:
+            self.mlflow.log_figure(path, name, step)
+
     def __enter__(self) -> "Tracking":
         self.console.__enter__()
         return self

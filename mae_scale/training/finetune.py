@@ -9,7 +9,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from data_pipeline.augmentations import augmentation
 from data_pipeline.index import Index, load_index
 from mae_scale.checkpoints.export import FROZEN, checkpoint_model, export_weights, starting_point, weights_of
 from mae_scale.checkpoints.shards import digest_of
@@ -35,7 +34,7 @@ from mae_scale.training.inputs import VALIDATION, has_checkpoint, refuse_other_w
 from mae_scale.training.job import Job
 from mae_scale.training.loop import Run
 from mae_scale.training.optimizers import parameter_groups
-from mae_scale.training.pretrain import some_images
+from mae_scale.training.shown_images import shown_images
 
 EVALUATION = "evaluation.json"
 FIGURE_IMAGES = 8
@@ -136,7 +135,7 @@ class Finetuning(Job):
         none = vit_forward_macs(model.name, depth=0, **sizes)
         return int(2 * (whole + 2 * (whole - none) * trained / depth))
 
-    def evaluator(self, run: Run, engine) -> "Validation | None":
+    def evaluator(self, run: Run, engine, tracking: Tracking) -> "Validation | None":
         if run.recipe.data.val_root is None:
             return None
         validation = load_index(run.out / VALIDATION, run.recipe.data.val_root)
@@ -228,7 +227,7 @@ class Validation:
         every = self._run.recipe.classifier.evaluate_every_epochs * self._run.steps_per_epoch
         return done % every == 0 or done == self._run.total_steps
 
-    def __call__(self) -> dict[str, float]:
+    def __call__(self, done: int) -> dict[str, float]:
         run, names = self._run, self._run.index.classes
         with self._engine.averaged():
             accuracy = measure(
@@ -249,13 +248,6 @@ def load_weights(model: Classifier, source: Path) -> LoadReport:
             "write it anew with `mae-scale export --format official`"
         )
     return loaded
-
-
-def shown_images(run: Run, count: int) -> torch.Tensor:
-    """Some validation images (training images without data.val_root) [N, 3, S, S], cut as in evaluation."""
-    root = run.recipe.data.val_root
-    index = run.index if root is None else load_index(run.out / VALIDATION, root)
-    return some_images(index, count, run.recipe, augmentation("evaluation"))
 
 
 def draw_figures(model: Classifier, run: Run) -> list[Path]:

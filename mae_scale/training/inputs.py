@@ -47,8 +47,8 @@ def run_images(
 ) -> RunImages:
     """Return the images at `root`: those of the index `name` in `out` once the run has a step, else what is found.
 
-    key: the recipe's, for errors; open_folder: indexes `root`; choose: what of it a first start takes; part: that may be
-    a part.
+    key: the recipe's, for errors; open_folder: indexes `root`; choose: what of it a first start takes; part: whether
+    that may be a part.
     Raises UsageError when the folder is not there, or holds other images than the run has.
     """
     if not root.is_dir():
@@ -80,9 +80,8 @@ def run_images(
 
 
 def _kept_index(file: Path) -> Index | None:
-    """Return the index in a run's folder; None, with a warning, when it is damaged or missing."""
-    if not file.exists():
-        log.warning("%s is missing; it is built again", file)
+    """Return the index in a run's folder; None when it is missing or, with a warning, damaged."""
+    if not file.exists():  # also where this start is the first with data.val_root
         return None
     try:
         return load_index(file)

@@ -93,8 +93,8 @@ class Job(ABC):
         """What else a checkpoint's manifest says."""
         return {}
 
-    def evaluator(self, run: Run, engine) -> Evaluator | None:
-        """What is measured now and then beside the loss."""
+    def evaluator(self, run: Run, engine, tracking: Tracking) -> Evaluator | None:
+        """What is measured, or drawn, now and then beside the loss."""
         return None
 
     def check(self, world_size: int) -> None:
@@ -214,9 +214,8 @@ class Job(ABC):
                 if start < run.last_step:
                     run.events.add("start", start, world_size=ranks.world_size, engine=engine.name)
                     loader = partial(self.image_loader, run, objective)
-                    stopped = train(
-                        run, engine, objective.tensors, loader, start, tracking, self.evaluator(run, engine)
-                    )
+                    evaluate = self.evaluator(run, engine, tracking)
+                    stopped = train(run, engine, objective.tensors, loader, start, tracking, evaluate)
                 tracking.artifact(run.events.path)
                 if stopped:
                     again = "goes on from the last checkpoint" if list_checkpoints(run.checkpoints) else "begins again"

@@ -82,13 +82,13 @@ class Run:
 
 
 class Evaluator(Protocol):
-    """What is measured beside the loss; the loop knows nothing more of it. All ranks call it."""
+    """What is measured or drawn beside the loss; the loop knows nothing more of it. All ranks call it."""
 
     def due(self, done: int) -> bool:
         """Whether it is called after update `done`."""
 
-    def __call__(self) -> dict[str, float]:
-        """Metrics by name."""
+    def __call__(self, done: int) -> dict[str, float]:
+        """Metrics by name, after update `done`."""
 
 
 class RollBack(Exception):
@@ -187,7 +187,7 @@ def _updates(
         if stop or measure or logged:
             metrics = _metrics(run, result, loader, lr, clock, done)
             if measure:
-                metrics |= evaluate()
+                metrics |= evaluate(done)
                 clock.restart(done)
             tracking.log(done, done / run.steps_per_epoch, metrics)
             losses.append(metrics["train/loss"])

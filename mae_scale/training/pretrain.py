@@ -1,29 +1,22 @@
-"""Pre-training as a job: a masked autoencoder that reconstructs; at the end weights and reconstructions."""
+"""Pre-training as a job: a masked autoencoder that reconstructs, drawn now and then; at the end weights."""
 
-from pathlib import Path
-
-import numpy as np
 import torch
 
-from data_pipeline.augmentations import Augmentation, augmentation
-from data_pipeline.index import Index, open_index
-from data_pipeline.loader import ImageLoader
+from data_pipeline.index import Index
 from mae_scale.checkpoints.export import checkpoint_model, export_weights
 from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.errors import UsageError
-from mae_scale.models.mae import MaskedAutoencoder
 from mae_scale.models.vit import patchify
 from mae_scale.objectives.reconstruct import Reconstruct
 from mae_scale.planning.flops import mae_forward_flops, training_flops
-from mae_scale.recipe import Recipe
-from mae_scale.tracking.figures import reconstruction_figure
 from mae_scale.tracking.run import Tracking
 from mae_scale.training.assemble import build_model
 from mae_scale.training.ds_config import BatchLayout
 from mae_scale.training.job import Job
 from mae_scale.training.loop import Run
+from mae_scale.training.reconstructions import Reconstructions
+from mae_scale.training.shown_images import some_images
 
-FIGURE_IMAGES = 16
 PCA_IMAGES = 256
 
 
@@ -64,42 +57,12 @@ class Pretraining(Job):
             )
         )
 
+    def evaluator(self, run: Run, engine, tracking: Tracking) -> Reconstructions:
+        return Reconstructions(run, engine, tracking)
+
     def finish(self, run: Run, tracking: Tracking) -> str:
         weights = run.out / "export" / "model.safetensors"
         if not weights.exists():
             model, _ = checkpoint_model(list_checkpoints(run.checkpoints)[-1][1])
-            picture = run.out / "figures" / "reconstructions.png"
-            root = run.recipe.data.val_root
-            index = run.index if root is None else open_index(root, progress=False)
-            draw_reconstructions(model, run.recipe, index, picture)
-            tracking.artifact(picture, "figures")
             export_weights(model, weights, "official")
         return f"weights in {weights}"
-
-
-def some_images(index: Index, count: int, recipe: Recipe, kind: Augmentation) -> torch.Tensor:
-    """Up to `count` images [N, 3, S, S] float32 drawn by the recipe's seed, decoded on the CPU."""
-    count = min(count, len(index))
-    with ImageLoader(
-        index,
-        kind,
-        image_size=recipe.model.image_size,
-        global_batch=count,
-        micro_batch=count,
-        seed=recipe.seed,
-        device="cpu",
-        exif_orientation=recipe.data.exif_orientation,
-        stop_step=1,
-    ) as loader:
-        return next(iter(loader)).images
-
-
-def draw_reconstructions(model: MaskedAutoencoder, recipe: Recipe, index: Index, path: Path) -> None:
-    """Original, masked and reconstructed: some images of an index, cut as in evaluation."""
-    images = some_images(index, FIGURE_IMAGES, recipe, augmentation("evaluation"))
-    noise = Reconstruct(model, seed=recipe.seed).noise("figure", 0, np.arange(len(images)))
-    with torch.inference_mode():
-        output = model(images, noise)
-        patches = patchify(images, model.patch_size)
-        pixels = model.target.to_pixels(output.prediction, patches)
-    reconstruction_figure(images, output.mask, pixels, path, patch_size=model.patch_size)

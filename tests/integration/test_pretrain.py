@@ -16,8 +16,22 @@ from mae_scale.checkpoints.store import list_checkpoints, verify
 from mae_scale.models.weights import load_hf, load_official, load_timm, read_weights
 from mae_scale.recipe import load_recipe
 from mae_scale.tracking.metrics_log import read_metrics
+from mae_scale.tracking.mlflow_artifacts import steps_of_figure
 from mae_scale.training.assemble import build_model
 from tests.tiny import STEPS, arguments, losses
+
+
+def pictures(out) -> list[int]:
+    """The steps at which a run's reconstructions were drawn; the newest also lies beside them."""
+    files = sorted((out / "figures" / "reconstructions").iterdir())
+    assert files[-1].read_bytes() == (out / "figures" / "reconstructions.png").read_bytes()
+    return [int(file.name.removeprefix("step_").removesuffix(".png")) for file in files]
+
+
+def figure_in_mlflow(out) -> list[int]:
+    """The steps of the figure in MLflow's database, as often as it has them."""
+    client = MlflowClient(f"sqlite:///{out.parent}/mlflow.db")
+    return steps_of_figure(client, json.loads((out / "mlflow.json").read_text())["run_id"], "reconstructions")
 
 
 @pytest.fixture(scope="module")
@@ -74,28 +88,36 @@ def test_a_run_is_in_mlflow_with_parameters_tags_metrics_and_files(uninterrupted
     assert expected <= set(files)
 
 
+@pytest.mark.timeout(600)
 def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_bit_for_bit(tmp_path, digits, mae_scale, uninterrupted):
+    """With a picture each epoch and at the end of each start, where the whole run has one: they change nothing."""
     whole, _ = uninterrupted
     for stop in ("schedule.stop_after_steps=5", "schedule.stop_after_steps=null"):
-        done = mae_scale("pretrain", "demo", "--nproc", 2, "--out", tmp_path / "r", *arguments(digits, stop))
+        recipe = arguments(digits, stop, "tracking.reconstruct_every_epochs=1")
+        done = mae_scale("pretrain", "demo", "--nproc", 2, "--out", tmp_path / "r", *recipe)
         assert done.returncode == 0, done.stderr
+        assert pictures(tmp_path / "r") == figure_in_mlflow(tmp_path / "r")
     assert "going on from step 5" in done.stdout
     assert losses(tmp_path / "r") == losses(whole)
+    assert (pictures(tmp_path / "r"), pictures(whole)) == ([5, 12, 24], [24])
     again = mae_scale("pretrain", "demo", "--nproc", 2, "--out", tmp_path / "r", *arguments(digits))
     assert again.returncode == 0, again.stderr
     assert f"all {STEPS} steps are done" in again.stdout
     assert losses(tmp_path / "r") == losses(whole)
+    assert figure_in_mlflow(tmp_path / "r") == [5, 12, 24]
 
 
 def test_one_rank_another_engine_micro_batch_and_threads_give_the_same_curve(
     tmp_path, digits, mae_scale, uninterrupted
 ):
     whole, _ = uninterrupted
-    other = ["engine.backend=fairscale", "engine.zero_stage=1", "engine.micro_batch=40", "data.threads=3"]
+    other = ["engine.backend=fairscale", "engine.zero_stage=1", "engine.micro_batch=15", "data.threads=3"]
+    other.append("tracking.reconstruct_every_epochs=1")
     done = mae_scale("pretrain", "demo", "--out", tmp_path / "r", "--tracking-uri", "off", *arguments(digits, *other))
     assert done.returncode == 0, done.stderr
     mine, theirs = losses(tmp_path / "r"), losses(whole)
     assert max(abs(mine[step] - theirs[step]) for step in theirs) < 1e-6
+    assert pictures(tmp_path / "r") == [12, 24]
     assert not (tmp_path / "mlflow.db").exists()
 
 

@@ -34,7 +34,9 @@ def drawn(monkeypatch):
     """What the figure is made of, before it is drawn."""
     caught = []
     draw = figures._draw_bands
-    monkeypatch.setattr(figures, "_draw_bands", lambda pictures, path: (caught.extend(pictures), draw(pictures, path)))
+    monkeypatch.setattr(
+        figures, "_draw_bands", lambda pictures, *rest: (caught.extend(pictures), draw(pictures, *rest))
+    )
     return caught
 
 

@@ -1,0 +1,182 @@
+"""A folder that transformers or timm opens by itself: the weights, the architecture, how an image is prepared.
+
+    model.safetensors         the weights, by the library's names
+    config.json               the architecture and the names of the classes; for timm also the preparation
+    preprocessor_config.json  for transformers: the preparation, that of our evaluation
+
+Neither library is asked: what they read is documented, and tests open the folders with both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import save
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+from data_pipeline.augmentations import EVALUATION_CROP
+from mae_scale.errors import UsageError
+from mae_scale.files import write_atomically, write_json
+from mae_scale.models.classifier import Classifier
+from mae_scale.models.classifier_weights import classifier_to_hf, classifier_to_timm
+from mae_scale.models.mae import MaskedAutoencoder
+from mae_scale.models.targets import NormalisedPixels, Pixels
+from mae_scale.models.vit import SIZES
+from mae_scale.models.weights import to_hf, to_timm
+
+WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
+LAYER_NORM_EPS = 1e-6
+BICUBIC = 3  # Pillow's number
+
+
+def export_folder(
+    model: MaskedAutoencoder | Classifier, classes: Sequence[str] | None, folder: Path, layout: str
+) -> str:
+    """Write the folder of a model for "hf" or "timm"; what it is, for people.
+
+    `classes`: the names of a classifier's classes. Weights are float32; each file appears under its name only when it
+    is whole, config.json last. Raises UsageError for a model that the library has no architecture for, for a folder
+    that holds other weights, and when the folder cannot be written.
+    """
+    if layout == "hf":
+        what, config, state = _for_transformers(model, classes)
+        preprocessor = _preprocessor(model.image_size)
+    else:
+        what, config, state = _for_timm(model, classes)
+        preprocessor = None
+    if (folder / WEIGHTS).exists() and not (folder / CONFIG).exists():
+        raise UsageError(f"{folder} holds other weights ({WEIGHTS} without {CONFIG}); choose another folder")
+    weights = {name: tensor.detach().float().contiguous() for name, tensor in state.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
+        if preprocessor is None:
+            (folder / PREPROCESSOR).unlink(missing_ok=True)
+        else:
+            write_json(folder / PREPROCESSOR, preprocessor)
+        write_json(folder / CONFIG, config)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error.strerror or error}; expected a folder") from None
+    return what
+
+
+def _for_transformers(
+    model: MaskedAutoencoder | Classifier, classes: Sequence[str] | None
+) -> tuple[str, dict, dict[str, Tensor]]:
+    """What it is, config.json and weights for transformers' from_pretrained."""
+    size = model.encoder.size
+    config = {
+        "hidden_size": size.width,
+        "num_hidden_layers": size.depth,
+        "num_attention_heads": size.heads,
+        "intermediate_size": 4 * size.width,
+        "hidden_act": "gelu",
+        "layer_norm_eps": LAYER_NORM_EPS,
+        "image_size": model.image_size,
+        "patch_size": size.patch_size,
+        "num_channels": 3,
+        "qkv_bias": True,
+    }
+    if isinstance(model, Classifier):
+        state = classifier_to_hf(model)
+        architecture, kind, more = "ViTForImageClassification", "vit", _labels(classes, model.classes)
+    elif _has_their_decoder(model):
+        state = to_hf(model)
+        architecture, kind, more = "ViTMAEForPreTraining", "vit_mae", _decoder(model)
+    else:
+        state = to_hf(model, decoder=False)
+        architecture, kind, more = "ViTMAEModel", "vit_mae", {"mask_ratio": 0.0}
+    what = f"transformers' {architecture}"
+    if architecture == "ViTMAEModel":
+        what += ", the encoder over all patches (transformers has no decoder of that kind)"
+    return what, {"architectures": [architecture], "model_type": kind, **config, **more}, state
+
+
+def _has_their_decoder(model: MaskedAutoencoder) -> bool:
+    """Whether the decoder has a mask token and predicts pixels, as transformers' does."""
+    return not model.encoder_mask_tokens and isinstance(model.target, Pixels)
+
+
+def _decoder(model: MaskedAutoencoder) -> dict:
+    blocks, width = model.decoder.blocks, model.head.in_features
+    return {
+        "decoder_hidden_size": width,
+        "decoder_num_hidden_layers": len(blocks),
+        "decoder_num_attention_heads": blocks[0].attn.num_heads,
+        "decoder_intermediate_size": 4 * width,
+        "mask_ratio": model.mask_ratio,
+        "norm_pix_loss": isinstance(model.target, NormalisedPixels),
+    }
+
+
+def _labels(classes: Sequence[str] | None, count: int) -> dict:
+    names = classes or [str(number) for number in range(count)]
+    return {
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
+
+
+def _preprocessor(image_size: int) -> dict:
+    """Of transformers' processor that resizes the shorter side and crops the centre, as our evaluation does."""
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": int(image_size / EVALUATION_CROP)},
+        "resample": BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": image_size, "width": image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGENET_DEFAULT_MEAN),
+        "image_std": list(IMAGENET_DEFAULT_STD),
+    }
+
+
+def _for_timm(
+    model: MaskedAutoencoder | Classifier, classes: Sequence[str] | None
+) -> tuple[str, dict, dict[str, Tensor]]:
+    """What it is, config.json and weights for timm.create_model; of an autoencoder the encoder, without a head."""
+    size, side = model.encoder.size, model.image_size
+    labels = {}
+    if isinstance(model, Classifier):
+        state, count = classifier_to_timm(model), model.classes
+        pool = "avg" if model.pool == "mean" else "token"
+        if classes:
+            labels = {"label_names": list(classes)}
+    else:
+        state, count, pool = to_timm(model), 0, "token"
+    # Sizes without a name are vit_base_patch16_224 with other model_args; every size is given in them.
+    name = next((known for known, found in SIZES.items() if found == size), "vit_base_patch16") + "_224"
+    config = {
+        "architecture": name,
+        "num_classes": count,
+        "num_features": size.width,
+        "global_pool": pool,
+        **labels,
+        "model_args": {
+            "img_size": side,
+            "patch_size": size.patch_size,
+            "embed_dim": size.width,
+            "depth": size.depth,
+            "num_heads": size.heads,
+            "global_pool": pool,
+        },
+        "pretrained_cfg": {
+            "num_classes": count,
+            "input_size": [3, side, side],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": EVALUATION_CROP,
+            "crop_mode": "center",
+            "mean": list(IMAGENET_DEFAULT_MEAN),
+            "std": list(IMAGENET_DEFAULT_STD),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    return f"timm's {name}" + ("" if count else ", the encoder"), config, state

@@ -1,0 +1,34 @@
+"""A few of a run's images for pictures and statistics, the same on every rank and at every start."""
+
+import torch
+
+from data_pipeline.augmentations import Augmentation, augmentation
+from data_pipeline.index import Index, load_index
+from data_pipeline.loader import ImageLoader
+from mae_scale.recipe import Recipe
+from mae_scale.training.inputs import VALIDATION
+from mae_scale.training.loop import Run
+
+
+def shown_images(run: Run, count: int) -> torch.Tensor:
+    """Some validation images (training images without data.val_root) [N, 3, S, S], cut as in evaluation."""
+    root = run.recipe.data.val_root
+    index = run.index if root is None else load_index(run.out / VALIDATION, root)
+    return some_images(index, count, run.recipe, augmentation("evaluation"))
+
+
+def some_images(index: Index, count: int, recipe: Recipe, kind: Augmentation) -> torch.Tensor:
+    """Up to `count` images [N, 3, S, S] float32 drawn by the recipe's seed, decoded on the CPU."""
+    count = min(count, len(index))
+    with ImageLoader(
+        index,
+        kind,
+        image_size=recipe.model.image_size,
+        global_batch=count,
+        micro_batch=count,
+        seed=recipe.seed,
+        device="cpu",
+        exif_orientation=recipe.data.exif_orientation,
+        stop_step=1,
+    ) as loader:
+        return next(iter(loader)).images
