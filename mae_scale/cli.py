@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from mae_scale.cli_files import checkpoints_app, data_app
+from mae_scale.cli_help import common, run
 from mae_scale.cli_measure import measure_app
 from mae_scale.cli_options import (
     Json,
@@ -22,11 +23,13 @@ from mae_scale.cli_options import (
     with_weights,
     write_text,
 )
+from mae_scale.cli_recipes import recipes_app
 from mae_scale.errors import EXIT_DONE, EXIT_FAILED, RunError, UsageError
 from mae_scale.training import preemption
 
 app = typer.Typer(
     name="mae-scale",
+    callback=common,
     help="Masked-autoencoder pre-training of Vision Transformers, from one laptop to a Slurm cluster.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -35,6 +38,7 @@ app = typer.Typer(
 app.add_typer(measure_app)
 app.add_typer(data_app, name="data", no_args_is_help=True)
 app.add_typer(checkpoints_app, name="checkpoints", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes", no_args_is_help=True)
 
 
 @app.command()
@@ -146,8 +150,8 @@ def doctor(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for data, run and pictures.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for data, run and pictures.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the run.")] = 0,
     transfer: Annotated[
         bool, typer.Option("--transfer", help="The paper's comparison in small: every way of transfer, three seeds.")
     ] = False,
@@ -176,26 +180,28 @@ def submit(
     recipes: Annotated[
         list[str],
         typer.Argument(
-            metavar="RECIPE... [section.key=value ...]",
+            metavar="RECIPE|section.key=value",
             help="A chain; overrides are for every recipe, those of the section classifier for classifiers.",
         ),
     ],
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes of each job.")],
-    out: Annotated[Path, typer.Option(help="Parent folder: DIR/slurm, and a folder for each recipe.")],
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="0: nodes without GPUs.")] = 8,
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Nodes of each job.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Parent folder: DIR/slurm, and a folder for each recipe.")],
+    gpus_per_node: Annotated[int, typer.Option(metavar="N", min=0, help="0: nodes without GPUs.")] = 8,
     ntasks_per_node: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Ranks a node; by default one a GPU.", show_default=False),
+        typer.Option(metavar="N", min=1, help="Ranks a node; by default one a GPU.", show_default=False),
     ] = None,
     cpus_per_task: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Cores a rank; by default the template's.", show_default=False),
+        typer.Option(metavar="N", min=1, help="Cores a rank; by default the template's.", show_default=False),
     ] = None,
-    partition: Annotated[Optional[str], typer.Option(help="By default the site's.")] = None,  # noqa: UP045
-    account: Annotated[Optional[str], typer.Option(help="By default the site's.")] = None,  # noqa: UP045
+    partition: Annotated[Optional[str], typer.Option(metavar="NAME", help="By default the site's.")] = None,  # noqa: UP045
+    account: Annotated[Optional[str], typer.Option(metavar="NAME", help="By default the site's.")] = None,  # noqa: UP045
     time: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Limit of one start, such as 24:00:00; a job goes on after it.", show_default=False),
+        typer.Option(
+            metavar="TIME", help="Limit of one start, such as 24:00:00; a job goes on after it.", show_default=False
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the scripts; write and send nothing.")] = False,
 ) -> None:
@@ -217,7 +223,10 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run's folder: its newest whole one.")],
     out: Annotated[Path, typer.Argument(help="File to write: .safetensors or .pth.")],
     layout: Annotated[
-        str, typer.Option("--format", help="official (the authors' release), timm, hf, or safetensors (our names).")
+        str,
+        typer.Option(
+            "--format", metavar="LAYOUT", help="official (the authors' release), timm, hf, or safetensors (our names)."
+        ),
     ] = "official",
 ) -> None:
     """Write the weights of a checkpoint into one file; on any machine, whatever ranks and engine wrote it.
@@ -240,7 +249,7 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = EXIT_DONE
     try:
-        app()
+        run(app)
     except SystemExit as ended:
         code = int(ended.code or 0)
     except (UsageError, RunError) as error:
