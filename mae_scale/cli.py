@@ -12,19 +12,23 @@ from mae_scale.cli_files import checkpoints_app, data_app
 from mae_scale.cli_help import common, run
 from mae_scale.cli_measure import measure_app
 from mae_scale.cli_options import (
+    DryRun,
     Json,
+    LogFile,
     Nproc,
     Out,
     Overrides,
+    Quiet,
     RecipeName,
     TrackingUri,
     Weights,
-    check_json,
+    check_file,
     with_weights,
     write_text,
 )
 from mae_scale.cli_recipes import recipes_app
 from mae_scale.errors import EXIT_DONE, EXIT_FAILED, RunError, UsageError
+from mae_scale.tracking.output import Output
 from mae_scale.training import preemption
 
 app = typer.Typer(
@@ -43,7 +47,14 @@ app.add_typer(recipes_app, name="recipes", no_args_is_help=True)
 
 @app.command()
 def pretrain(
-    recipe: RecipeName, overrides: Overrides = None, out: Out = ..., nproc: Nproc = 1, tracking_uri: TrackingUri = None
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Out = ...,
+    nproc: Nproc = 1,
+    tracking_uri: TrackingUri = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
 ) -> None:
     """Pre-train a masked autoencoder.
 
@@ -53,7 +64,8 @@ def pretrain(
     preemption.listen()
     from mae_scale.training.pretrain import Pretraining
 
-    raise typer.Exit(_train("pretrain", Pretraining, recipe, overrides, out, nproc, tracking_uri))
+    output = Output(quiet, log_file)
+    raise typer.Exit(_train("pretrain", Pretraining, recipe, overrides, out, nproc, tracking_uri, dry_run, output))
 
 
 @app.command()
@@ -65,6 +77,9 @@ def finetune(
     nproc: Nproc = 1,
     tracking_uri: TrackingUri = None,
     json: Json = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
 ) -> None:
     """Train a classifier: end to end, its last blocks, its head alone, or everything from scratch, as the recipe says.
 
@@ -74,7 +89,9 @@ def finetune(
     preemption.listen()
     from mae_scale.training.finetune import Finetuning
 
-    raise typer.Exit(_classify("finetune", Finetuning, recipe, overrides, out, weights, nproc, tracking_uri, json))
+    overrides, output = with_weights(overrides, weights), Output(quiet, log_file)
+    job = ("finetune", Finetuning, recipe, overrides, out, nproc, tracking_uri)
+    raise typer.Exit(_classify(*job, json, dry_run, output))
 
 
 @app.command()
@@ -86,6 +103,9 @@ def probe(
     nproc: Nproc = 1,
     tracking_uri: TrackingUri = None,
     json: Json = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
 ) -> None:
     """Linear probing: the head alone is trained on a frozen encoder; `finetune` with a recipe of that kind.
 
@@ -95,14 +115,16 @@ def probe(
     preemption.listen()
     from mae_scale.training.finetune import Probing
 
-    raise typer.Exit(_classify("probe", Probing, recipe, overrides, out, weights, nproc, tracking_uri, json))
+    overrides, output = with_weights(overrides, weights), Output(quiet, log_file)
+    job = ("probe", Probing, recipe, overrides, out, nproc, tracking_uri)
+    raise typer.Exit(_classify(*job, json, dry_run, output))
 
 
-def _classify(command, job_class, recipe, overrides, out, weights, nproc, tracking_uri, json) -> int:
+def _classify(command, job_class, recipe, overrides, out, nproc, tracking_uri, json, dry_run, output) -> int:
     """A classifier's training; the exit code. What was measured is written to `json` by rank 0."""
-    check_json(json)
-    code = _train(command, job_class, recipe, with_weights(overrides, weights), out, nproc, tracking_uri)
-    if json is not None and code == EXIT_DONE and os.environ.get("RANK", "0") == "0":
+    check_file("--json", json)
+    code = _train(command, job_class, recipe, overrides, out, nproc, tracking_uri, dry_run, output)
+    if json is not None and not dry_run and code == EXIT_DONE and os.environ.get("RANK", "0") == "0":
         from mae_scale.training.finetune import EVALUATION
 
         if not (out / EVALUATION).exists():
@@ -111,25 +133,29 @@ def _classify(command, job_class, recipe, overrides, out, weights, nproc, tracki
     return code
 
 
-def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri) -> int:
+def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri, dry_run, output) -> int:
     """A training job as this rank, or with local ranks started here; the exit code."""
     from mae_scale.recipe import load_recipe
     from mae_scale.training.distributed import launched
     from mae_scale.training.launcher import launch_local_ranks
 
+    check_file("--log-file", output.log_file)
     overrides = list(overrides or [])
     if tracking_uri is not None:
         overrides.append(f"tracking.uri={tracking_uri}")
-    job = job_class(load_recipe(recipe, overrides), out)
-    if launched():
-        job.check(int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))))
-        return job.run()
-    job.check(nproc)
-    if nproc == 1:
-        return job.run()
-    # Here, once and with a progress bar; the ranks then find the index fresh.
-    job.prepare()
-    return launch_local_ranks(nproc, [command, recipe, *overrides, "--out", str(out)])
+    with Output(output.quiet) if dry_run else output:
+        job = job_class(load_recipe(recipe, overrides), out, output)
+        ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) if launched() else nproc
+        job.check(ranks)
+        if dry_run:
+            from mae_scale.training.dry_run import dry_run as describe
+
+            return describe(job, ranks)
+        if launched() or nproc == 1:
+            return job.run()
+        # Here, once and with a progress bar; the ranks then find the index fresh.
+        job.prepare()
+        return launch_local_ranks(nproc, [command, recipe, *overrides, "--out", str(out), *output.arguments()])
 
 
 @app.command()

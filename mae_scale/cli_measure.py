@@ -5,7 +5,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from mae_scale.cli_options import Json, Nproc, Overrides, RecipeName, Weights, check_json, with_weights, write_text
+from mae_scale.cli_options import Json, Nproc, Overrides, RecipeName, Weights, check_file, with_weights, write_text
 
 measure_app = typer.Typer()
 
@@ -123,7 +123,7 @@ def _measured(check, recipe: str, overrides: list[str], json: Path | None):
 
     loaded = load_recipe(recipe, overrides)
     check(loaded)
-    check_json(json)
+    check_file("--json", json)
     return loaded
 
 

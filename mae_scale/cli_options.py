@@ -40,17 +40,28 @@ Json = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--json", metavar="FILE", help="Write the figures there, too.", show_default=False),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check everything and say what the start would do; write nothing, train nothing."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show errors and the last line only.")]
+LogFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        metavar="FILE", help="Append there all that is said, also under --quiet; without the bar.", show_default=False
+    ),
+]
 
 
 def with_weights(overrides: list[str] | None, weights: Path | None) -> list[str]:
     return [*(overrides or []), *([f"classifier.weights={weights}"] if weights else [])]
 
 
-def check_json(path: Path | None) -> None:
-    """UsageError, before the work is done, when its figures could not be written there."""
+def check_file(option: str, path: Path | None) -> None:
+    """UsageError, before the work is done, when there is no folder for the file that an option asks for."""
     if path is not None and not path.absolute().parent.is_dir():
         raise UsageError(
-            f"--json {path}: there is no folder {path.absolute().parent}; make it, or choose another place"
+            f"{option} {path}: there is no folder {path.absolute().parent}; make it, or choose another place"
         )
 
 

@@ -9,6 +9,7 @@ from mae_scale.recipe import Recipe
 from mae_scale.tracking.console import Console, NullConsole
 from mae_scale.tracking.metrics_log import MetricsLog
 from mae_scale.tracking.mlflow_tracker import MlflowTracker
+from mae_scale.tracking.output import Output
 from mae_scale.tracking.uri import tracking_uri
 
 
@@ -25,6 +26,7 @@ class Tracking:
         total_steps: int,
         steps_per_epoch: int,
         tags: Mapping[str, Any],
+        output: Output | None = None,
     ):
         """start: the updates already done; total_steps: after this many this start ends."""
         self._log = None
@@ -32,7 +34,9 @@ class Tracking:
         self.console = NullConsole()
         if not speaks:
             return
-        self.console = Console(total_steps, steps_per_epoch=steps_per_epoch, first_step=start, label="step")
+        self.console = Console(
+            total_steps, steps_per_epoch=steps_per_epoch, first_step=start, label="step", output=output
+        )
         self._log = MetricsLog(out / "metrics.jsonl", start)
         uri = tracking_uri(recipe.tracking.uri, out)
         if uri is not None:

@@ -26,6 +26,7 @@ from mae_scale.recipe import Recipe, differing_keys, load_recipe
 from mae_scale.tracking.events import Events
 from mae_scale.tracking.figures import loss_curve_figure
 from mae_scale.tracking.metrics_log import read_metrics
+from mae_scale.tracking.output import Output
 from mae_scale.tracking.run import Tracking
 from mae_scale.tracking.uri import tracking_uri
 from mae_scale.training.assemble import scale_out
@@ -45,8 +46,10 @@ from mae_scale.training.loop import Evaluator, Run, resume, train
 class Job(ABC):
     """A recipe and its output folder; what a kind of training decides is in its subclass."""
 
-    def __init__(self, recipe: Recipe, out: Path):
+    def __init__(self, recipe: Recipe, out: Path, output: Output | None = None):
         self.recipe, self.out = recipe, out
+        self.output = output or Output()
+        self.events: Events | None = None  # once the run has begun
         self.notes: list[str] = []  # said by rank 0 when the run begins
 
     @abstractmethod
@@ -130,6 +133,15 @@ class Job(ABC):
 
         EXIT_DONE, or EXIT_STOPPED after SIGTERM or SIGUSR1 to any rank, when a checkpoint was written.
         """
+        try:
+            return self._run()
+        except BaseException as error:
+            if self.events is not None:
+                rows = read_metrics(self.out / "metrics.jsonl")
+                self.events.fail(rows[-1]["step"] if rows else 0, error)
+            raise
+
+    def _run(self) -> int:
         recipe, out = self.recipe, self.out
         ranks = ranks_from_environment()
         layout = batch_layout(recipe, ranks.world_size)
@@ -157,15 +169,17 @@ class Job(ABC):
                 saver(recipe, out),
                 Events(out / "events.jsonl"),
             )
+            self.events = run.events
             start = resume(run, engine)
             with Tracking(
                 recipe,
                 out,
                 speaks=ranks.is_first,
                 start=start,
-                total_steps=run.last_step,
+                total_steps=max(start, run.last_step),
                 steps_per_epoch=run.steps_per_epoch,
                 tags=tags(run),
+                output=self.output,
             ) as tracking:
                 tracking.console.message("\n".join([headline(run, engine, start), *self.notes]))
                 if ranks.is_first:
@@ -173,28 +187,35 @@ class Job(ABC):
                     tracking.artifact(out / "recipe.yaml")
                     tracking.artifact(out / "engine.json")
                 stopped = None
+                run.events.add("start", start, world_size=ranks.world_size, engine=engine.name)
                 if start < run.last_step:
-                    run.events.add("start", start, world_size=ranks.world_size, engine=engine.name)
                     loader = partial(self.image_loader, run, objective)
                     stopped = train(
                         run, engine, objective.tensors, loader, start, tracking, self.evaluator(run, engine)
                     )
+                last = f"stopped by {stopped}; the same command goes on from the last checkpoint"
+                if not stopped:
+                    how, last = self._end(run, start, tracking) if ranks.is_first else ("", "")
+                    run.events.add("end", max(start, run.last_step), reason=how)
                 tracking.artifact(run.events.path)
-                if stopped:
-                    tracking.console.message(f"stopped by {stopped}; the same command goes on from the last checkpoint")
-                elif ranks.is_first:
-                    tracking.console.message(self._end(run, tracking))
+                tracking.console.conclude(last)
             engine.close()
         return EXIT_STOPPED if stopped else EXIT_DONE
 
-    def _end(self, run: Run, tracking: Tracking) -> str:
-        """The loss curve; and when the schedule is done, what the kind of training leaves."""
+    def _end(self, run: Run, start: int, tracking: Tracking) -> tuple[str, str]:
+        """The loss curve, and when the schedule is done what the kind of training leaves; how it ended, and a line."""
         figures = run.out / "figures"
         loss_curve_figure(read_metrics(run.out / "metrics.jsonl"), figures / "loss_curve.png")
         tracking.artifact(figures / "loss_curve.png", "figures")
-        if run.last_step < run.total_steps:
-            return f"done: stopped early, checkpoints in {run.checkpoints}; figures in {figures}"
-        return f"done: {self.finish(run, tracking)}; figures in {figures}"
+        stop = run.recipe.schedule.stop_after_steps
+        if max(start, run.last_step) == run.total_steps:
+            return "done", f"done: {self.finish(run, tracking)}; figures in {figures}"
+        if start < run.last_step:
+            return "stopped early", f"done: stopped early, checkpoints in {run.checkpoints}; figures in {figures}"
+        return "nothing to do", (
+            f"nothing to do: step {start} is done already, and schedule.stop_after_steps={stop}; "
+            f"choose more of the {run.total_steps} steps, or null for all of them"
+        )
 
     def augmentation(self):
         """The recipe's."""
@@ -270,8 +291,8 @@ def headline(run: Run, engine, start: int) -> str:
     """Two lines on what this start will do."""
     layout, schedule = run.layout, run.recipe.schedule
     whence = f"going on from step {start}" if start else "from the beginning"
-    if start == run.last_step:
-        whence = f"all {start} steps are done"
+    if start >= run.last_step:
+        whence = f"all {start} steps are done" if start == run.total_steps else f"{start} steps are done"
     return (
         f"{run.index.summary()}; {run.steps_per_epoch} steps an epoch, {schedule.epochs} epochs, "
         f"{run.total_steps} steps; {whence}\n"
