@@ -222,7 +222,10 @@ def open_index(
         return index
     index = load_index(file, root)
     if not refresh:
-        _check_sample(index, file)
+        if not index.root.is_dir():
+            raise UsageError(f"the data folder {index.root} does not exist; give an image folder or tar shards")
+        if not most_are_there(index):
+            raise _other_data(index, file)
         check_shards(index)
         return index
     fresh = _scan(root, index, workers, progress, file)
@@ -358,10 +361,8 @@ def _scan_shards(
     return Index(listing.root, rows, classes, listing.shards, sizes)
 
 
-def _check_sample(index: Index, file: Path) -> None:
-    """Refuse an index when fewer than half of some images spread over it lie where it says."""
-    if not index.root.is_dir():
-        raise UsageError(f"the data folder {index.root} does not exist; give an image folder or tar shards")
+def most_are_there(index: Index) -> bool:
+    """Whether at least half of some images spread over an index lie where it says, with the size that it says."""
     images = np.unique(np.linspace(0, len(index) - 1, SAMPLED_NAMES).astype(int))
     found = 0
     for image in images:
@@ -370,8 +371,7 @@ def _check_sample(index: Index, file: Path) -> None:
         except OSError:
             continue
         found += int(index.kind == "shards" or size == index.num_bytes[image])
-    if 2 * found < len(images):
-        raise _other_data(index, file)
+    return 2 * found >= len(images)
 
 
 def _other_data(index: Index, file: Path | None) -> UsageError:

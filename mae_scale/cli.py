@@ -111,6 +111,7 @@ def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri) -> i
     """A training job as this rank, or with local ranks started here; the exit code."""
     from mae_scale.recipe import load_recipe
     from mae_scale.training.distributed import launched
+    from mae_scale.training.inputs import PREPARED
     from mae_scale.training.launcher import launch_local_ranks
 
     overrides = list(overrides or [])
@@ -123,9 +124,9 @@ def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri) -> i
     job.check(nproc)
     if nproc == 1:
         return job.run()
-    # Here, once and with a progress bar; the ranks then find the index fresh.
+    # Here, once and with a progress bar; the ranks then find everything checked, and the folder filled.
     job.prepare()
-    return launch_local_ranks(nproc, [command, recipe, *overrides, "--out", str(out)])
+    return launch_local_ranks(nproc, [command, recipe, *overrides, "--out", str(out)], environment={PREPARED: "1"})
 
 
 @app.command()
