@@ -207,26 +207,32 @@ def open_index(
     refresh: bool = True,
     workers: int | None = None,
     progress: Progress = True,
+    keep: bool = True,
 ) -> Index:
     """The index of `root`, from `path` (default: root/.mae_scale_index.npz), built and written when absent.
 
     With `refresh`, files that are new or changed (by size and modification time) are read again and files
     that are gone are dropped. A run that resumes uses `refresh=False`, so that its order stays what it was.
+    Without `keep` nothing is written.
     Raises UsageError when the index is of other data, a shard has shrunk, or `path` cannot be written.
     """
     root = Path(root)
     file = Path(path) if path else root / INDEX_NAME
     if not os.path.exists(file):
         index = build_index(root, workers=workers, progress=progress)
-        _write(index, file, given=path is not None)
+        if keep:
+            _write(index, file, given=path is not None)
         return index
     index = load_index(file, root)
     if not refresh:
-        _check_sample(index, file)
+        if not index.root.is_dir():
+            raise UsageError(f"the data folder {index.root} does not exist; give an image folder or tar shards")
+        if not most_are_there(index):
+            raise _other_data(index, file)
         check_shards(index)
         return index
     fresh = _scan(root, index, workers, progress, file)
-    if fresh.rows.read or fresh.digest() != index.digest() or fresh.unreadable != index.unreadable:
+    if keep and (fresh.rows.read or fresh.digest() != index.digest() or fresh.unreadable != index.unreadable):
         _write(fresh, file, given=path is not None)
     return fresh
 
@@ -358,10 +364,8 @@ def _scan_shards(
     return Index(listing.root, rows, classes, listing.shards, sizes)
 
 
-def _check_sample(index: Index, file: Path) -> None:
-    """Refuse an index when fewer than half of some images spread over it lie where it says."""
-    if not index.root.is_dir():
-        raise UsageError(f"the data folder {index.root} does not exist; give an image folder or tar shards")
+def most_are_there(index: Index) -> bool:
+    """Whether at least half of some images spread over an index lie where it says, with the size that it says."""
     images = np.unique(np.linspace(0, len(index) - 1, SAMPLED_NAMES).astype(int))
     found = 0
     for image in images:
@@ -370,8 +374,7 @@ def _check_sample(index: Index, file: Path) -> None:
         except OSError:
             continue
         found += int(index.kind == "shards" or size == index.num_bytes[image])
-    if 2 * found < len(images):
-        raise _other_data(index, file)
+    return 2 * found >= len(images)
 
 
 def _other_data(index: Index, file: Path | None) -> UsageError:

@@ -28,7 +28,7 @@ from mae_scale.cli_options import (
 )
 from mae_scale.cli_recipes import recipes_app
 from mae_scale.errors import EXIT_DONE, EXIT_FAILED, RunError, UsageError
-from mae_scale.tracking.output import Output
+from mae_scale.tracking.output import Output, is_first_rank
 from mae_scale.training import preemption
 
 app = typer.Typer(
@@ -137,6 +137,7 @@ def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri, dry_
     """A training job as this rank, or with local ranks started here; the exit code."""
     from mae_scale.recipe import load_recipe
     from mae_scale.training.distributed import launched
+    from mae_scale.training.inputs import PREPARED
     from mae_scale.training.launcher import launch_local_ranks
 
     check_file("--log-file", output.log_file)
@@ -148,14 +149,16 @@ def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri, dry_
         ranks = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) if launched() else nproc
         job.check(ranks)
         if dry_run:
-            from mae_scale.training.dry_run import dry_run as describe
-
-            return describe(job, ranks)
+            if is_first_rank():
+                lines = job.plan(ranks)
+                typer.echo("\n".join(lines[-1:] if output.quiet else lines))
+            return EXIT_DONE
         if launched() or nproc == 1:
             return job.run()
-        # Here, once and with a progress bar; the ranks then find the index fresh.
+        # Here, once and with a progress bar; the ranks then find everything checked, and the folder filled.
         job.prepare()
-        return launch_local_ranks(nproc, [command, recipe, *overrides, "--out", str(out), *output.arguments()])
+        words = [command, recipe, *overrides, "--out", str(out), *output.arguments()]
+        return launch_local_ranks(nproc, words, environment={PREPARED: "1"})
 
 
 @app.command()

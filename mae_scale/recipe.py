@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 from pydantic.fields import FieldInfo
 
 from mae_scale.errors import UsageError
 from mae_scale.files import write_atomically
+from mae_scale.passwords import without_password
 
 
 class Section(BaseModel):
@@ -153,6 +154,11 @@ class TrackingSection(Section):
     def _yaml_off(cls, value):
         return "off" if value is False else value
 
+    @field_serializer("uri")
+    def _stored(self, uri: str | None) -> str | None:
+        """Leave the password out of all that is written: recipe.yaml, checkpoints, MLflow."""
+        return uri and without_password(uri)
+
 
 class Recipe(Section):
     """A training run, whole."""
@@ -185,10 +191,15 @@ class Recipe(Section):
         write_atomically(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False).encode())
 
 
-# What may differ between one start of a run and the next, for it does not change what is computed.
+# What may differ between one start of a run and the next, for it does not change what is computed. Paths are among it:
+# images are known by their index's digest and starting weights by their own (training.inputs, training.finetune).
 FREE_SECTIONS = ("engine.", "checkpoint.", "tracking.")
 FREE_KEYS = {
     "schedule.stop_after_steps",
+    "data.root",
+    "data.val_root",
+    "data.index",
+    "classifier.weights",
     "data.threads",
     "data.device",
     "data.cache",

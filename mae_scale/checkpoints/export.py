@@ -92,14 +92,27 @@ def read_frozen(path: Path, manifest: dict) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def starting_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights that --weights names: a file in any layout, a checkpoint, or a run's folder (its newest whole one).
+def starting_point(path: Path) -> Path:
+    """What --weights names: a file, a checkpoint, or of a run's folder its newest whole one.
 
     Raises UsageError when there is nothing usable at that place, RunError when a checkpoint is damaged.
     """
-    if not path.is_dir():
-        return read_weights(path)
-    model, _ = checkpoint_model(find_checkpoint(path))
+    return find_checkpoint(path) if path.is_dir() else path
+
+
+def starting_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights that --weights names; raises as `starting_point` and `weights_of` do."""
+    return weights_of(starting_point(path))
+
+
+def weights_of(source: Path) -> dict[str, torch.Tensor]:
+    """The weights of a file in any layout, or of a checkpoint.
+
+    Raises UsageError when a file is missing, damaged, or holds anything but weights.
+    """
+    if not source.is_dir():
+        return read_weights(source)
+    model, _ = checkpoint_model(source)
     # Our own names of an autoencoder have no positions, and those of another grid are to be resampled.
     return dict(model.state_dict()) if isinstance(model, Classifier) else to_official(model, decoder=False)
 

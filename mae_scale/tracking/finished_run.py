@@ -5,8 +5,8 @@ import logging
 import os
 from pathlib import Path
 
+from mae_scale.passwords import redacted
 from mae_scale.tracking.mlflow_tracker import ENVIRONMENT, QUIETED, reason
-from mae_scale.tracking.uri import redacted
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,9 @@ from typing import Any
 
 from mae_scale.errors import UsageError
 from mae_scale.files import write_json
+from mae_scale.passwords import redacted, without_password
 from mae_scale.tracking.metrics_log import parse_rows, read_metrics
-from mae_scale.tracking.uri import artifact_location, new_sqlite_file, redacted
+from mae_scale.tracking.uri import artifact_location, new_sqlite_file
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class MlflowTracker:
         self._started_at = time.time()
         self._state_lock = threading.Lock()
         self._state = self._read_state()
-        self._state.update(uri=redacted(uri), experiment=experiment)
+        self._state.update(uri=without_password(uri), experiment=experiment)
         self._save_state()
 
         self._client = None

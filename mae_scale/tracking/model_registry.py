@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from mae_scale.files import write_json
 from mae_scale.models.classifier import Classifier
+from mae_scale.passwords import redacted, without_password
 from mae_scale.tracking.figures import MEAN, STD
 from mae_scale.tracking.mlflow_tracker import ENVIRONMENT, MlflowTracker, reason
-from mae_scale.tracking.uri import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def keep_classifier(
     refuses, costs a warning and at most about half a minute, and the time of an upload.
     """
     note = out / "export" / KEPT
-    where = {"uri": redacted(tracker.uri), "run_id": tracker.run_id}
+    where = {"uri": without_password(tracker.uri), "run_id": tracker.run_id}
     kept = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
     if where.items() <= kept.items() and registered_name in (None, kept["registered_name"]):
         return

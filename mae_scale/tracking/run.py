@@ -25,10 +25,14 @@ class Tracking:
         start: int,
         total_steps: int,
         steps_per_epoch: int,
+        used: Mapping[str, Any],
         tags: Mapping[str, Any],
         output: Output | None = None,
     ):
-        """start: the updates already done; total_steps: after this many this start ends."""
+        """start: the updates already done; total_steps: after this many this start ends.
+
+        used: what of the recipe's keys this start has decided itself, by key.
+        """
         self._log = None
         self.mlflow: MlflowTracker | None = None  # rank 0's, unless tracking is off
         self.console = NullConsole()
@@ -45,7 +49,7 @@ class Tracking:
                 uri=uri,
                 experiment=recipe.tracking.experiment,
                 run_name=recipe.tracking.run_name,
-                params=recipe.flat(),
+                params=recipe.flat() | dict(used),
                 tags=tags,
             )
 

@@ -1,15 +1,17 @@
 """Which MLflow store a run is tracked in, and where that store keeps files. Imports nothing of MLflow."""
 
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from mae_scale.errors import UsageError
+from mae_scale.passwords import redacted, without_password
 
+VARIABLE, OVERRIDE = "MLFLOW_TRACKING_URI", "tracking.uri"
 OFF = ("none", "off")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 SCHEMES = ("http", "https", "databricks", "databricks-uc", "uc", *DATABASES)
@@ -18,9 +20,13 @@ SCHEMES = ("http", "https", "databricks", "databricks-uc", "uc", *DATABASES)
 def tracking_uri(value: str | None, out_dir: Path) -> str | None:
     """Where the run is tracked: `value`, else MLFLOW_TRACKING_URI, else SQLite in the folder above `out_dir`.
 
-    None when tracking is off ("none" or "off"). Raises UsageError for a URI that MLflow cannot track to.
+    A `value` without a password takes that of MLFLOW_TRACKING_URI where both name the same store: a run's files hold no
+    password. None when tracking is off ("none" or "off"). Raises UsageError for a URI that MLflow cannot track to.
     """
-    uri = (value or os.environ.get("MLFLOW_TRACKING_URI") or "").strip()
+    known = os.environ.get(VARIABLE, "").strip()
+    uri = (value or known).strip()
+    if uri == without_password(known):
+        uri = known
     if uri.lower() in OFF:
         return None
     if not uri:
@@ -39,12 +45,24 @@ def tracking_uri(value: str | None, out_dir: Path) -> str | None:
             f"tracking URI {redacted(uri)!r} has the unknown scheme {scheme!r}; "
             "give http://host:port, sqlite:////path/mlflow.db or off"
         )
+    if scheme in ("http", "https") and not _is_web_address(uri):
+        raise UsageError(
+            "the tracking URI is no address that can be read; expected http://host:port or http://user:password@host, "
+            "with the password's / @ : # ? as %2F %40 %3A %23 %3F"
+        )
     return uri
 
 
-def redacted(text: str) -> str:
-    """`text` without the passwords of its URIs."""
-    return re.sub(r"(://[^:/@\s]*):[^@/\s]+@", r"\1:***@", text)
+def hide_password(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Return a command's arguments without the password in tracking.uri, and the environment that has it instead."""
+    shown, environment = [], {}
+    for argument in arguments:
+        key, _, uri = argument.partition("=")
+        if key == OVERRIDE and uri != without_password(uri):
+            environment[VARIABLE] = uri
+            argument = f"{key}={without_password(uri)}"
+        shown.append(argument)
+    return shown, environment
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -87,6 +105,15 @@ def new_sqlite_file(uri: str, fill: Callable[[str], object]) -> None:
             beside.rename(path)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def _is_web_address(uri: str) -> bool:
+    """Whether a URI's parts are where its author has meant them: a raw / or # in a password ends the host."""
+    try:
+        address = urlsplit(uri)
+        return bool(address.hostname) and address.port != 0 and "@" not in address.path + address.fragment
+    except ValueError:
+        return False
 
 
 def _scheme(uri: str) -> str:

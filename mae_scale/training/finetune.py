@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from data_pipeline.augmentations import augmentation
-from data_pipeline.index import Index, load_index, open_index
-from mae_scale.checkpoints.export import FROZEN, checkpoint_model, export_weights, starting_weights
+from data_pipeline.index import Index, load_index
+from mae_scale.checkpoints.export import FROZEN, checkpoint_model, export_weights, starting_point, weights_of
 from mae_scale.checkpoints.shards import digest_of
 from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.errors import RunError, UsageError
@@ -21,6 +21,7 @@ from mae_scale.files import write_atomically, write_json
 from mae_scale.models.attention import last_attention
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.classifier_weights import load_classifier
+from mae_scale.models.weights import LoadReport
 from mae_scale.objectives.classify import Classify
 from mae_scale.planning.flops import vit_forward_macs
 from mae_scale.tracking.figures import pictures_of
@@ -30,18 +31,20 @@ from mae_scale.tracking.transfer_figures import attention_figure, per_class_figu
 from mae_scale.training.assemble import build_classifier_of
 from mae_scale.training.distributed import first_then_others
 from mae_scale.training.ds_config import BatchLayout
+from mae_scale.training.inputs import VALIDATION, has_checkpoint, refuse_other_weights, started_from
 from mae_scale.training.job import Job
 from mae_scale.training.loop import Run
 from mae_scale.training.optimizers import parameter_groups
 from mae_scale.training.pretrain import some_images
 
 EVALUATION = "evaluation.json"
-VALIDATION_INDEX = "val_index.npz"
 FIGURE_IMAGES = 8
 
 
 class Finetuning(Job):
     """A classifier is trained on labels, all of it or a part."""
+
+    _source: Path | None = None  # the file or the checkpoint that this start has taken its weights from
 
     def refuse(self, layout: BatchLayout) -> None:
         section = self.recipe.classifier
@@ -49,12 +52,13 @@ class Finetuning(Job):
             raise UsageError("the recipe has no section classifier: it pre-trains; use `mae-scale pretrain` for it")
         with torch.device("meta"):
             build_classifier_of(self.recipe, 2)
-        if section.weights is None and not section.from_scratch:
+        begun = has_checkpoint(self.out)  # then the weights that it started from are not needed
+        if section.weights is None and not section.from_scratch and not begun:
             raise UsageError(
                 "no weights to start from; add --weights PATH (a run's folder, a checkpoint or a file of weights), "
                 "or classifier.from_scratch=true"
             )
-        if section.weights is not None and not section.weights.exists():
+        if section.weights is not None and not section.weights.exists() and not begun:
             raise UsageError(
                 f"classifier.weights={section.weights} (--weights) does not exist; give a folder or a file of weights"
             )
@@ -80,21 +84,22 @@ class Finetuning(Job):
         labels = self.recipe.data.labels_a_class
         return index if labels is None else index.few(labels, seed=self.recipe.seed)
 
-    def prepare(self) -> None:
-        super().prepare()
-        root = self.recipe.data.val_root
-        if root is None:
+    def check_fit(self, images: Index, validation: Index | None) -> None:
+        if validation is not None:
+            folder_set(validation, num_classes=len(images.classes), class_names=images.classes)
+        path = self.recipe.classifier.weights
+        if path is None:
             return
-        index = load_index(self.out / "index.npz", self.recipe.data.root)
-        kept = self.out / VALIDATION_INDEX
-        validation = load_index(kept, root) if kept.exists() else open_index(root)
-        folder_set(validation, num_classes=len(index.classes), class_names=index.classes)  # refuses what does not fit
-        if not kept.exists():
-            validation.save(kept)
+        if has_checkpoint(self.out):
+            refuse_other_weights(path, self.out)
+            return
+        with torch.device("meta"):
+            model = build_classifier_of(self.recipe, len(images.classes))
+        self._load_weights(model, starting_point(path))
 
     def objective(self, index: Index) -> Classify:
         model = build_classifier_of(self.recipe, len(index.classes))
-        begun = bool(list_checkpoints(self.out / "checkpoints"))
+        begun = has_checkpoint(self.out)
         if self.recipe.classifier.weights is not None and not begun:
             first_then_others(lambda: self._start_from(model))
         if self.recipe.classifier.trained_blocks is not None:
@@ -111,7 +116,13 @@ class Finetuning(Job):
 
     def facts(self, index: Index) -> dict:
         frozen = self.out / FROZEN
-        return {"classes": index.classes, "frozen": digest_of(frozen) if frozen.exists() else None}
+        # Only what rank 0 says of the weights is written down, and to read them all takes long.
+        first = torch.distributed.get_rank() == 0
+        return {
+            "classes": index.classes,
+            "frozen": digest_of(frozen) if frozen.exists() else None,
+            "started_from": started_from(self.out, self._source) if first else None,
+        }
 
     def training_flops(self) -> int:
         """Of one image; a frozen part has no backward pass (He et al., partial fine-tuning)."""
@@ -128,7 +139,7 @@ class Finetuning(Job):
     def evaluator(self, run: Run, engine) -> "Validation | None":
         if run.recipe.data.val_root is None:
             return None
-        validation = load_index(run.out / VALIDATION_INDEX, run.recipe.data.val_root)
+        validation = load_index(run.out / VALIDATION, run.recipe.data.val_root)
         classes = run.index.classes
         return Validation(run, engine, folder_set(validation, num_classes=len(classes), class_names=classes))
 
@@ -167,15 +178,21 @@ class Finetuning(Job):
             ]
         return said
 
+    def _load_weights(self, model: Classifier, source: Path) -> LoadReport:
+        """Load a file's or a checkpoint's weights; UsageError when they do not fit."""
+        loaded = load_classifier(model, weights_of(source))
+        if "pos_embed" in loaded.not_set:
+            raise UsageError(
+                f"{source} has no positions, so the image size that it was trained at is not known; "
+                "write it anew with `mae-scale export --format official`"
+            )
+        return loaded
+
     def _start_from(self, model: Classifier) -> None:
         """Load the recipe's weights, and note what of them was used."""
         path = self.recipe.classifier.weights
-        loaded = load_classifier(model, starting_weights(path))
-        if "pos_embed" in loaded.not_set:
-            raise UsageError(
-                f"{path} has no positions, so the image size that it was trained at is not known; "
-                "write it anew with `mae-scale export --format official`"
-            )
+        self._source = starting_point(path)
+        loaded = self._load_weights(model, self._source)
         fresh = f"; fresh: {_places(loaded.not_set)}" if loaded.not_set else ""
         unused = f"; unused: {_places(loaded.unused)}" if loaded.unused else ""
         self.notes.append(f"{len(loaded.loaded)} tensors from {path}{fresh}{unused}")
@@ -187,6 +204,12 @@ class Finetuning(Job):
         if file.exists() and (begun or torch.distributed.get_rank() > 0):
             return
         if begun:  # lost: what is read anew must have the digest that the checkpoints know
+            weights = self.recipe.classifier.weights
+            if weights is None or not weights.exists():
+                raise UsageError(
+                    f"{file}, the weights that the run does not train, is lost; restore it, or add --weights PATH with "
+                    "the weights that the run was begun with: it is written again from them"
+                )
             self._start_from(model)
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         write_atomically(file, save({name: t for name, t in model.state_dict().items() if name in frozen}))
@@ -230,7 +253,7 @@ class Validation:
 def shown_images(run: Run, count: int) -> torch.Tensor:
     """Some validation images (training images without data.val_root) [N, 3, S, S], cut as in evaluation."""
     root = run.recipe.data.val_root
-    index = run.index if root is None else load_index(run.out / VALIDATION_INDEX, root)
+    index = run.index if root is None else load_index(run.out / VALIDATION, root)
     return some_images(index, count, run.recipe, augmentation("evaluation"))
 
 

@@ -1,11 +1,7 @@
 """One training job: recipe -> images -> objective, engine -> loop -> what it leaves. Kinds of it fill in the gaps."""
 
-import os
-import platform
-import subprocess
 from abc import ABC, abstractmethod
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -15,7 +11,6 @@ from data_pipeline.augmentations import augmentation
 from data_pipeline.cache import ImageCache
 from data_pipeline.index import Index, load_index, open_index
 from data_pipeline.loader import ImageLoader
-from data_pipeline.order import steps_per_epoch
 from data_pipeline.pipelines import decoding_device
 from mae_scale.checkpoints.saver import Saver
 from mae_scale.checkpoints.store import Retention
@@ -29,6 +24,7 @@ from mae_scale.tracking.metrics_log import read_metrics
 from mae_scale.tracking.output import Output
 from mae_scale.tracking.run import Tracking
 from mae_scale.tracking.uri import tracking_uri
+from mae_scale.training.announcement import headline, nothing_to_do, plan
 from mae_scale.training.assemble import scale_out
 from mae_scale.training.control import Control
 from mae_scale.training.distributed import process_group, ranks_from_environment
@@ -40,7 +36,19 @@ from mae_scale.training.ds_config import (
     refuse_wrong_combinations,
     zero_stage_of,
 )
+from mae_scale.training.inputs import (
+    IMAGES,
+    RECIPE,
+    VALIDATION,
+    RunImages,
+    has_step,
+    is_prepared,
+    remove_leftovers,
+    run_images,
+)
 from mae_scale.training.loop import Evaluator, Run, resume, train
+from mae_scale.training.provenance import settings_used, start_tags, versions
+from mae_scale.training.schedules import steps_of
 
 
 class Job(ABC):
@@ -59,6 +67,10 @@ class Job(ABC):
     @abstractmethod
     def objective(self, index: Index) -> nn.Module:
         """What is trained, on the host, its weights those of the start; the same on every rank."""
+
+    @abstractmethod
+    def check_fit(self, images: Index, validation: Index | None) -> None:
+        """Raise UsageError when validation images or starting weights do not fit the training images and the recipe."""
 
     @abstractmethod
     def training_flops(self) -> int:
@@ -100,33 +112,62 @@ class Job(ABC):
         self.augmentation()
         if out.exists() and not out.is_dir():
             raise UsageError(f"--out {out} is a file, expected a folder (or a name for a new one)")
-        if (out / "recipe.yaml").exists():
-            different = differing_keys(load_recipe(str(out / "recipe.yaml")), recipe)
+        if (out / RECIPE).exists() and has_step(out):
+            different = differing_keys(load_recipe(str(out / RECIPE)), recipe)
             if different:
                 raise UsageError(
                     f"--out {out} holds a run of another recipe ({'; '.join(different)}); "
                     f"start it with its own recipe, or choose another --out"
                 )
 
-    def prepare(self) -> None:
-        """Once a start, before the ranks meet: the output folder, with the recipe and the index of the run's images.
+    def check_inputs(self, *, keep: bool = True) -> dict[str, RunImages]:
+        """Read what the run starts from and raise UsageError when it does not fit; nothing is written into --out.
 
-        The index stays what it was at the run's first start, so that a resumed run goes on in the same order; what
-        has turned bad since is replaced and counted by the loader.
+        keep: write the folders' indexes beside them, or into data.index. Returns the images by the names that their
+        indexes have in --out. Takes a scan of the folders at a first start, and where they lie elsewhere than at the
+        last one. The images stay those of the first start, in the same order; what has turned bad since is replaced and
+        counted by the loader.
         """
-        recipe, kept = self.recipe, self.out / "index.npz"
+        data, how = self.recipe.data, {"keep": keep, "progress": not self.output.quiet}
+        found = {}
+        found[IMAGES] = run_images(
+            *(self.out, IMAGES, "data.root", data.root),
+            lambda: self.choose_images(open_index(data.root, data.index, **how)),
+            part=data.labels_a_class is not None,
+        )
+        steps_of(self.recipe, len(found[IMAGES].index))  # refuses a batch larger than the data
+        if data.val_root is not None:
+            found[VALIDATION] = run_images(
+                *(self.out, VALIDATION, "data.val_root", data.val_root),
+                lambda: open_index(data.val_root, **how),
+                part=False,
+            )
+        self.check_fit(found[IMAGES].index, found[VALIDATION].index if VALIDATION in found else None)
+        return found
+
+    def prepare(self) -> None:
+        """Once a start, before the ranks meet: check everything, then write what the ranks read into --out."""
+        inputs = self.check_inputs()
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            if kept.exists():
-                index = load_index(kept, recipe.data.root)
-            else:
-                index = self.choose_images(open_index(recipe.data.root, recipe.data.index))
-            steps_per_epoch(len(index), recipe.data.global_batch)  # refuses a batch larger than the data
-            if not kept.exists():
-                index.save(kept)
-            recipe.save(self.out / "recipe.yaml")
+            if not has_step(self.out):
+                remove_leftovers(self.out, self.recipe)
+            for name, images in inputs.items():
+                if not images.is_kept:
+                    images.index.save(self.out / name)
+            self.recipe.save(self.out / RECIPE)
         except OSError as error:
             raise UsageError(f"--out {self.out} cannot be written to: {error.strerror}") from None
+
+    def plan(self, world_size: int) -> list[str]:
+        """Check everything and return what a start on so many ranks would do; nothing is written."""
+        index = self.check_inputs(keep=False)[IMAGES].index
+        layout, device = (
+            batch_layout(self.recipe, world_size),
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+        used = settings_used(self.recipe, layout, device)
+        return plan(self.recipe, self.out, index, layout, steps_of(self.recipe, len(index)), used, device)
 
     def run(self) -> int:
         """Run as this process's rank, from where the output folder stands to the end; the exit code.
@@ -145,11 +186,11 @@ class Job(ABC):
         recipe, out = self.recipe, self.out
         ranks = ranks_from_environment()
         layout = batch_layout(recipe, ranks.world_size)
-        if ranks.is_first:
+        if ranks.is_first and not is_prepared(out, recipe):
             self.prepare()
         timeout_s = recipe.engine.collective_timeout_s
         with process_group(ranks, timeout_s) as device, Control(ranks, timeout_s) as control:
-            index = load_index(out / "index.npz", recipe.data.root)
+            index = load_index(out / IMAGES, recipe.data.root)
             torch.manual_seed(recipe.seed)
             objective = self.objective(index)
             self.notes += self.describe(objective)
@@ -171,6 +212,8 @@ class Job(ABC):
             )
             self.events = run.events
             start = resume(run, engine)
+            used = settings_used(recipe, layout, device)
+            said = headline(recipe, index, layout, run.steps, used, device, start)
             with Tracking(
                 recipe,
                 out,
@@ -178,13 +221,14 @@ class Job(ABC):
                 start=start,
                 total_steps=max(start, run.last_step),
                 steps_per_epoch=run.steps_per_epoch,
-                tags=tags(run),
+                used=used,
+                tags=start_tags(run.facts, device, len(index.bad)),
                 output=self.output,
             ) as tracking:
-                tracking.console.message("\n".join([headline(run, engine, start), *self.notes]))
+                tracking.console.message("\n".join([said, *self.notes]))
                 if ranks.is_first:
-                    write_json(out / "engine.json", engine.config)
-                    tracking.artifact(out / "recipe.yaml")
+                    write_json(out / "engine.json", {"used": used, **engine.config})
+                    tracking.artifact(out / RECIPE)
                     tracking.artifact(out / "engine.json")
                 stopped = None
                 run.events.add("start", start, world_size=ranks.world_size, engine=engine.name)
@@ -207,15 +251,11 @@ class Job(ABC):
         figures = run.out / "figures"
         loss_curve_figure(read_metrics(run.out / "metrics.jsonl"), figures / "loss_curve.png")
         tracking.artifact(figures / "loss_curve.png", "figures")
-        stop = run.recipe.schedule.stop_after_steps
         if max(start, run.last_step) == run.total_steps:
             return "done", f"done: {self.finish(run, tracking)}; figures in {figures}"
         if start < run.last_step:
             return "stopped early", f"done: stopped early, checkpoints in {run.checkpoints}; figures in {figures}"
-        return "nothing to do", (
-            f"nothing to do: step {start} is done already, and schedule.stop_after_steps={stop}; "
-            f"choose more of the {run.total_steps} steps, or null for all of them"
-        )
+        return "nothing to do", nothing_to_do(run.recipe, run.steps, start)
 
     def augmentation(self):
         """The recipe's."""
@@ -265,52 +305,5 @@ def facts(recipe: Recipe, engine, index: Index, world_size: int) -> dict:
         "recipe": recipe.model_dump(mode="json"),
         "recipe_digest": recipe.digest(),
         "index": index.digest(),
-        "versions": {name: _version(name) for name in ("mae-scale", "torch", "deepspeed", "fairscale")},
+        "versions": versions(),
     }
-
-
-def tags(run: Run) -> dict[str, str | int | None]:
-    """MLflow tags of this start."""
-    environment = os.environ
-    return {
-        "git_commit": _git_commit(),
-        "host": platform.node(),
-        "world_size": run.ranks.world_size,
-        "engine": run.facts["engine"],
-        "zero_stage": run.facts["engine"].rpartition(" ")[2] if "ZeRO" in run.facts["engine"] else None,
-        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu",
-        "slurm_job_id": environment.get("SLURM_JOB_ID"),
-        "slurm_array_job_id": environment.get("SLURM_ARRAY_JOB_ID"),
-        "slurm_restart_count": environment.get("SLURM_RESTART_COUNT"),
-        "slurm_nodes": environment.get("SLURM_JOB_NUM_NODES"),
-        "unreadable_images": len(run.index.bad),
-    }
-
-
-def headline(run: Run, engine, start: int) -> str:
-    """Two lines on what this start will do."""
-    layout, schedule = run.layout, run.recipe.schedule
-    whence = f"going on from step {start}" if start else "from the beginning"
-    if start >= run.last_step:
-        whence = f"all {start} steps are done" if start == run.total_steps else f"{start} steps are done"
-    return (
-        f"{run.index.summary()}; {run.steps_per_epoch} steps an epoch, {schedule.epochs} epochs, "
-        f"{run.total_steps} steps; {whence}\n"
-        f"{engine.name}, {layout.world_size} rank(s) on {run.device.type} x {layout.micro_batch} images "
-        f"x {layout.accumulation} = global batch {layout.global_batch}; peak lr {run.recipe.lr:.3g}"
-    )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """The commit of the code that runs, where it runs from a repository."""
-    done = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
-    )
-    return done.stdout.strip() or None if done.returncode == 0 else None

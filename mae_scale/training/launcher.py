@@ -10,8 +10,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 
 from mae_scale.errors import EXIT_DONE, EXIT_STOPPED, RunError
+from mae_scale.tracking.uri import hide_password
 from mae_scale.training.preemption import LAUNCHER_VARIABLE, SIGNALS, requested
 
 GRACE_S = 15.0
@@ -19,12 +21,17 @@ GRACE_S = 15.0
 POLL_S = 0.1
 
 
-def launch_local_ranks(nproc: int, arguments: list[str], program: tuple[str, ...] = ("-m", "mae_scale")) -> int:
+def launch_local_ranks(
+    nproc: int,
+    arguments: list[str],
+    program: tuple[str, ...] = ("-m", "mae_scale"),
+    environment: Mapping[str, str] | None = None,
+) -> int:
     """Run `python PROGRAM ARGUMENTS` as nproc ranks, which must call preemption.listen() first; their exit code.
 
     0: all ended with 0. 75: the others with 75. Else the code of the first that failed. SIGTERM and SIGUSR1 go to
     every rank, which has all the time it needs to save; noted before (preemption), none is started: 75. Ctrl-C kills
-    the ranks. Main thread only.
+    the ranks. Main thread only. A password in tracking.uri reaches them by the environment: `ps` does not show it.
 
     Raises RunError when a rank was killed by a signal, KeyboardInterrupt after Ctrl-C.
     """
@@ -38,7 +45,9 @@ def launch_local_ranks(nproc: int, arguments: list[str], program: tuple[str, ...
         try:
             if requested():
                 return EXIT_STOPPED
-            _start(ranks, nproc, [sys.executable, *program, *arguments], held.getsockname()[1])
+            arguments, secret = hide_password(arguments)
+            command = [sys.executable, *program, *arguments]
+            _start(ranks, nproc, command, held.getsockname()[1], {**(environment or {}), **secret})
             return _outcome(*_wait(ranks, received))
         finally:
             for process in ranks:
@@ -49,7 +58,7 @@ def launch_local_ranks(nproc: int, arguments: list[str], program: tuple[str, ...
                 signal.signal(signum, handler)
 
 
-def _start(ranks: list[subprocess.Popen], nproc: int, command: list[str], port: int) -> None:
+def _start(ranks: list[subprocess.Popen], nproc: int, command: list[str], port: int, more: dict[str, str]) -> None:
     """Start nproc processes, each appended to `ranks` at once."""
     common = {
         "WORLD_SIZE": str(nproc),
@@ -68,7 +77,7 @@ def _start(ranks: list[subprocess.Popen], nproc: int, command: list[str], port: 
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, signal.SIGINT})
     try:
         for rank in range(nproc):
-            environment = {**defaults, **os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment = {**defaults, **os.environ, **more, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             ranks.append(subprocess.Popen(command, env=environment))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -36,6 +36,9 @@ class Pretraining(Job):
         with torch.device("meta"):
             build_model(self.recipe)
 
+    def check_fit(self, images: Index, validation: Index | None) -> None:
+        """Accept any images: those of data.val_root are reconstructed for pictures only."""
+
     def objective(self, index: Index) -> Reconstruct:
         objective = Reconstruct(build_model(self.recipe), seed=self.recipe.seed)
         if self.recipe.model.target == "pca":

@@ -3,7 +3,8 @@
 import pytest
 
 from mae_scale.errors import UsageError
-from mae_scale.tracking.uri import artifact_location, new_sqlite_file, redacted, tracking_uri
+from mae_scale.passwords import redacted, without_password
+from mae_scale.tracking.uri import artifact_location, hide_password, new_sqlite_file, tracking_uri
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +38,61 @@ def test_files_of_a_bare_database_are_beside_it_and_a_server_decides_itself(tmp_
     assert artifact_location("http://tracking:5000", tmp_path) is None
 
 
-def test_passwords_are_not_shown():
-    assert redacted("to postgresql://me:secret@host/db now") == "to postgresql://me:***@host/db now"
-    assert redacted("http://host:5000/path") == "http://host:5000/path"
+HOLDING_A_PASSWORD = {  # shown, stored
+    "http://me:secret@host:5000/path": ("http://me:***@host:5000/path", "http://me@host:5000/path"),
+    "https://me:sec@ret@host": ("https://me:***@host", "https://me@host"),
+    "postgresql://me:sec/ret@host/db": ("postgresql://me:***@host/db", "postgresql://me@host/db"),
+    "mysql+pymysql://me@corp:secret@host/db": (
+        "mysql+pymysql://me@corp:***@host/db",
+        "mysql+pymysql://me@corp@host/db",
+    ),
+    "postgresql://h/db?user=me&password=secret": (
+        "postgresql://h/db?user=me&password=***",
+        "postgresql://h/db?user=me",
+    ),
+    "postgresql://h/db?password=secret&user=me": (
+        "postgresql://h/db?password=***&user=me",
+        "postgresql://h/db?user=me",
+    ),
+    "postgresql://h/db?password=secret": ("postgresql://h/db?password=***", "postgresql://h/db"),
+}
+WITHOUT = ["http://host:5000/path", "http://me@host", "sqlite:////a:b@c/mlflow.db", "postgresql://h/db?sslmode=require"]
+
+
+@pytest.mark.parametrize("uri", HOLDING_A_PASSWORD)
+def test_passwords_are_neither_shown_nor_stored(uri):
+    shown, stored = HOLDING_A_PASSWORD[uri]
+    assert (redacted(f"to {uri} now"), without_password(uri)) == (f"to {shown} now", stored)
+    assert without_password(stored) == stored
+
+
+@pytest.mark.parametrize("uri", WITHOUT)
+def test_a_uri_without_a_password_stays_as_it_is(uri):
+    assert redacted(uri) == without_password(uri) == uri
+
+
+def test_a_stored_uri_takes_the_password_of_the_environment_where_both_name_one_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@host/db")
+    assert tracking_uri("postgresql://me@host/db", tmp_path) == "postgresql://me:secret@host/db"
+    assert tracking_uri("postgresql://me@other/db", tmp_path) == "postgresql://me@other/db"
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://me:se/cret@host", "http://me:12/cret@host", "http://me:se#cret@host", "http://"]
+)
+def test_an_address_that_a_password_has_cut_short_is_refused_without_showing_it(tmp_path, uri):
+    with pytest.raises(UsageError, match="%2F") as error:
+        tracking_uri(uri, tmp_path)
+    assert "cret" not in str(error.value)
+
+
+def test_ranks_get_a_password_by_the_environment():
+    words = ["pretrain", "demo", "tracking.uri=http://me:secret@host", "seed=1"]
+    assert hide_password(words) == (
+        ["pretrain", "demo", "tracking.uri=http://me@host", "seed=1"],
+        {"MLFLOW_TRACKING_URI": "http://me:secret@host"},
+    )
+    assert hide_password(["tracking.uri=http://host", "seed=1"]) == (["tracking.uri=http://host", "seed=1"], {})
 
 
 def test_database_whose_making_fails_halfway_is_not_there(tmp_path):

@@ -1,0 +1,132 @@
+"""What a run starts from, wherever it lies: its images are known by their index, and paths may differ between starts.
+
+A run keeps the indexes of its first start. Until it has made a step, nothing counts on them or on its recipe, and all
+that an earlier start has left is replaced.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.index import Index, load_index, most_are_there
+from data_pipeline.same_images import differing_images
+from mae_scale.checkpoints.export import FROZEN
+from mae_scale.checkpoints.shards import digest_of
+from mae_scale.checkpoints.store import Damaged, damaged_folders, list_checkpoints, read_manifest
+from mae_scale.errors import UsageError
+from mae_scale.recipe import Recipe, load_recipe
+from mae_scale.tracking.metrics_log import read_metrics
+
+RECIPE, IMAGES, VALIDATION = "recipe.yaml", "index.npz", "val_index.npz"
+PREPARED = "MAE_SCALE_PREPARED"
+"""Variable of local ranks whose launcher has checked the inputs and prepared the output folder."""
+
+
+@dataclass(frozen=True)
+class RunImages:
+    """The images of a run where they lie now, and whether the run's folder has their index as it is."""
+
+    index: Index
+    is_kept: bool
+
+
+def run_images(
+    out: Path, name: str, key: str, root: Path, open_folder: Callable[[], Index], *, part: bool
+) -> RunImages:
+    """Return the images at `root`: those of the index `name` in `out` once the run has a step, else what is found.
+
+    key: the recipe's, for errors; open_folder: indexes `root`; part: the run takes a part of the folder's images.
+    Raises UsageError when the folder is not there, or holds other images than the run has.
+    """
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise UsageError(f"{key}={root} {what}; give the folder of the images, wherever it lies now")
+    kept = out / name
+    if not (has_step(out) and kept.exists()):
+        return RunImages(_at(root, open_folder()), is_kept=False)
+    known = load_index(kept)
+    index = _at(root, known)
+    others = f"give the folder that the run in {out} was begun with, or a copy of it, or choose another --out"
+    if index.root == known.root:
+        if most_are_there(index):
+            return RunImages(index, is_kept=True)
+        raise UsageError(
+            f"{key}={root} no longer holds the images of this run: of its {len(index):,}, such as {index.name(0)}, "
+            f"most are gone or of another size; {others}"
+        )
+    different = differing_images(index, open_folder(), part=part)
+    if different:
+        raise UsageError(
+            f"{key}={root} holds other images than this run has: {len(different):,} differ from its {len(index):,}, "
+            f"such as {different[0]}; {others}"
+        )
+    return RunImages(index, is_kept=False)
+
+
+def has_checkpoint(out: Path) -> bool:
+    """Whether the run goes on from a checkpoint, or cannot because all are damaged."""
+    return bool(list_checkpoints(out / "checkpoints") or damaged_folders(out / "checkpoints"))
+
+
+def has_step(out: Path) -> bool:
+    """Whether the run in a folder has got anywhere; if not, the folder takes another recipe."""
+    return has_checkpoint(out) or bool(read_metrics(out / "metrics.jsonl"))
+
+
+def started_from(out: Path, source: Path | None) -> dict | None:
+    """Return what a checkpoint's manifest says of the starting weights: their place and digest; None when not known.
+
+    source: the file or checkpoint that this start has read; None where it goes on from a checkpoint of its own.
+    """
+    if source is None or has_checkpoint(out):
+        return _recorded(out)
+    if source.is_dir():
+        return {"path": str(source), "manifest_sha256": read_manifest(source)["manifest_sha256"]}
+    return {"path": str(source), "sha256": digest_of(source)}
+
+
+def refuse_other_weights(path: Path, out: Path) -> None:
+    """Raise UsageError when `path` is a file with other weights than those that the run in `out` was begun with.
+
+    They are not needed any more, so that they may be gone; and the checkpoints of another run's folder may be newer.
+    """
+    known = (_recorded(out) or {}).get("sha256")
+    if known is None or not path.is_file():
+        return
+    found = digest_of(path)
+    if found != known:
+        raise UsageError(
+            f"classifier.weights={path} (--weights) are other weights than the run in {out} was begun with (sha256 "
+            f"{found[:12]}, expected {known[:12]}); drop --weights to go on with that run, or choose another --out"
+        )
+
+
+def _recorded(out: Path) -> dict | None:
+    """What the newest readable manifest of a run says that it was begun with."""
+    for _, folder in reversed(list_checkpoints(out / "checkpoints")):
+        with contextlib.suppress(Damaged):
+            return read_manifest(folder).get("started_from")
+    return None
+
+
+def remove_leftovers(out: Path, recipe: Recipe) -> None:
+    """Remove what starts without a step have left in a folder when they had another recipe; its MLflow run too."""
+    with contextlib.suppress(UsageError):  # not there, or no longer readable
+        if load_recipe(str(out / RECIPE)).flat() == recipe.flat():
+            return
+    for name in ("mlflow.json", "engine.json", "events.jsonl", "metrics.jsonl", VALIDATION, FROZEN):
+        (out / name).unlink(missing_ok=True)
+
+
+def is_prepared(out: Path, recipe: Recipe) -> bool:
+    """Whether this rank's launcher has prepared the folder, and nobody another recipe since."""
+    if PREPARED not in os.environ:
+        return False
+    return load_recipe(str(out / RECIPE)).flat() == recipe.flat()
+
+
+def _at(root: Path, index: Index) -> Index:
+    """Return an index as a run keeps it: with the place of its folder, however `root` is written."""
+    return Index(Path(os.path.realpath(root)), index.rows, index.classes, index.shard_names, index.shard_bytes)

@@ -1,0 +1,81 @@
+"""What ran: the versions of the code and its libraries, and the settings that a start has really used."""
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, distributions, version
+from pathlib import Path
+
+import torch
+
+import mae_scale
+from data_pipeline.pipelines import decoding_device
+from mae_scale.recipe import Recipe
+from mae_scale.training.ds_config import BatchLayout, compiles, precision_of, zero_stage_of
+
+
+def settings_used(recipe: Recipe, layout: BatchLayout, device: torch.device) -> dict[str, str | int | bool]:
+    """Return, by recipe key, what this start uses where the recipe leaves it to the machine or another key decides."""
+    gpu = device.type == "cuda"
+    stage = zero_stage_of(recipe)
+    return {
+        "engine.precision": precision_of(recipe, gpu),
+        "engine.micro_batch": layout.micro_batch,
+        "engine.compile": compiles(recipe, stage, gpu),
+        "engine.zero_stage": stage,
+        "data.device": "cpu" if decoding_device(recipe.data.device) == "cpu" else "gpu",
+    }
+
+
+def describe_settings(used: dict) -> str:
+    """Return them for people, without what the headline says anyway."""
+    compiled = "compiled" if used["engine.compile"] else "not compiled"
+    return f"{used['engine.precision']}, blocks {compiled}, images decoded on the {used['data.device'].upper()}"
+
+
+def versions() -> dict[str, str | None]:
+    """Return the version of the code that runs and of each library that computes; None for what is not installed."""
+    found = {"mae-scale": mae_scale.__version__}
+    for name in ("torch", "deepspeed", "fairscale"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    # A distribution for each CUDA, such as nvidia-dali-cuda130.
+    dali = (one.version for one in distributions() if (one.metadata["Name"] or "").startswith("nvidia-dali-cuda"))
+    found["dali"] = next(dali, None)
+    return found
+
+
+def git_commit(file: Path = Path(mae_scale.__file__)) -> str | None:
+    """Return the commit of the repository that tracks a file of the code; None where it runs from no repository.
+
+    An installed copy may lie inside a repository of the user's, which says nothing about it.
+    """
+    if shutil.which("git") is None:
+        return None
+    for question in (["ls-files", "--error-unmatch", file.name], ["rev-parse", "HEAD"]):
+        asked = subprocess.run(["git", "-C", str(file.parent), *question], capture_output=True, text=True)
+        if asked.returncode:
+            return None
+    return asked.stdout.strip()
+
+
+def start_tags(facts: dict, device: torch.device, unreadable: int) -> dict[str, str | int | None]:
+    """Return the MLflow tags of a start. facts: what its checkpoints say; unreadable: images left out of its index."""
+    engine, slurm = facts["engine"], os.environ
+    return {
+        **{f"version.{name}": found for name, found in facts["versions"].items()},
+        "git_commit": git_commit(),
+        "host": platform.node(),
+        "world_size": facts["world_size"],
+        "engine": engine,
+        "zero_stage": engine.rpartition(" ")[2] if "ZeRO" in engine else None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "slurm_job_id": slurm.get("SLURM_JOB_ID"),
+        "slurm_array_job_id": slurm.get("SLURM_ARRAY_JOB_ID"),
+        "slurm_restart_count": slurm.get("SLURM_RESTART_COUNT"),
+        "slurm_nodes": slurm.get("SLURM_JOB_NUM_NODES"),
+        "unreadable_images": unreadable,
+    }
