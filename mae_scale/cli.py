@@ -27,6 +27,7 @@ from mae_scale.cli_options import (
     write_text,
 )
 from mae_scale.cli_recipes import recipes_app
+from mae_scale.completion import complete_chain
 from mae_scale.errors import EXIT_DONE, EXIT_FAILED, RunError, UsageError
 from mae_scale.tracking.output import Output, is_first_rank
 from mae_scale.training import preemption
@@ -210,6 +211,7 @@ def submit(
         list[str],
         typer.Argument(
             metavar="RECIPE|section.key=value",
+            autocompletion=complete_chain,
             help="A chain; overrides are for every recipe, those of the section classifier for classifiers.",
         ),
     ],

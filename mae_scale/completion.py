@@ -19,20 +19,35 @@ def complete_override(context: typer.Context, incomplete: str) -> list[str]:
     A key is completed together with a value, so that the shell sees two ways to go on and adds no space after `=`.
     bash takes `=` for the end of a word: after it the value alone is completed.
     """
+    from mae_scale.recipe import keys
+
     key, sign, _ = incomplete.partition("=")
-    words = [word for word in context.params.get("overrides") or [] if word != "="]
+    before = _key_before(context)
     if sign:
         found = [f"{key}={value}" for value in _values(key)]
-    elif words and "=" not in words[-1]:
-        found = _values(words[-1])
+    elif before:
+        found = _values(before)
     else:
-        from mae_scale.recipe import keys
-
         known = [key for key in keys() if key.startswith(incomplete)]
         found = [f"{key}=" for key in known]
         if len(known) == 1:
             found += [f"{known[0]}={value}" for value in _values(known[0]) or ["null"]]
     return [text for text in found if text.startswith(incomplete)]
+
+
+def complete_chain(context: typer.Context, incomplete: str) -> list[str]:
+    """Return what a word of `submit` can go on with: a recipe, or an override."""
+    recipes = [] if _key_before(context) else complete_recipe(incomplete)
+    return recipes + complete_override(context, incomplete)
+
+
+def _key_before(context: typer.Context) -> str | None:
+    """Return the key whose value is being written as a word of its own, as bash cuts the line; else None."""
+    from mae_scale.recipe import keys
+
+    given = context.params.get("overrides") or context.params.get("recipes") or []
+    words = [word for word in given if word != "="]
+    return words[-1] if words and words[-1] in keys() else None
 
 
 def _values(key: str) -> list[str]:

@@ -56,14 +56,14 @@ class Screen:
             self.lines.append("")
 
 
-def in_terminal(arguments: list[str], columns: int, timeout: float = 240) -> tuple[int, Screen, list[list[str]]]:
+def in_terminal(arguments: list, columns: int, cwd: Path, timeout: float = 240) -> tuple[int, Screen, list[list[str]]]:
     """Run `mae-scale ARGUMENTS` on a terminal so wide: exit code, the screen at the end, and all its states."""
     inside, outside = pty.openpty()[::-1]
     fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 60, columns, 0, 0))
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MLFLOW_", "RANK", "COLUMNS", "LINES"))}
     command = [sys.executable, "-m", "mae_scale", *map(str, arguments)]
     process = subprocess.Popen(
-        command, stdin=inside, stdout=inside, stderr=inside, env={**clean, "TERM": "xterm-256color"}
+        command, stdin=inside, stdout=inside, stderr=inside, env={**clean, "TERM": "xterm-256color"}, cwd=cwd
     )
     os.close(inside)
     screen, states, text, deadline = Screen(columns), [], "", time.monotonic() + timeout
@@ -82,10 +82,3 @@ def in_terminal(arguments: list[str], columns: int, timeout: float = 240) -> tup
     finally:
         process.kill()
         os.close(outside)
-
-
-if __name__ == "__main__":
-    code, screen, states = in_terminal(sys.argv[2:], int(sys.argv[1]))
-    Path("/tmp/term/states.txt").write_text("\n=====\n".join("\n".join(s) for s in states))
-    print(code, "wrapped:", screen.wrapped)
-    print("\n".join(f"|{line}" for line in screen.lines))

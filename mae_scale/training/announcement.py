@@ -66,9 +66,9 @@ def _schedule(recipe: Recipe, steps: Steps) -> str:
     checkpoint, warmup = recipe.checkpoint, recipe.schedule.warmup_epochs * steps.per_epoch
     every = [f"{checkpoint.every_steps} steps"] if checkpoint.every_steps else []
     if checkpoint.every_epochs:
-        every.append(f"{checkpoint.every_epochs * steps.per_epoch} steps (epochs: {checkpoint.every_epochs})")
+        every.append(f"{checkpoint.every_epochs * steps.per_epoch} steps ({checkpoint.every_epochs} epochs)")
     rises = f"rises to {recipe.lr:.3g} over {warmup} steps" if warmup else f"begins at {recipe.lr:.3g}"
-    when = f"every {' and every '.join(every)}" if every else "at the end"
+    when = "".join(f"every {interval}, " for interval in every) + "at the end"
     return f"learning rate: {rises} and falls to 0 at step {steps.total}; checkpoints: {when}"
 
 
