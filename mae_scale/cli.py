@@ -140,6 +140,7 @@ def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri, dry_
     from mae_scale.training.distributed import launched
     from mae_scale.training.inputs import PREPARED
     from mae_scale.training.launcher import launch_local_ranks
+    from mae_scale.training.run_lock import hold
 
     check_file("--log-file", output.log_file)
     overrides = list(overrides or [])
@@ -157,7 +158,9 @@ def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri, dry_
         if launched() or nproc == 1:
             return job.run()
         # Here, once and with a progress bar; the ranks then find everything checked, and the folder filled.
-        job.prepare()
+        # Rank 0 holds the lock after this.
+        with hold(out):
+            job.prepare()
         words = [command, recipe, *overrides, "--out", str(out), *output.arguments()]
         return launch_local_ranks(nproc, words, environment={PREPARED: "1"})
 

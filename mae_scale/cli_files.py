@@ -47,14 +47,17 @@ def checkpoints_prune(
     ] = None,
     keep_best: Annotated[bool, typer.Option("--keep-best", help="The one with the lowest loss stays too.")] = False,
 ) -> None:
-    """Remove whole checkpoints that are no longer needed, and what interrupted saves left. Not while the run goes on.
+    """Remove whole checkpoints that are no longer needed, and what interrupted saves left; not while the run goes on.
 
     Example: `mae-scale checkpoints prune runs/vit_huge --keep 1 --keep-every-epochs 100`
     """
     from mae_scale.checkpoints.inspect import checkpoints_of, prune
     from mae_scale.checkpoints.store import Retention
+    from mae_scale.training.run_lock import refuse_held
 
-    gone = prune(checkpoints_of(run), Retention(keep, keep_every_epochs, keep_best))
+    checkpoints = checkpoints_of(run)
+    refuse_held(checkpoints.parent)
+    gone = prune(checkpoints, Retention(keep, keep_every_epochs, keep_best))
     for folder in gone:
         typer.echo(f"removed {folder.name}")
     typer.echo(f"{len(gone)} removed")

@@ -51,10 +51,19 @@ class SaveTimes:
 class Saver:
     """Writes a run's checkpoints. Every rank makes one and calls its methods at the same steps."""
 
-    def __init__(self, checkpoints: Path, retention: Retention, *, background: bool, timeout_s: float):
+    def __init__(
+        self,
+        checkpoints: Path,
+        retention: Retention,
+        *,
+        background: bool,
+        timeout_s: float,
+        guard: Callable[[], None] | None = None,
+    ):
+        """guard: called on rank 0 before a checkpoint gets its name; it ends a process that may no longer write."""
         self._checkpoints, self._retention, self._background = checkpoints, retention, background
         self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=SLOWER * timeout_s))
-        self._rank = torch.distributed.get_rank()
+        self._rank, self._guard = torch.distributed.get_rank(), guard
         self._host: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: str | None = None
@@ -163,6 +172,8 @@ class Saver:
         def finish(files: list[dict]) -> None:
             names = [f"rank_{rank:05d}.safetensors" for rank in range(len(files))]
             write_manifest(beside, manifest, dict(zip(names, files, strict=True)))
+            if self._guard is not None:
+                self._guard()
             if place.exists():
                 remove(place)
             beside.rename(place)

@@ -1,7 +1,7 @@
 """All that a run says of itself, on rank 0: the terminal, metrics.jsonl and MLflow. Other ranks say nothing."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ class Tracking:
         used: Mapping[str, Any],
         tags: Mapping[str, Any],
         output: Output | None = None,
+        guard: Callable[[], None] | None = None,
     ):
         """start: the updates already done; total_steps: after this many this start ends.
 
-        used: what of the recipe's keys this start has decided itself, by key.
+        used: what of the recipe's keys this start has decided itself, by key; guard: called before a step is logged, it
+        ends a process that may no longer write.
         """
-        self._log = None
+        self._log, self._guard = None, guard
         self.mlflow: MlflowTracker | None = None  # rank 0's, unless tracking is off
         self.console = NullConsole()
         if not speaks:
@@ -55,6 +57,8 @@ class Tracking:
 
     def log(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
         """Log a step; returns without waiting for MLflow."""
+        if self._guard is not None:
+            self._guard()
         if self._log is not None:
             self._log.append(step, epoch, metrics)
             self.console.update(step, metrics)

@@ -11,6 +11,7 @@ from mae_scale.errors import UsageError
 from mae_scale.recipe import Recipe
 from mae_scale.training.ds_config import BatchLayout, engine_name
 from mae_scale.training.provenance import describe_settings
+from mae_scale.training.run_lock import refuse_held
 from mae_scale.training.schedules import Steps
 
 
@@ -48,6 +49,7 @@ def plan(
     Raises UsageError or RunError where it would be refused for what lies there.
     """
     _refuse_unwritable(out)
+    refuse_held(out)
     start, damages = newest_readable(out / "checkpoints", index=index.digest())
     if start >= steps.last:
         would = nothing_to_do(recipe, steps, start)

@@ -1,6 +1,8 @@
 """One training job: recipe -> images -> objective, engine -> loop -> what it leaves. Kinds of it fill in the gaps."""
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from mae_scale.tracking.uri import tracking_uri
 from mae_scale.training.announcement import headline, nothing_to_do, plan
 from mae_scale.training.assemble import scale_out
 from mae_scale.training.control import Control
-from mae_scale.training.distributed import process_group, ranks_from_environment
+from mae_scale.training.distributed import Ranks, process_group, ranks_from_environment
 from mae_scale.training.ds_config import (
     BatchLayout,
     batch_layout,
@@ -48,6 +50,7 @@ from mae_scale.training.inputs import (
 )
 from mae_scale.training.loop import Evaluator, Run, resume, train
 from mae_scale.training.provenance import settings_used, start_tags, versions
+from mae_scale.training.run_lock import hold
 from mae_scale.training.schedules import steps_of
 
 
@@ -174,17 +177,23 @@ class Job(ABC):
 
         EXIT_DONE, or EXIT_STOPPED after SIGTERM or SIGUSR1 to any rank, when a checkpoint was written.
         """
+        ranks = ranks_from_environment()
+        with hold(self.out) if ranks.is_first else contextlib.nullcontext() as lock, self._failure_is_noted():
+            return self._run(ranks, lock.check if lock else None)
+
+    @contextlib.contextmanager
+    def _failure_is_noted(self) -> Iterator[None]:
+        """Close the start in events.jsonl when it fails after it has begun, at the last step that was logged."""
         try:
-            return self._run()
+            yield
         except BaseException as error:
             if self.events is not None:
                 rows = read_metrics(self.out / "metrics.jsonl")
                 self.events.fail(rows[-1]["step"] if rows else 0, error)
             raise
 
-    def _run(self) -> int:
+    def _run(self, ranks: Ranks, guard: Callable[[], None] | None) -> int:
         recipe, out = self.recipe, self.out
-        ranks = ranks_from_environment()
         layout = batch_layout(recipe, ranks.world_size)
         if ranks.is_first and not is_prepared(out, recipe):
             self.prepare()
@@ -207,44 +216,49 @@ class Job(ABC):
                 self.training_flops(),
                 peak_flops_per_s(gpu, precision_of(recipe, gpu=True)) if gpu else None,
                 control,
-                saver(recipe, out),
+                saver(recipe, out, guard),
                 Events(out / "events.jsonl"),
             )
             self.events = run.events
-            start = resume(run, engine)
-            used = settings_used(recipe, layout, device)
-            said = headline(recipe, index, layout, run.steps, used, device, start)
-            with Tracking(
-                recipe,
-                out,
-                speaks=ranks.is_first,
-                start=start,
-                total_steps=max(start, run.last_step),
-                steps_per_epoch=run.steps_per_epoch,
-                used=used,
-                tags=start_tags(run.facts, device, len(index.bad)),
-                output=self.output,
-            ) as tracking:
-                tracking.console.message("\n".join([said, *self.notes]))
-                if ranks.is_first:
-                    write_json(out / "engine.json", {"used": used, **engine.config})
-                    tracking.artifact(out / RECIPE)
-                    tracking.artifact(out / "engine.json")
-                stopped = None
-                run.events.add("start", start, world_size=ranks.world_size, engine=engine.name)
-                if start < run.last_step:
-                    loader = partial(self.image_loader, run, objective)
-                    stopped = train(
-                        run, engine, objective.tensors, loader, start, tracking, self.evaluator(run, engine)
-                    )
-                last = f"stopped by {stopped}; the same command goes on from the last checkpoint"
-                if not stopped:
-                    how, last = self._end(run, start, tracking) if ranks.is_first else ("", "")
-                    run.events.add("end", max(start, run.last_step), reason=how)
-                tracking.artifact(run.events.path)
-                tracking.console.conclude(last)
+            stopped = self._train(run, engine, objective, guard)
             engine.close()
         return EXIT_STOPPED if stopped else EXIT_DONE
+
+    def _train(self, run: Run, engine, objective: nn.Module, guard: Callable[[], None] | None) -> str | None:
+        """Train from where the run stands, tracked; the signal that asked to stop, or None at the end."""
+        recipe, out, events = run.recipe, run.out, run.events
+        start = resume(run, engine)
+        used = settings_used(recipe, run.layout, run.device)
+        with Tracking(
+            recipe,
+            out,
+            speaks=run.ranks.is_first,
+            start=start,
+            total_steps=max(start, run.last_step),
+            steps_per_epoch=run.steps_per_epoch,
+            used=used,
+            tags=start_tags(run.facts, run.device, len(run.index.bad)),
+            output=self.output,
+            guard=guard,
+        ) as tracking:
+            said = headline(recipe, run.index, run.layout, run.steps, used, run.device, start)
+            tracking.console.message("\n".join([said, *self.notes]))
+            if run.ranks.is_first:
+                write_json(out / "engine.json", {"used": used, **engine.config})
+                tracking.artifact(out / RECIPE)
+                tracking.artifact(out / "engine.json")
+            events.add("start", start, world_size=run.ranks.world_size, engine=engine.name)
+            stopped = None
+            if start < run.last_step:
+                loader = partial(self.image_loader, run, objective)
+                stopped = train(run, engine, objective.tensors, loader, start, tracking, self.evaluator(run, engine))
+            last = f"stopped by {stopped}; the same command goes on from the last checkpoint"
+            if not stopped:
+                how, last = self._end(run, start, tracking) if run.ranks.is_first else ("", "")
+                events.add("end", max(start, run.last_step), reason=how)
+            tracking.artifact(events.path)
+            tracking.console.conclude(last)
+        return stopped
 
     def _end(self, run: Run, start: int, tracking: Tracking) -> tuple[str, str]:
         """The loss curve, and when the schedule is done what the kind of training leaves; how it ended, and a line."""
@@ -287,12 +301,12 @@ class Job(ABC):
         )
 
 
-def saver(recipe: Recipe, out: Path) -> Saver:
-    """What writes the run's checkpoints."""
+def saver(recipe: Recipe, out: Path, guard: Callable[[], None] | None) -> Saver:
+    """What writes the run's checkpoints; guard: of the run's lock, on rank 0."""
     checkpoint = recipe.checkpoint
     retention = Retention(checkpoint.keep, checkpoint.keep_every_epochs, checkpoint.keep_best)
     timeout_s = recipe.engine.collective_timeout_s
-    return Saver(out / "checkpoints", retention, background=checkpoint.background, timeout_s=timeout_s)
+    return Saver(out / "checkpoints", retention, background=checkpoint.background, timeout_s=timeout_s, guard=guard)
 
 
 def facts(recipe: Recipe, engine, index: Index, world_size: int) -> dict:

@@ -128,6 +128,29 @@ class TestOneRunThroughEveryFault:
         assert max(abs(mine[step] - whole[step]) for step in whole) < 1e-6
 
 
+def test_the_ranks_of_a_lost_node_leave_once_the_next_start_has_the_run(cluster: Cluster, tmp_path, digits):
+    """A killed slurmd leaves its ranks at work; Slurm gives the job to the other node all the same."""
+    out = tmp_path / "run"
+    endless = arguments(digits, "schedule.epochs=100000")
+    job = cluster.sbatch("--nodes=1", TEMPLATES / "pretrain.sbatch", "demo", "--out", "run", *endless, cwd=tmp_path)
+    log = tmp_path / f"{job}.log"
+    cluster.wait_for_step(job, out, 12, log)
+    lost = [cluster.rank(job, rank) for rank in (0, 1)]
+    cluster.kill_slurmd(lost[0].environ()["SLURMD_NODENAME"])
+    try:
+        cluster.wait_for_start(job, 1, log)
+        assert not psutil.wait_procs(lost, timeout=90)[1]
+        taken_over = manifest_steps(out)[-1]
+        cluster.wait_for_resumption(job, out, taken_over, log)
+    finally:
+        cluster.call("scancel", job, check=False)
+        cluster.up()
+    said = log.read_text()  # not what the lost ranks say: their srun has ended
+    assert "run was held by an earlier start of this job" in said
+    assert "Traceback" not in said
+    assert losses(out)  # each step once
+
+
 @pytest.mark.timeout(600)
 def test_a_chain_waits_for_the_real_end_of_a_requeued_link_and_starts_each_from_the_one_before(
     cluster: Cluster, tmp_path, digits

@@ -17,10 +17,17 @@ from mae_scale.checkpoints.store import Damaged, list_checkpoints, verify
 class Training:
     """`mae-scale ARGUMENTS --out OUT`, running; a context manager that leaves no process behind."""
 
-    def __init__(self, out: Path, *arguments: object, program: tuple[str, ...] = ("-m", "mae_scale"), **environment):
+    def __init__(
+        self,
+        out: Path,
+        *arguments: object,
+        program: tuple[str, ...] = ("-m", "mae_scale"),
+        log: str | None = None,
+        **environment,
+    ):
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MLFLOW_", "RANK"))}
         out.parent.mkdir(parents=True, exist_ok=True)
-        self.out, self._log_path = out, out.parent / f"{out.name}.log"
+        self.out, self._log_path = out, out.parent / f"{log or out.name}.log"
         self._log = open(self._log_path, "wb")  # noqa: SIM115  (closed by __exit__)
         self.process = subprocess.Popen(
             [sys.executable, *program, *map(str, arguments), "--out", str(out)],

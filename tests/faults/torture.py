@@ -43,6 +43,8 @@ class Report:
     """Steps whose loss is not, bit for bit, the uninterrupted run's."""
     damaged: int = 0
     """Checkpoints set aside: none may be damaged by a kill."""
+    intruders: int = 0
+    """Second starts of the same command while the first was at work; each must be refused."""
     seconds: float = 0.0
 
     def table(self) -> str:
@@ -50,6 +52,7 @@ class Report:
         rows += [
             ("kills", sum(self.kills.values())),
             ("resumes", self.starts - 1),
+            ("second starts refused", self.intruders),
             ("steps compared", self.steps),
             ("steps lost beyond the last checkpoint", self.lost),
             ("mismatching losses", self.mismatching),
@@ -68,6 +71,9 @@ def torture(folder: Path, digits: Path, kills: int, seed: int, say=lambda text: 
     out = folder / "killed"
     for number in range(1, kills + 1):
         with started(out, [*recipe, *hurried], rng, report, say) as training:
+            if rng.random() < 0.2:
+                intrude(training, [*recipe, *hurried])
+                report.intruders += 1
             kind = kill_somehow(training, rng)
             report.kills[kind] += 1
         say(f"kill {number} of {kills}: {' '.join(kind)}; newest whole checkpoint: {newest_whole_step(out)}")
@@ -95,6 +101,15 @@ def started(out: Path, arguments: list, rng: random.Random, report: Report, say)
     if "rank(s) on" in text and went_on not in text:
         report.lost += 1
         say(f"start {report.starts} did not go on from step {expected}:\n{text}")
+
+
+def intrude(training: Training, arguments: list) -> None:
+    """Start the same command beside a training that is at work: it must be refused, and leave it alone."""
+    first = newest_whole_step(training.out)
+    training.wait_until(lambda: newest_whole_step(training.out) > first)
+    with Training(training.out, *arguments, log="second") as second:
+        assert second.wait(60) == 2, second.text()
+        assert " is in use by process " in second.text(), second.text()
 
 
 def kill_somehow(training: Training, rng: random.Random) -> tuple[str, str]:
