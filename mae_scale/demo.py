@@ -11,6 +11,7 @@ from rich.console import Console
 
 from data_pipeline.samples import write_digits
 from mae_scale.errors import RunError
+from mae_scale.passwords import without_password
 from mae_scale.recipe import Recipe, load_recipe
 
 LABELS_A_CLASS = 10
@@ -69,7 +70,7 @@ def run_demo(out: Path, seed: int) -> None:
 def mlflow_page(out: Path) -> str:
     """The command that shows the runs below `out` in a browser."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(out / 'mlflow.db').resolve()}"
-    return f"{Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {uri}"
+    return f"{Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {without_password(uri)}"
 
 
 def probe(recipe: Recipe, weights: Path | None) -> float:

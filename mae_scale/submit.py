@@ -17,6 +17,7 @@ from mae_scale.errors import RunError, UsageError
 from mae_scale.models.classifier_weights import load_classifier
 from mae_scale.models.weights import to_official
 from mae_scale.recipe import Recipe, load_recipe
+from mae_scale.tracking.uri import hide_password
 from mae_scale.training.assemble import build_classifier_of, build_model
 from mae_scale.training.ds_config import batch_layout, refuse_wrong_combinations
 from mae_scale.training.finetune import Finetuning
@@ -81,6 +82,11 @@ def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
     overrides = [word for word in words if "=" in word]
     if not names:
         raise UsageError("no recipe given; expected one or more, such as pretrain/vit_huge_1600ep")
+    if hide_password(overrides)[1]:
+        raise UsageError(
+            "tracking.uri holds a password, which would stand in the scripts; leave it out there, and export the whole "
+            "URI as MLFLOW_TRACKING_URI (or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD): jobs inherit them"
+        )
     out = out.absolute()
     prologue = _prologue()
     shape = _with_site(shape, prologue)
@@ -111,10 +117,10 @@ def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
     send(links)
 
 
-def check(recipe: Recipe, name: str, shape: Shape, start: Link | None = None) -> None:
+def check(recipe: Recipe, name: str, shape: Shape, out: Path, start: Link | None = None) -> None:
     """What can be refused before a job waits in a queue; UsageError says what to do.
 
-    start: the link whose weights, which are not there yet, the recipe starts from.
+    out: the job's folder; start: the link whose weights, which are not there yet, the recipe starts from.
     """
     try:
         if recipe.data.root is None:
@@ -125,7 +131,7 @@ def check(recipe: Recipe, name: str, shape: Shape, start: Link | None = None) ->
             refuse_other_model(start, recipe)
             needs_none = recipe.classifier.model_copy(update={"weights": None, "from_scratch": True})
             recipe = recipe.model_copy(update={"classifier": needs_none})
-        job = (Pretraining if recipe.classifier is None else Finetuning)(recipe, Path())
+        job = (Pretraining if recipe.classifier is None else Finetuning)(recipe, out)
         job.refuse(layout)
         job.augmentation()
     except UsageError as error:
@@ -241,12 +247,12 @@ def _link(name: str, overrides: list[str], shape: Shape, out: Path, before: list
         recipe = load_recipe(name, overrides)
     weights = recipe.classifier.weights if recipe.classifier else None
     start = next((link for link in before if weights and link.out == weights.absolute()), None)
-    check(recipe, name, shape, start)
-
     path = Path(name)
     # A recipe of one's own is found from any directory; a packaged one by its name.
     label, given = (path.stem, str(path.absolute())) if path.is_file() else (name.replace("/", "-"), name)
     folder, beginning = out / label, out / "slurm" / f"{len(before) + 1}-{label}"
+    check(recipe, name, shape, folder, start)
+
     options = {**shape.options(), "job-name": f"mae-{label}", "output": f"{beginning}-%j.log"}
     template = "pretrain.sbatch" if recipe.classifier is None else "finetune.sbatch"
     text = render(

@@ -202,19 +202,25 @@ def test_damaged_frozen_weights_are_one_clear_error(position, code, stopped, sta
     assert losses(out) == losses(stopped)
 
 
-def test_lost_frozen_weights_are_not_replaced_by_others(stopped, start, copied, weights):
-    out, content = copied(stopped), weights.read_bytes()
+def test_lost_frozen_weights_are_not_replaced_by_others(stopped, start, copied, digits, weights, tmp_path):
+    """Neither from another file, nor from a run's folder that has moved on since."""
+    out, other = copied(stopped), tmp_path / "other.safetensors"
     (out / FROZEN).unlink()
-    try:
-        save_file({name: tensor + 0.01 for name, tensor in load_file(weights).items()}, weights)
-        is_refused(start("partial", out), 2, FROZEN, "are not those that its checkpoints were written with")
-    finally:
-        weights.write_bytes(content)
+    save_file({name: tensor + 0.01 for name, tensor in load_file(weights).items()}, other)
+    is_refused(start("partial", out, whence=other), 2, f"classifier.weights={other} (--weights) are other weights")
+    moved_on = tmp_path / "moved_on"
+    recipe = arguments(digits, "schedule.stop_after_steps=1", "seed=5")
+    with Training(moved_on, "pretrain", "demo", "--tracking-uri", "off", *recipe) as training:
+        assert training.wait() == 0, training.text()
+    is_refused(
+        start("partial", out, whence=moved_on), 2, FROZEN, "are not those that its checkpoints were written with"
+    )
 
 
-def test_other_starting_weights_are_another_run(stopped, start, copied, pretrained):
+def test_lost_frozen_weights_are_asked_for(stopped, start, copied, tmp_path):
     out = copied(stopped)
-    is_refused(start("partial", out, whence=pretrained), 2, "another recipe", "classifier.weights")
+    (out / FROZEN).unlink()
+    is_refused(start("partial", out, whence=tmp_path / "gone"), 2, FROZEN, "is lost", "--weights PATH")
 
 
 def test_frozen_weights_of_a_start_without_a_checkpoint_are_written_anew(stopped, start, whole, copied):

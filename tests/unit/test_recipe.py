@@ -210,6 +210,7 @@ def test_keys_that_do_not_change_what_is_computed_may_differ_and_others_are_name
     free += ["data.threads=9", "data.device=cpu", "data.cache=/local", "data.cache_gib=2.5"]
     new = load_recipe("demo", [*free, "engine.micro_batch=1"])
     assert differing_keys(old, new) == []
+    assert old.digest() == load_recipe("demo", ["data.root=/a", "data.val_root=b", "data.index=c"]).digest()
     assert old.digest() == new.digest()
     changed = load_recipe("demo", ["seed=1", "optim.base_lr=1"])
     assert differing_keys(old, changed) == ["seed: 0 -> 1", "optim.base_lr: 0.008 -> 1.0"]

@@ -293,3 +293,12 @@ def bash(code: str, *arguments) -> subprocess.CompletedProcess:
     """Run shell code that has sourced environment.sh, as a template does."""
     source = f"set -euo pipefail; source {TEMPLATES / 'environment.sh'}; {code}"
     return subprocess.run(["bash", "-c", source, "bash", *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("uri", ["http://me:hidden@host", "postgresql://host/db?user=me&password=hidden"])
+def test_a_password_does_not_get_into_a_script(submit, no_slurm, tmp_path, uri):
+    code, out, error = submit(HUGE, "data.root=/d", f"tracking.uri={uri}", "--nodes", 16, "--out", "runs", "--dry-run")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "export the whole URI as MLFLOW_TRACKING_URI" in error
+    assert "hidden" not in out + error
+    assert not (tmp_path / "runs").exists()
