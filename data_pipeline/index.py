@@ -54,12 +54,13 @@ def open_index(
     refresh: bool = True,
     workers: int | None = None,
     progress: Progress = True,
+    keep: bool = True,
 ) -> Index:
     """The index of `root`, from `path` (default: root/.mae_scale_index.npz), built and written when absent.
 
     With `refresh`, files that are new or changed (by size and modification time) are read again and files
     that are gone are dropped; a damaged index is built again, with a warning. A run that resumes uses
-    `refresh=False`, so that its order stays what it was.
+    `refresh=False`, so that its order stays what it was. Without `keep` nothing is written.
     Raises UsageError when the index is of other data, `path` is a file of another kind or cannot be written, or a
     shard has shrunk.
     """
@@ -67,7 +68,8 @@ def open_index(
     file = Path(path) if path else root / INDEX_NAME
     if not os.path.exists(file):
         index = build_index(root, workers=workers, progress=progress)
-        _write(index, file, given=path is not None)
+        if keep:
+            _write(index, file, given=path is not None)
         return index
     try:
         index = load_index(file, root)
@@ -76,7 +78,8 @@ def open_index(
             raise
         log.warning("index %s is damaged or of another format; it is built again", file)
         index = build_index(root, workers=workers, progress=progress)
-        _write(index, file, given=path is not None)
+        if keep:
+            _write(index, file, given=path is not None)
         return index
     if not refresh:
         check_data(index)
@@ -85,7 +88,7 @@ def open_index(
         return index
     fresh = _scan(root, index, workers, progress, file)
     same = fresh.digest() == index.digest() and fresh.unreadable == index.unreadable and fresh.remarks == index.remarks
-    if fresh.rows.read or not same:
+    if keep and (fresh.rows.read or not same):
         _write(fresh, file, given=path is not None)
     return fresh
 

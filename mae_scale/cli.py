@@ -9,22 +9,29 @@ from typing import Annotated, Optional
 import typer
 
 from mae_scale.cli_files import checkpoints_app, data_app
+from mae_scale.cli_help import common, run
 from mae_scale.cli_measure import measure_app
 from mae_scale.cli_options import (
+    DryRun,
     Json,
+    LogFile,
     Nproc,
     Out,
     Overrides,
+    Quiet,
     RecipeName,
     TrackingUri,
     Weights,
     can_be_stopped,
-    check_json,
+    check_file,
     read_recipe,
     with_weights,
     write_text,
 )
+from mae_scale.cli_recipes import recipes_app
+from mae_scale.completion import complete_chain
 from mae_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RunError, UsageError
+from mae_scale.tracking.output import Output
 from mae_scale.training.distributed import leave, say_error, this_rank
 from mae_scale.training.preemption import INTERRUPTED
 
@@ -32,6 +39,7 @@ WRONG_ARGUMENTS = typer.BadParameter.__base__  # click's UsageError, wherever th
 
 app = typer.Typer(
     name="mae-scale",
+    callback=common,
     help="Masked-autoencoder pre-training of Vision Transformers, from one laptop to a Slurm cluster.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -40,12 +48,20 @@ app = typer.Typer(
 app.add_typer(measure_app)
 app.add_typer(data_app, name="data", no_args_is_help=True)
 app.add_typer(checkpoints_app, name="checkpoints", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes", no_args_is_help=True)
 
 
 @app.command()
 @can_be_stopped
 def pretrain(
-    recipe: RecipeName, overrides: Overrides = None, out: Out = ..., nproc: Nproc = 1, tracking_uri: TrackingUri = None
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Out = ...,
+    nproc: Nproc = 1,
+    tracking_uri: TrackingUri = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
 ) -> None:
     """Pre-train a masked autoencoder.
 
@@ -53,7 +69,8 @@ def pretrain(
     """
     from mae_scale.training.pretrain import Pretraining
 
-    raise typer.Exit(_train("pretrain", Pretraining, recipe, overrides, out, nproc, tracking_uri))
+    output = Output(quiet, log_file)
+    raise typer.Exit(_train("pretrain", Pretraining, recipe, overrides, out, nproc, tracking_uri, dry_run, output))
 
 
 @app.command()
@@ -66,6 +83,9 @@ def finetune(
     nproc: Nproc = 1,
     tracking_uri: TrackingUri = None,
     json: Json = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
 ) -> None:
     """Train a classifier: end to end, its last blocks, its head alone, or everything from scratch, as the recipe says.
 
@@ -74,7 +94,9 @@ def finetune(
     """
     from mae_scale.training.finetune import Finetuning
 
-    raise typer.Exit(_classify("finetune", Finetuning, recipe, overrides, out, weights, nproc, tracking_uri, json))
+    overrides, output = with_weights(overrides, weights), Output(quiet, log_file)
+    job = ("finetune", Finetuning, recipe, overrides, out, nproc, tracking_uri)
+    raise typer.Exit(_classify(*job, json, dry_run, output))
 
 
 @app.command()
@@ -87,6 +109,9 @@ def probe(
     nproc: Nproc = 1,
     tracking_uri: TrackingUri = None,
     json: Json = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
 ) -> None:
     """Linear probing: the head alone is trained on a frozen encoder; `finetune` with a recipe of that kind.
 
@@ -95,14 +120,16 @@ def probe(
     """
     from mae_scale.training.finetune import Probing
 
-    raise typer.Exit(_classify("probe", Probing, recipe, overrides, out, weights, nproc, tracking_uri, json))
+    overrides, output = with_weights(overrides, weights), Output(quiet, log_file)
+    job = ("probe", Probing, recipe, overrides, out, nproc, tracking_uri)
+    raise typer.Exit(_classify(*job, json, dry_run, output))
 
 
-def _classify(command, job_class, recipe, overrides, out, weights, nproc, tracking_uri, json) -> int:
+def _classify(command, job_class, recipe, overrides, out, nproc, tracking_uri, json, dry_run, output) -> int:
     """A classifier's training; the exit code. What was measured is written to `json` by rank 0."""
-    check_json(json)
-    code = _train(command, job_class, recipe, with_weights(overrides, weights), out, nproc, tracking_uri)
-    if json is not None and code == EXIT_DONE and this_rank().is_first:
+    check_file("--json", json)
+    code = _train(command, job_class, recipe, overrides, out, nproc, tracking_uri, dry_run, output)
+    if json is not None and not dry_run and code == EXIT_DONE and this_rank().is_first:
         from mae_scale.training.finetune import EVALUATION
 
         if not (out / EVALUATION).exists():
@@ -111,28 +138,34 @@ def _classify(command, job_class, recipe, overrides, out, weights, nproc, tracki
     return code
 
 
-def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri) -> int:
+def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri, dry_run, output) -> int:
     """A training job as this rank, or with local ranks started here; the exit code."""
     from mae_scale.training.distributed import launched
     from mae_scale.training.inputs import PREPARED
     from mae_scale.training.launcher import launch_local_ranks
     from mae_scale.training.run_lock import hold
 
+    check_file("--log-file", output.log_file)
     overrides = list(overrides or [])
     if tracking_uri is not None:
         overrides.append(f"tracking.uri={tracking_uri}")
-    job = job_class(read_recipe(recipe, overrides), out)
-    if launched():
-        job.check(this_rank().world_size)
-        return job.run()
-    job.check(nproc)
-    if nproc == 1:
-        return job.run()
-    # Here, once and with a progress bar; the ranks then find everything checked, and the folder filled. Rank 0 holds
-    # the lock after this.
-    with hold(out):
-        job.prepare()
-    return launch_local_ranks(nproc, [command, recipe, *overrides, "--out", str(out)], environment={PREPARED: "1"})
+    with Output(output.quiet) if dry_run else output:
+        job = job_class(read_recipe(recipe, overrides), out, output)
+        ranks = this_rank().world_size if launched() else nproc
+        job.check(ranks)
+        if dry_run:
+            if this_rank().is_first:
+                lines = job.plan(ranks)
+                typer.echo("\n".join(lines[-1:] if output.quiet else lines))
+            return EXIT_DONE
+        if launched() or nproc == 1:
+            return job.run()
+        # Here, once and with a progress bar; the ranks then find everything checked, and the folder filled.
+        # Rank 0 holds the lock after this.
+        with hold(out):
+            job.prepare()
+        words = [command, recipe, *overrides, "--out", str(out), *output.arguments()]
+        return launch_local_ranks(nproc, words, environment={PREPARED: "1"})
 
 
 @app.command()
@@ -149,8 +182,8 @@ def doctor() -> None:
 @app.command()
 @can_be_stopped
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for data, run and pictures.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for data, run and pictures.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the run.")] = 0,
     transfer: Annotated[
         bool, typer.Option("--transfer", help="The paper's comparison in small: every way of transfer, three seeds.")
     ] = False,
@@ -179,29 +212,32 @@ def submit(
     recipes: Annotated[
         list[str],
         typer.Argument(
-            metavar="RECIPE... [section.key=value ...]",
+            metavar="RECIPE|section.key=value",
+            autocompletion=complete_chain,
             help="A chain; overrides are for every recipe, those of the section classifier for classifiers.",
         ),
     ],
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes of each job.")],
-    out: Annotated[Path, typer.Option(help="Parent folder: DIR/slurm, and a folder for each recipe.")],
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Nodes of each job.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Parent folder: DIR/slurm, and a folder for each recipe.")],
     gpus_per_node: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=0, help="By default the template's; 0: nodes without GPUs.", show_default=False),
+        typer.Option(metavar="N", min=0, help="By default the template's; 0: nodes without GPUs.", show_default=False),
     ] = None,
     ntasks_per_node: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Ranks a node; by default one a GPU.", show_default=False),
+        typer.Option(metavar="N", min=1, help="Ranks a node; by default one a GPU.", show_default=False),
     ] = None,
     cpus_per_task: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Cores a rank; by default the template's.", show_default=False),
+        typer.Option(metavar="N", min=1, help="Cores a rank; by default the template's.", show_default=False),
     ] = None,
-    partition: Annotated[Optional[str], typer.Option(help="By default the site's.")] = None,  # noqa: UP045
-    account: Annotated[Optional[str], typer.Option(help="By default the site's.")] = None,  # noqa: UP045
+    partition: Annotated[Optional[str], typer.Option(metavar="NAME", help="By default the site's.")] = None,  # noqa: UP045
+    account: Annotated[Optional[str], typer.Option(metavar="NAME", help="By default the site's.")] = None,  # noqa: UP045
     time: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Limit of one start, such as 24:00:00; a job goes on after it.", show_default=False),
+        typer.Option(
+            metavar="TIME", help="Limit of one start, such as 24:00:00; a job goes on after it.", show_default=False
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the scripts; write and send nothing.")] = False,
 ) -> None:
@@ -239,7 +275,10 @@ def export(
         Path, typer.Argument(help="File to write, .safetensors or .pth; for timm and hf any other name is a folder.")
     ],
     layout: Annotated[
-        str, typer.Option("--format", help="official (the authors' release), timm, hf, or safetensors (our names).")
+        str,
+        typer.Option(
+            "--format", metavar="LAYOUT", help="official (the authors' release), timm, hf, or safetensors (our names)."
+        ),
     ] = "official",
 ) -> None:
     """Write the weights of a checkpoint; on any machine, whatever ranks and engine wrote it.
@@ -271,7 +310,7 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = EXIT_DONE
     try:
-        code = app(standalone_mode=this_rank().is_first)
+        code = run(app, speaks=this_rank().is_first)
     except SystemExit as ended:
         code = int(ended.code or 0)
     except WRONG_ARGUMENTS as error:  # the first rank's has been said by typer

@@ -40,10 +40,10 @@ def checkpoints_verify(run: Run) -> None:
 @checkpoints_app.command("prune")
 def checkpoints_prune(
     run: Run,
-    keep: Annotated[int, typer.Option(min=1, help="The newest so many stay.")] = 1,
+    keep: Annotated[int, typer.Option(metavar="N", min=1, help="The newest so many stay.")] = 1,
     keep_every_epochs: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Those of every n-th epoch stay too.", show_default=False),
+        typer.Option(metavar="N", min=1, help="Those of every n-th epoch stay too.", show_default=False),
     ] = None,
     keep_best: Annotated[bool, typer.Option("--keep-best", help="The one with the lowest loss stays too.")] = False,
 ) -> None:
@@ -66,8 +66,14 @@ def checkpoints_prune(
 @data_app.command("index")
 def data_index(
     root: Annotated[Path, typer.Argument(help="A folder of images, or of tar shards.")],
-    index: Annotated[Optional[Path], typer.Option(help="Index file; by default beside the data.")] = None,  # noqa: UP045
-    workers: Annotated[Optional[int], typer.Option(min=1, help="Processes; by default one a core.")] = None,  # noqa: UP045
+    index: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Index file; by default beside the data."),
+    ] = None,
+    workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", min=1, help="Processes; by default one a core."),
+    ] = None,
 ) -> None:
     """Build or refresh the index of a data folder, and list what cannot be read.
 
@@ -82,7 +88,10 @@ def data_index(
 @data_app.command("verify")
 def data_verify(
     root: Annotated[Path, typer.Argument(help="A folder of images, or of tar shards.")],
-    index: Annotated[Optional[Path], typer.Option(help="Index file; by default beside the data.")] = None,  # noqa: UP045
+    index: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Index file; by default beside the data."),
+    ] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Decode every image, whole and strictly.")] = False,
 ) -> None:
     """Check every image, and the digests of packed shards; exit code 1 when some cannot be read or have changed.
@@ -120,14 +129,19 @@ def data_pack(
     target: Annotated[Path, typer.Argument(metavar="DST", help="A new folder, or one that was cut off.")],
     shorter_side: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Make larger images this small (pixels); by default bytes stay as they are."),
+        typer.Option(
+            metavar="PIXELS", min=1, help="Make larger images this small (pixels); by default bytes stay as they are."
+        ),
     ] = None,
     quality: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, max=100, help="JPEG quality of the images made smaller; by default 92."),
+        typer.Option(metavar="Q", min=1, max=100, help="JPEG quality of the images made smaller; by default 92."),
     ] = None,
-    shard_mib: Annotated[int, typer.Option(min=1, help="Size of a shard, about.")] = 256,
-    workers: Annotated[Optional[int], typer.Option(min=1, help="Processes; by default one a core.")] = None,  # noqa: UP045
+    shard_mib: Annotated[int, typer.Option(metavar="N", min=1, help="Size of a shard, about.")] = 256,
+    workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", min=1, help="Processes; by default one a core."),
+    ] = None,
 ) -> None:
     """Write a folder's images as WebDataset tar shards, with their index.
 

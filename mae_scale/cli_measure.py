@@ -12,7 +12,7 @@ from mae_scale.cli_options import (
     RecipeName,
     Weights,
     can_be_stopped,
-    check_json,
+    check_file,
     read_recipe,
     with_weights,
     write_text,
@@ -30,7 +30,9 @@ def evaluate(
     kind: Annotated[
         str,
         typer.Option(
-            "--set", help="folder, or a published layout: imagenet-a, imagenet-r, imagenet-sketch, imagenet-c."
+            "--set",
+            metavar="KIND",
+            help="folder, or a published layout: imagenet-a, imagenet-r, imagenet-sketch, imagenet-c.",
         ),
     ] = "folder",
     nproc: Nproc = 1,
@@ -57,8 +59,11 @@ def knn(
     recipe: RecipeName,
     overrides: Overrides = None,
     weights: Weights = None,
-    k: Annotated[int, typer.Option("--k", min=1, help="Nearest training images that vote.")] = 20,
-    figure: Annotated[Optional[Path], typer.Option(help="PNG of some images and their nearest.")] = None,  # noqa: UP045
+    k: Annotated[int, typer.Option("--k", metavar="N", min=1, help="Nearest training images that vote.")] = 20,
+    figure: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="PNG of some images and their nearest."),
+    ] = None,
     nproc: Nproc = 1,
     json: Json = None,
 ) -> None:
@@ -85,8 +90,10 @@ def knn(
 def reconstruct(
     recipe: RecipeName,
     overrides: Overrides = None,
-    weights: Annotated[Path, typer.Option(help="A pre-training run's folder, or a file with a decoder.")] = ...,
-    out: Annotated[Path, typer.Option(help="PNG to write.")] = ...,
+    weights: Annotated[
+        Path, typer.Option(metavar="PATH", help="A pre-training run's folder, or a file with a decoder.")
+    ] = ...,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="PNG to write.")] = ...,
 ) -> None:
     """Draw what an autoencoder makes of images with most patches removed.
 
@@ -101,8 +108,8 @@ def reconstruct(
 
 @measure_app.command("partial-curve")
 def partial_curve(
-    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of finished runs, of any seeds.")],
-    out: Annotated[Path, typer.Option(help="PNG to write.")] = ...,
+    runs: Annotated[list[Path], typer.Argument(metavar="DIR", help="Folders of finished runs, of any seeds.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="PNG to write.")] = ...,
     json: Json = None,
 ) -> None:
     """Draw accuracy by the number of trained blocks, from runs of probing, partial and full fine-tuning.
@@ -126,7 +133,7 @@ def _measured(check, recipe: str, overrides: list[str], json: Path | None):
     """The recipe of something to measure, checked."""
     loaded = read_recipe(recipe, overrides)
     check(loaded)
-    check_json(json)
+    check_file("--json", json)
     return loaded
 
 

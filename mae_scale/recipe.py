@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
+from pydantic.fields import FieldInfo
 
 from mae_scale.errors import UsageError
 from mae_scale.files import write_atomically
@@ -240,14 +241,20 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
 
     Raises UsageError for what cannot be found, read or understood, with the nearest known name or key.
     """
-    tree = _load_tree(name_or_path, seen=())
+    tree: dict = {}
+    for _, layer in layers(name_or_path):
+        tree = merged(tree, layer)
     for override in overrides:
-        _apply_override(tree, override)
+        put(tree, *parse_override(override))
     return _validated(tree, name_or_path)
 
 
-def _load_tree(name_or_path: str, seen: tuple[str, ...]) -> dict:
-    path = _find(name_or_path)
+def layers(name_or_path: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
+    """The files of a recipe by name, the one that all others extend first; each (name, content).
+
+    Raises UsageError for what cannot be found or read.
+    """
+    path = find_recipe(name_or_path)
     if str(path) in seen:
         raise UsageError(f"recipe {name_or_path}: `extends` goes round in a circle: {' -> '.join([*seen, str(path)])}")
     try:
@@ -259,10 +266,11 @@ def _load_tree(name_or_path: str, seen: tuple[str, ...]) -> dict:
     if not isinstance(tree, dict):
         raise UsageError(f"recipe {path} holds {type(tree).__name__}, expected sections such as model: and data:")
     base = tree.pop("extends", None)
-    return tree if base is None else _merge(_load_tree(str(base), (*seen, str(path))), tree)
+    below = [] if base is None else layers(str(base), (*seen, str(path)))
+    return [*below, (name_or_path, tree)]
 
 
-def _find(name_or_path: str) -> Path:
+def find_recipe(name_or_path: str) -> Path:
     packaged = Path(str(resources.files("mae_scale.recipes"))) / f"{name_or_path}.yaml"
     for path in (packaged, Path(name_or_path)):
         if path.is_file():
@@ -276,15 +284,17 @@ def _find(name_or_path: str) -> Path:
     )
 
 
-def _merge(base: dict, top: dict) -> dict:
-    merged = dict(base)
+def merged(base: dict, top: dict) -> dict:
+    """What a file says, over what the one that it extends says: section by section, key by key."""
+    both = dict(base)
     for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+        sections = isinstance(value, dict) and isinstance(both.get(key), dict)
+        both[key] = merged(both[key], value) if sections else value
+    return both
 
 
-def _apply_override(tree: dict, override: str) -> None:
+def parse_override(override: str) -> tuple[list[str], Any]:
+    """The parts of the key and the value of `section.key=value`. Raises UsageError when it is not that."""
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise UsageError(f"'{override}' is not an override; expected section.key=value, such as data.global_batch=1024")
@@ -292,11 +302,21 @@ def _apply_override(tree: dict, override: str) -> None:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
         value = text
-    *sections, last = key.split(".")
+    return key.split("."), value
+
+
+def yaml_text(value: Any) -> str:
+    """One line of YAML for a value, which reads as itself."""
+    return yaml.safe_dump([value], default_flow_style=True, width=10**6).strip()[1:-1]
+
+
+def put(tree: dict, key: list[str], value: Any) -> None:
+    """Set a value in a tree of sections. Raises UsageError when what should hold it is none."""
+    *sections, last = key
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise UsageError(f"'{override}': '{section}' is not a section")
+            raise UsageError(f"'{'.'.join(key)}={value}': '{section}' is not a section")
     tree[last] = value
 
 
@@ -361,8 +381,16 @@ def _reason(error: dict) -> str:
     return "" if error["type"] == "extra_forbidden" else error["msg"][0].lower() + error["msg"][1:]
 
 
-def _keys_of(section: str) -> list[str]:
+def keys() -> dict[str, FieldInfo]:
+    """{"section.key": its field} of all that a recipe can say."""
+    found = {}
+    for name, field in Recipe.model_fields.items():
+        found |= {f"{name}.{key}": inner for key, inner in _keys_of(name).items()} or {name: field}
+    return found
+
+
+def _keys_of(section: str) -> dict[str, FieldInfo]:
     field = Recipe.model_fields.get(section)
     annotations = (get_args(field.annotation) or (field.annotation,)) if field else ()
     sections = [a for a in annotations if isinstance(a, type) and issubclass(a, Section)]
-    return list(sections[0].model_fields) if sections else []
+    return dict(sections[0].model_fields) if sections else {}

@@ -1,5 +1,6 @@
 """A run small enough for tests: the demo's recipe on the digits, a few thousand parameters, each step logged."""
 
+import json
 from pathlib import Path
 
 from mae_scale.tracking.metrics_log import read_metrics
@@ -32,3 +33,9 @@ def losses(out: Path) -> dict[int, float]:
     steps = [row["step"] for row in rows]
     assert steps == sorted(set(steps)), steps
     return {row["step"]: row["train/loss"] for row in rows}
+
+
+def events(out: Path) -> list[tuple[str, int, str | None]]:
+    """(event, step, reason) of a run's events.jsonl."""
+    rows = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    return [(row["event"], row["step"], row.get("reason")) for row in rows]

@@ -20,6 +20,7 @@ from mae_scale.checkpoints.store import (
     partial_folders,
     read_manifest,
     set_aside,
+    verify,
 )
 from mae_scale.errors import RunError, UsageError
 
@@ -41,11 +42,7 @@ def load_newest(engine, checkpoints: Path, *, index: str) -> dict | None:
             files = list(manifest["files"].items())[rank::world_size]
             damage = _any(next((w for name, expected in files if (w := damage_of(folder, name, expected))), None))
         if damage is None:
-            if manifest["index"] != index:
-                raise UsageError(
-                    f"checkpoint {folder} belongs to image index {manifest['index']}, this start has {index}; "
-                    f"start it with the same images, or with another --out"
-                )
+            refuse_other_images(folder, manifest, index)
             damage = _any(_read(engine, folder, manifest))
         if damage is None:
             engine.restored(manifest["scalars"])
@@ -55,12 +52,45 @@ def load_newest(engine, checkpoints: Path, *, index: str) -> dict | None:
         if rank == 0:
             log.warning("checkpoint %s is damaged: %s; set aside as %s", folder.name, damage, place.name)
     if aside:
-        raise RunError(
-            f"none of the checkpoints in {checkpoints} is usable ({', '.join(f.name for f in aside)}); "
-            f"to begin from nothing, move that folder away or choose another --out",
-            on_all_ranks=True,
-        )
+        raise none_usable(checkpoints, aside)
     return None
+
+
+def newest_readable(checkpoints: Path, *, index: str) -> tuple[int, list[str]]:
+    """The step that load_newest would go on from, 0 without checkpoints, and what is wrong with newer ones.
+
+    In one process, and nothing is set aside. Raises what load_newest raises.
+    """
+    damages = []
+    for step, folder in reversed(list_checkpoints(checkpoints)):
+        try:
+            refuse_other_images(folder, verify(folder), index)
+        except Damaged as damage:
+            damages.append(f"{folder.name} is damaged and would be set aside: {damage}")
+        else:
+            return step, damages
+    aside = [*damaged_folders(checkpoints), *(folder for _, folder in list_checkpoints(checkpoints))]
+    if aside:
+        raise none_usable(checkpoints, aside)
+    return 0, []
+
+
+def refuse_other_images(folder: Path, manifest: dict, index: str) -> None:
+    """Raise UsageError when a checkpoint belongs to images with another index."""
+    if manifest["index"] != index:
+        raise UsageError(
+            f"checkpoint {folder} belongs to image index {manifest['index']}, this start has {index}; "
+            f"start it with the same images, or with another --out"
+        )
+
+
+def none_usable(checkpoints: Path, aside: list[Path]) -> RunError:
+    """Explain that there are checkpoints and none verifies."""
+    return RunError(
+        f"none of the checkpoints in {checkpoints} is usable ({', '.join(folder.name for folder in aside)}); "
+        f"to begin from nothing, move that folder away or choose another --out",
+        on_all_ranks=True,
+    )
 
 
 def _candidates(checkpoints: Path) -> tuple[list[Path], list[Path]]:

@@ -1,4 +1,4 @@
-"""Rank 0's terminal: a live bar, or one plain line a logged step where there is no terminal (a Slurm log)."""
+"""Rank 0's terminal: a line a logged step, and below them a bar where there is a terminal (not in a Slurm log)."""
 
 import logging
 import math
@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
-LOGGERS = ("mae_scale", "data_pipeline")
+from mae_scale.tracking.output import LOGGERS, Output
+
 RECENT_UPDATES = 20  # the time left is told from the rate over so many logged steps
 
 
@@ -28,6 +29,9 @@ class NullConsole:
     def warning(self, text: str) -> None:
         pass
 
+    def conclude(self, text: str) -> None:
+        pass
+
     def __enter__(self):
         return self
 
@@ -36,7 +40,10 @@ class NullConsole:
 
 
 class Console(NullConsole):
-    """The progress of a run, as a context manager; it also shows what the package logs while it is open."""
+    """The progress of a run, as a context manager; it also shows what the package logs while it is open.
+
+    All but the bar goes to the output's log file too, whether it is shown or not.
+    """
 
     def __init__(
         self,
@@ -45,37 +52,41 @@ class Console(NullConsole):
         steps_per_epoch: int | None = None,
         first_step: int = 0,
         label: str = "train",
+        output: Output | None = None,
         stream: TextIO | None = None,
         live: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         """`first_step`: the step that a resumed run goes on after. `stream`: standard output if None.
 
-        `live`: a bar (True) or plain lines (False); by default whether `stream` is a terminal. `clock`: in
-        seconds.
+        `live`: a bar below the lines (True) or lines only (False); by default whether `stream` is a terminal.
+        `clock`: in seconds.
         """
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
         self.label = label
+        self._output = output or Output()
         self._stream = stream or sys.stdout
         is_terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._live = is_terminal if live is None else live
+        self._live = (is_terminal if live is None else live) and not self._output.quiet
         self._clock = clock
         self._recent: deque[tuple[float, int]] = deque([(clock(), first_step)], maxlen=RECENT_UPDATES + 1)
         self._first_step = first_step
-        self._progress = self._task = None
+        self._bar = None
         self._handler = _Handler(self)
-        self._loggers_before: list[tuple[logging.Logger, int, bool]] = []
+        self._loggers_before: list[tuple[logging.Logger, list[logging.Handler], int, bool]] = []
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a logged step: train/loss, train/lr, perf/images_per_second; epoch from them or the step."""
         self._recent.append((self._clock(), step))
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, status="  ".join(self._fields(step, metrics)))
-        else:
-            width = len(str(self.total_steps))
-            fields = (f"{self.label} {step:>{width}}/{self.total_steps}", *self._fields(step, metrics))
-            self._print("  ".join(fields))
+        fields = self._fields(step, metrics)
+        line = "  ".join(text for _, text in fields)
+        self._output.log(line)
+        if self._bar is not None:
+            self._bar.update(step, self._bar_fields(step, metrics))
+            self._bar.print_fitted(fields)
+        elif not self._output.quiet:
+            self._write(line)
 
     def rewind(self, step: int) -> None:
         """Go on after an earlier step; the time left is told anew."""
@@ -90,6 +101,10 @@ class Console(NullConsole):
         """The same, marked as a warning."""
         self._print(f"warning: {text}", style="yellow")
 
+    def conclude(self, text: str) -> None:
+        """The last line, on how it ended; --quiet shows it too."""
+        self._print(text, always=True)
+
     def time_left_s(self) -> float | None:
         """Seconds to the last step at the recent rate; None before there is one."""
         (first_time, first_step), (last_time, last_step) = self._recent[0], self._recent[-1]
@@ -99,11 +114,14 @@ class Console(NullConsole):
 
     def __enter__(self):
         if self._live:
-            self._start_bar()
+            from mae_scale.tracking.bar import Bar
+
+            begun = [(0, f"{self.label} {self._first_step}/{self.total_steps}"), (1, "starting")]
+            self._bar = Bar(self.total_steps, self._first_step, begun, self._stream)
         for name in LOGGERS:
             logger = logging.getLogger(name)
-            self._loggers_before.append((logger, logger.level, logger.propagate))
-            logger.addHandler(self._handler)
+            self._loggers_before.append((logger, list(logger.handlers), logger.level, logger.propagate))
+            logger.handlers[:] = [self._handler]
             logger.propagate = False
             if logger.level == logging.NOTSET:
                 logger.setLevel(logging.INFO)
@@ -111,63 +129,50 @@ class Console(NullConsole):
 
     def __exit__(self, *exception) -> None:
         while self._loggers_before:
-            logger, level, propagate = self._loggers_before.pop()
-            logger.removeHandler(self._handler)
+            logger, handlers, level, propagate = self._loggers_before.pop()
+            logger.handlers[:] = handlers
             logger.setLevel(level)
             logger.propagate = propagate
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
-    def _start_bar(self) -> None:
-        from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.table import Column
+    def _fields(self, step: int, metrics: Mapping[str, float]) -> list[tuple[int, str]]:
+        """Of a line, by importance; with fixed widths, so that a column stays where it is from line to line."""
+        width = len(str(self.total_steps))
+        return [
+            (0, f"{self.label} {step:>{width}}/{self.total_steps}"),
+            (5, f"epoch {self._epoch(step, metrics):8.2f}"),
+            (1, f"loss {metrics.get('train/loss', math.nan):8.4f}"),
+            (4, f"lr {metrics.get('train/lr', math.nan):9.2e}"),
+            (3, f"{metrics.get('perf/images_per_second', math.nan):8.1f} images/s"),
+            (6, f"{duration(self.time_left_s()):>12} left"),
+            *([(2, f"val top-1 {metrics['val/top1']:6.2f} %")] if "val/top1" in metrics else []),
+        ]
 
-        def text(template: str) -> TextColumn:
-            return TextColumn(template, markup=False, table_column=Column(no_wrap=True))
+    def _bar_fields(self, step: int, metrics: Mapping[str, float]) -> list[tuple[int, str]]:
+        """Of the bar, by importance."""
+        return [
+            (0, f"{self.label} {step}/{self.total_steps}"),
+            (4, f"epoch {self._epoch(step, metrics):.1f}"),
+            (1, f"loss {metrics.get('train/loss', math.nan):.4f}"),
+            (3, f"{metrics.get('perf/images_per_second', math.nan):.0f} images/s"),
+            (2, f"{duration(self.time_left_s())} left"),
+        ]
 
-        self._progress = Progress(
-            text("{task.description}"),
-            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
-            MofNCompleteColumn(table_column=Column(no_wrap=True)),
-            text("{task.fields[status]}"),
-            console=RichConsole(file=self._stream, force_terminal=True, highlight=False),
-            expand=True,
-        )
-        self._task = self._progress.add_task(
-            self.label, total=self.total_steps, completed=self._first_step, status="starting"
-        )
-        self._progress.start()
+    def _epoch(self, step: int, metrics: Mapping[str, float]) -> float:
+        return metrics.get("epoch", step / self.steps_per_epoch if self.steps_per_epoch else math.nan)
 
-    def _fields(self, step: int, metrics: Mapping[str, float]) -> tuple[str, ...]:
-        """Fixed widths: a column stays where it is from line to line."""
-        epoch = metrics.get("epoch", step / self.steps_per_epoch if self.steps_per_epoch else math.nan)
-        left = self.time_left_s()
-        rate = metrics.get("perf/images_per_second", math.nan)
-        if self._live:
-            parts = (
-                f"epoch {epoch:.1f}",
-                f"loss {metrics.get('train/loss', math.nan):.4f}",
-                f"{rate:.0f} images/s",
-                f"{duration(left)} left",
-            )
-            return tuple(part for part in parts if "nan" not in part or part.startswith("loss"))
-        return (
-            f"epoch {epoch:8.2f}",
-            f"loss {metrics.get('train/loss', math.nan):8.4f}",
-            f"lr {metrics.get('train/lr', math.nan):9.2e}",
-            f"{rate:8.1f} images/s",
-            f"{duration(left):>12} left",
-            *([f"val top-1 {metrics['val/top1']:6.2f} %"] if "val/top1" in metrics else []),
-        )
+    def _print(self, text: str, style: str | None = None, always: bool = False) -> None:
+        self._output.log(text)
+        if self._bar is not None:
+            self._bar.print(text, style)
+        elif always or not self._output.quiet:
+            self._write(text)
 
-    def _print(self, text: str, style: str | None = None) -> None:
-        if self._progress is not None:
-            self._progress.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-        else:
-            self._stream.write(f"{text}\n")
-            self._stream.flush()
+    def _write(self, text: str) -> None:
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
 
 
 class _Handler(logging.Handler):

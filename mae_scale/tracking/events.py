@@ -1,17 +1,26 @@
-"""events.jsonl: what happened to a run beside its steps: starts, skipped steps, going back, stops.
+"""events.jsonl: what happened to a run beside its steps: how it started and ended, skipped steps, going back.
+
+Every start has one event that closes it: `stop` (a signal), `end` (done, stopped early, nothing to do) or `failure`;
+one that has none was killed.
 
 A line is appended by rank 0 and on the disk before the run goes on. The stretches of data that the run has skipped
 are part of what it computes, so every start reads them from here.
 """
 
 import json
+import logging
 import os
 import time
 from pathlib import Path
 
 import torch
 
+from mae_scale.errors import RunError, UsageError
 from mae_scale.tracking.metrics_log import parse_rows
+
+log = logging.getLogger("mae_scale")
+
+CLOSING = ("stop", "end", "failure")
 
 
 class Events:
@@ -19,23 +28,36 @@ class Events:
 
     def __init__(self, path: Path):
         self.path = path
+        self._writes = torch.distributed.get_rank() == 0
+        self._is_open = False
         rows = [None]
-        if torch.distributed.get_rank() == 0:
+        if self._writes:
             rows = [[row for _, row in parse_rows(path.read_bytes()) if row] if path.exists() else []]
         torch.distributed.broadcast_object_list(rows)
         self._rows = rows[0]
 
     def add(self, event: str, step: int, **facts) -> None:
-        """Note an event after `step` updates: start, skipped_step, rollback or stop."""
+        """Note an event after `step` updates: start, skipped_step, rollback, stop, end or failure."""
         row = {"step": step, "event": event, "time": round(time.time(), 3), **facts}
         self._rows.append(row)
-        if torch.distributed.get_rank() == 0:
+        self._is_open = event not in CLOSING and (self._is_open or event == "start")
+        if self._writes:
             with open(self.path, "a+b") as file:
                 if file.tell() and not _ends_with_newline(file):
                     file.write(b"\n")  # a start before this one died while it wrote
                 file.write(json.dumps(row).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
+
+    def fail(self, step: int, error: BaseException) -> None:
+        """Note why this start has failed, on rank 0 and unless it was closed before. Any rank alone may call it."""
+        if not self._is_open:
+            return
+        explained = isinstance(error, (UsageError, RunError))
+        try:
+            self.add("failure", step, reason=str(error) if explained else f"{type(error).__name__}: {error}")
+        except OSError as full:
+            log.warning("%s: why the run failed could not be noted: %s", self.path, full.strerror)
 
     def count(self, event: str) -> int:
         """How often it has happened in the whole run, over all its starts."""

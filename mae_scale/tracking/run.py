@@ -9,6 +9,7 @@ from mae_scale.recipe import Recipe
 from mae_scale.tracking.console import Console, NullConsole
 from mae_scale.tracking.metrics_log import MetricsLog
 from mae_scale.tracking.mlflow_tracker import MlflowTracker
+from mae_scale.tracking.output import Output
 from mae_scale.tracking.uri import tracking_uri
 
 
@@ -26,11 +27,12 @@ class Tracking:
         steps_per_epoch: int,
         used: Mapping[str, Any],
         tags: Mapping[str, Any],
+        output: Output | None = None,
         guard: Callable[[], None] | None = None,
     ):
         """start: the updates already done; total_steps: after this many this start ends.
 
-        used: what of the recipe's keys this start has decided itself, by key; guard: called before a step is logged; it
+        used: what of the recipe's keys this start has decided itself, by key; guard: called before a step is logged, it
         ends a process that may no longer write.
         """
         self._log, self._guard = None, guard
@@ -38,7 +40,9 @@ class Tracking:
         self.console = NullConsole()
         if not speaks:
             return
-        self.console = Console(total_steps, steps_per_epoch=steps_per_epoch, first_step=start, label="step")
+        self.console = Console(
+            total_steps, steps_per_epoch=steps_per_epoch, first_step=start, label="step", output=output
+        )
         self._log = MetricsLog(out / "metrics.jsonl", start)
         uri = tracking_uri(recipe.tracking.uri, out)
         if uri is not None:

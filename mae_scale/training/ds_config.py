@@ -44,6 +44,14 @@ def batch_layout(recipe: Recipe, world_size: int) -> BatchLayout:
     return BatchLayout(total, world_size, micro, share // micro)
 
 
+def engine_name(recipe: Recipe) -> str:
+    """What the recipe's engine is called in logs and checkpoints."""
+    stage = zero_stage_of(recipe)
+    if recipe.engine.backend == "fairscale":
+        return "fairscale " + ("fully sharded" if stage == 3 else "OSS with DDP")
+    return f"deepspeed ZeRO {stage}"
+
+
 def precision_of(recipe: Recipe, gpu: bool) -> str:
     """fp32, bf16 or fp16: the recipe's, else bf16 with a GPU and fp32 without."""
     return recipe.engine.precision or ("bf16" if gpu else "fp32")

@@ -17,7 +17,7 @@ from mae_scale.errors import UsageError
 from mae_scale.recipe import Recipe
 from mae_scale.training.deepspeed_state import DeepSpeedState
 from mae_scale.training.distributed import collective_timeout
-from mae_scale.training.ds_config import checks_gradients
+from mae_scale.training.ds_config import checks_gradients, engine_name
 from mae_scale.training.optimizers import (
     clip_gradients,
     optimizer_class,
@@ -59,7 +59,7 @@ class DeepSpeedEngine:
         objective.to(device)
         groups = parameter_groups(objective, recipe.optim)
         optimizer = optimizer_class(recipe.optim)(groups, **optimizer_options(recipe.optim))
-        self.name = f"deepspeed ZeRO {config['zero_optimization'].get('stage', 0)}"
+        self.name = engine_name(recipe)
         self.config = config
         with _quiet():
             self._engine, self._zero, _, _ = deepspeed.initialize(

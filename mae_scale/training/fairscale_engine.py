@@ -9,7 +9,7 @@ from torch import nn
 from mae_scale.checkpoints.shards import EngineState, Piece, share_of
 from mae_scale.recipe import Recipe
 from mae_scale.training.deepspeed_state import buffer_pieces
-from mae_scale.training.ds_config import BatchLayout
+from mae_scale.training.ds_config import BatchLayout, engine_name
 from mae_scale.training.engine import StepResult
 from mae_scale.training.optimizers import (
     fresh_state,
@@ -32,7 +32,7 @@ class FairScaleEngine:
     def __init__(
         self, objective: nn.Module, recipe: Recipe, layout: BatchLayout, *, stage: int, precision: str, device
     ):
-        self.name = "fairscale " + ("fully sharded" if stage == 3 else "OSS with DDP")
+        self.name = engine_name(recipe)
         self.config = {"backend": "fairscale", "zero_stage": stage, "precision": precision}
         self.objective = objective.to(device)
         self._clip, self._accumulation = recipe.optim.clip_grad_norm, layout.accumulation

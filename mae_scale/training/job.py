@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from data_pipeline.augmentations import augmentation
 from data_pipeline.cache import ImageCache
 from data_pipeline.index import Index, load_index, open_index
 from data_pipeline.loader import ImageLoader
-from data_pipeline.order import steps_per_epoch
 from data_pipeline.pipelines import decoding_device
 from mae_scale.checkpoints.saver import Saver
 from mae_scale.checkpoints.store import Retention, list_checkpoints
@@ -24,9 +23,11 @@ from mae_scale.recipe import Recipe
 from mae_scale.tracking.events import Events
 from mae_scale.tracking.figures import loss_curve_figure
 from mae_scale.tracking.metrics_log import read_metrics
+from mae_scale.tracking.output import Output
 from mae_scale.tracking.run import Tracking
 from mae_scale.tracking.uri import tracking_uri
 from mae_scale.training import preemption
+from mae_scale.training.announcement import headline, nothing_to_do, plan
 from mae_scale.training.assemble import scale_out
 from mae_scale.training.control import Control
 from mae_scale.training.distributed import Ranks, process_group, ranks_from_environment
@@ -50,15 +51,18 @@ from mae_scale.training.inputs import (
     run_images,
 )
 from mae_scale.training.loop import Evaluator, Run, resume, train
-from mae_scale.training.provenance import describe_settings, settings_used, start_tags, versions
+from mae_scale.training.provenance import settings_used, start_tags, versions
 from mae_scale.training.run_lock import hold
+from mae_scale.training.schedules import steps_of
 
 
 class Job(ABC):
     """A recipe and its output folder; what a kind of training decides is in its subclass."""
 
-    def __init__(self, recipe: Recipe, out: Path):
+    def __init__(self, recipe: Recipe, out: Path, output: Output | None = None):
         self.recipe, self.out = recipe, out
+        self.output = output or Output()
+        self.events: Events | None = None  # once the run has begun
         self.notes: list[str] = []  # said by rank 0 when the run begins
 
     @abstractmethod
@@ -115,26 +119,27 @@ class Job(ABC):
             raise UsageError(f"--out {out} is a file, expected a folder (or a name for a new one)")
         refuse_other_recipe(recipe, out)
 
-    def check_inputs(self) -> dict[str, RunImages]:
+    def check_inputs(self, *, keep: bool = True) -> dict[str, RunImages]:
         """Read what the run starts from and raise UsageError when it does not fit; nothing is written into --out.
 
-        Returns the images by the names that their indexes have there. Takes a scan of the folders at a first start, and
-        where they lie elsewhere than at the last one. The images stay those of the first start, in the same order; what
-        has turned bad since is replaced and counted by the loader.
+        keep: write the folders' indexes beside them, or into data.index. Returns the images by the names that their
+        indexes have in --out. Takes a scan of the folders at a first start, and where they lie elsewhere than at the
+        last one. The images stay those of the first start, in the same order; what has turned bad since is replaced and
+        counted by the loader.
         """
-        data = self.recipe.data
+        data, how = self.recipe.data, {"keep": keep, "progress": not self.output.quiet}
         found = {
             IMAGES: run_images(
                 *(self.out, IMAGES, "data.root", data.root),
-                lambda: open_index(data.root, data.index),
+                lambda: open_index(data.root, data.index, **how),
                 self.choose_images,
                 part=data.labels_a_class is not None,
             )
         }
-        steps_per_epoch(len(found[IMAGES].index), data.global_batch)  # refuses a batch larger than the data
+        steps_of(self.recipe, len(found[IMAGES].index))  # refuses a batch larger than the data
         if data.val_root is not None:
             found[VALIDATION] = run_images(
-                *(self.out, VALIDATION, "data.val_root", data.val_root), lambda: open_index(data.val_root)
+                *(self.out, VALIDATION, "data.val_root", data.val_root), lambda: open_index(data.val_root, **how)
             )
         self.check_fit(found[IMAGES].index, found[VALIDATION].index if VALIDATION in found else None)
         return found
@@ -154,14 +159,35 @@ class Job(ABC):
         except OSError as error:
             raise UsageError(f"--out {self.out} cannot be written to: {error.strerror}") from None
 
+    def plan(self, world_size: int) -> list[str]:
+        """Check everything and return what a start on so many ranks would do; nothing is written."""
+        index = self.check_inputs(keep=False)[IMAGES].index
+        layout, device = (
+            batch_layout(self.recipe, world_size),
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+        used = settings_used(self.recipe, layout, device)
+        return plan(self.recipe, self.out, index, layout, steps_of(self.recipe, len(index)), used, device)
+
     def run(self) -> int:
         """Run as this process's rank, from where the output folder stands to the end; the exit code.
 
         EXIT_DONE, or EXIT_STOPPED after SIGTERM, SIGUSR1 or Ctrl-C to any rank, when a checkpoint was written.
         """
         ranks = ranks_from_environment()
-        with hold(self.out) if ranks.is_first else contextlib.nullcontext() as lock:
+        with hold(self.out) if ranks.is_first else contextlib.nullcontext() as lock, self._failure_is_noted():
             return self._run(ranks, lock.check if lock else None)
+
+    @contextlib.contextmanager
+    def _failure_is_noted(self) -> Iterator[None]:
+        """Close the start in events.jsonl when it fails after it has begun, at the last step that was logged."""
+        try:
+            yield
+        except BaseException as error:
+            if self.events is not None:
+                rows = read_metrics(self.out / "metrics.jsonl")
+                self.events.fail(rows[-1]["step"] if rows else 0, error)
+            raise
 
     def _run(self, ranks: Ranks, guard: Callable[[], None] | None) -> int:
         recipe, out = self.recipe, self.out
@@ -192,47 +218,58 @@ class Job(ABC):
                 saver(recipe, out, guard),
                 Events(out / "events.jsonl"),
             )
-            start = resume(run, engine)
-            used = settings_used(recipe, layout, device)
-            with Tracking(
-                recipe,
-                out,
-                speaks=ranks.is_first,
-                start=start,
-                total_steps=run.last_step,
-                steps_per_epoch=run.steps_per_epoch,
-                used=used,
-                tags=start_tags(run.facts, device, len(index.bad)),
-                guard=guard,
-            ) as tracking:
-                tracking.console.message("\n".join([headline(run, engine, start, used), *self.notes]))
-                if ranks.is_first:
-                    write_json(out / "engine.json", {"used": used, **engine.config})
-                    tracking.artifact(out / RECIPE)
-                    tracking.artifact(out / "engine.json")
-                stopped = None
-                if start < run.last_step:
-                    run.events.add("start", start, world_size=ranks.world_size, engine=engine.name)
-                    loader = partial(self.image_loader, run, objective)
-                    evaluate = self.evaluator(run, engine, tracking)
-                    stopped = train(run, engine, objective.tensors, loader, start, tracking, evaluate)
-                tracking.artifact(run.events.path)
-                if stopped:
-                    again = "goes on from the last checkpoint" if list_checkpoints(run.checkpoints) else "begins again"
-                    tracking.console.message(f"stopped by {stopped}; the same command {again}")
-                elif ranks.is_first:
-                    tracking.console.message(self._end(run, tracking))
+            self.events = run.events
+            stopped = self._train(run, engine, objective, guard)
             engine.close()
         return EXIT_STOPPED if stopped else EXIT_DONE
 
-    def _end(self, run: Run, tracking: Tracking) -> str:
-        """The loss curve; and when the schedule is done, what the kind of training leaves."""
+    def _train(self, run: Run, engine, objective: nn.Module, guard: Callable[[], None] | None) -> str | None:
+        """Train from where the run stands, tracked; the signal that asked to stop, or None at the end."""
+        recipe, out, events = run.recipe, run.out, run.events
+        start = resume(run, engine)
+        used = settings_used(recipe, run.layout, run.device)
+        with Tracking(
+            recipe,
+            out,
+            speaks=run.ranks.is_first,
+            start=start,
+            total_steps=max(start, run.last_step),
+            steps_per_epoch=run.steps_per_epoch,
+            used=used,
+            tags=start_tags(run.facts, run.device, len(run.index.bad)),
+            output=self.output,
+            guard=guard,
+        ) as tracking:
+            said = headline(recipe, run.index, run.layout, run.steps, used, run.device, start)
+            tracking.console.message("\n".join([said, *self.notes]))
+            if run.ranks.is_first:
+                write_json(out / "engine.json", {"used": used, **engine.config})
+                tracking.artifact(out / RECIPE)
+                tracking.artifact(out / "engine.json")
+            events.add("start", start, world_size=run.ranks.world_size, engine=engine.name)
+            stopped = None
+            if start < run.last_step:
+                loader, evaluate = partial(self.image_loader, run, objective), self.evaluator(run, engine, tracking)
+                stopped = train(run, engine, objective.tensors, loader, start, tracking, evaluate)
+            again = "goes on from the last checkpoint" if list_checkpoints(run.checkpoints) else "begins again"
+            last = f"stopped by {stopped}; the same command {again}"
+            if not stopped:
+                how, last = self._end(run, start, tracking) if run.ranks.is_first else ("", "")
+                events.add("end", max(start, run.last_step), reason=how)
+            tracking.artifact(events.path)
+            tracking.console.conclude(last)
+        return stopped
+
+    def _end(self, run: Run, start: int, tracking: Tracking) -> tuple[str, str]:
+        """The loss curve, and when the schedule is done what the kind of training leaves; how it ended, and a line."""
         figures = run.out / "figures"
         loss_curve_figure(read_metrics(run.out / "metrics.jsonl"), figures / "loss_curve.png")
         tracking.artifact(figures / "loss_curve.png", "figures")
-        if run.last_step < run.total_steps:
-            return f"done: stopped early, checkpoints in {run.checkpoints}; figures in {figures}"
-        return f"done: {self.finish(run, tracking)}; figures in {figures}"
+        if max(start, run.last_step) == run.total_steps:
+            return "done", f"done: {self.finish(run, tracking)}; figures in {figures}"
+        if start < run.last_step:
+            return "stopped early", f"done: stopped early, checkpoints in {run.checkpoints}; figures in {figures}"
+        return "nothing to do", nothing_to_do(run.recipe, run.steps, start)
 
     def augmentation(self):
         """The recipe's."""
@@ -285,19 +322,3 @@ def facts(recipe: Recipe, engine, index: Index, world_size: int) -> dict:
         "index": index.digest(),
         "versions": versions(),
     }
-
-
-def headline(run: Run, engine, start: int, used: dict) -> str:
-    """Lines on what this start will do, and on what of the data folder is not used."""
-    layout, schedule = run.layout, run.recipe.schedule
-    whence = f"going on from step {start}" if start else "from the beginning"
-    if start == run.last_step:
-        whence = f"all {start} steps are done"
-    remarks = "".join(f"{line}\n" for line in run.index.remarks.sentences())
-    return (
-        f"{run.index.summary()}; {run.steps_per_epoch} steps an epoch, {schedule.epochs} epochs, "
-        f"{run.total_steps} steps; {whence}\n{remarks}"
-        f"{engine.name}, {layout.world_size} rank(s) on {run.device.type} x {layout.micro_batch} images "
-        f"x {layout.accumulation} = global batch {layout.global_batch}; {describe_settings(used)}; "
-        f"peak lr {run.recipe.lr:.3g}"
-    )

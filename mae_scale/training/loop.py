@@ -14,7 +14,6 @@ import torch
 
 from data_pipeline.index import Index
 from data_pipeline.loader import Batch, ImageLoader
-from data_pipeline.order import steps_per_epoch
 from mae_scale.checkpoints.resume import load_newest
 from mae_scale.checkpoints.saver import Saver
 from mae_scale.errors import RunError, UsageError
@@ -26,7 +25,7 @@ from mae_scale.training import preemption
 from mae_scale.training.control import Control
 from mae_scale.training.distributed import Ranks
 from mae_scale.training.ds_config import BatchLayout
-from mae_scale.training.schedules import learning_rate
+from mae_scale.training.schedules import Steps, learning_rate, steps_of
 
 log = logging.getLogger("mae_scale")
 
@@ -52,18 +51,22 @@ class Run:
     events: Events
 
     @property
+    def steps(self) -> Steps:
+        return steps_of(self.recipe, len(self.index))
+
+    @property
     def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.index), self.recipe.data.global_batch)
+        return self.steps.per_epoch
 
     @property
     def total_steps(self) -> int:
         """Updates of the whole schedule."""
-        return self.recipe.schedule.epochs * self.steps_per_epoch
+        return self.steps.total
 
     @property
     def last_step(self) -> int:
         """The update after which this start ends."""
-        return min(self.total_steps, self.recipe.schedule.stop_after_steps or self.total_steps)
+        return self.steps.last
 
     @property
     def checkpoints(self) -> Path:

@@ -17,7 +17,7 @@ from mae_scale.checkpoints.store import list_checkpoints, verify
 from mae_scale.tracking.metrics_log import read_metrics
 from tests.faults.harness import Training, newest_whole_step
 from tests.faults.torture import torture
-from tests.tiny import STEPS, arguments, losses
+from tests.tiny import STEPS, arguments, events, losses
 
 SLOW = ["engine.micro_batch=5", "schedule.epochs=1000"]  # twelve micro-batches a step: a tenth of a second
 
@@ -60,6 +60,7 @@ def test_a_signal_to_any_one_rank_stops_all_at_one_step_with_a_checkpoint_and_co
     assert before <= last <= before + 2
     assert newest_whole_step(out) == last
     assert f"stopped by {signum.name}" in training.text() or "a signal to another rank" in training.text()
+    assert [(event, step) for event, step, _ in events(out)] == [("start", 0), ("stop", last)]
     with Training(out, *slow, f"schedule.stop_after_steps={last + 2}") as training:
         assert training.wait() == 0, training.text()
     assert f"going on from step {last}\n" in training.text()
@@ -85,6 +86,9 @@ def test_a_hanging_rank_is_named_within_the_timeout_and_nothing_is_left_behind(s
         assert "error: rank 1 no longer answers" in training.text()
         assert "Traceback" not in training.text()
         assert training.left_behind() == []
+    event, step, reason = events(out)[-1]
+    assert (event, step) == ("failure", steps_done(out))
+    assert reason.startswith("rank 1 no longer answers")
 
 
 def test_a_killed_rank_is_named_and_ends_the_others_at_once(tmp_path, command):
@@ -197,15 +201,16 @@ def test_many_in_a_row_go_back_to_a_checkpoint_and_skip_the_data_also_over_a_new
         for stop in stops:
             with poisoned(tmp_path / name, digits, "5:10", *rollback, f"schedule.stop_after_steps={stop}") as training:
                 assert training.wait() == 0, training.text()
-    events = [json.loads(line) for line in (tmp_path / "one" / "events.jsonl").read_text().splitlines()]
     # Batches 5 to 7 are skipped as steps 6 to 8; then from step 4 on batch 8 is next, and 8 and 9 are bad too.
-    assert [(e["event"], e["step"]) for e in events] == [
+    rows = [json.loads(line) for line in (tmp_path / "one" / "events.jsonl").read_text().splitlines()]
+    assert [(row["event"], row["step"]) for row in rows] == [
         ("start", 0),
         *(("skipped_step", step) for step in (6, 7, 8)),
         ("rollback", 4),
         *(("skipped_step", step) for step in (5, 6)),
+        ("end", STEPS),
     ]
-    assert events[4]["skipped_batches"] == 4
+    assert rows[4]["skipped_batches"] == 4
     assert losses(tmp_path / "one").keys() == set(range(1, STEPS + 1))
     after = {step: loss for step, loss in losses(tmp_path / "one").items() if step > 6}
     assert after == {step: loss for step, loss in losses(tmp_path / "two").items() if step > 6}
@@ -214,18 +219,18 @@ def test_many_in_a_row_go_back_to_a_checkpoint_and_skip_the_data_also_over_a_new
 
 def test_going_back_takes_the_same_steps_when_skips_are_read_a_step_late(tmp_path, digits):
     """Steps 6 and 7 are skipped, where nothing is logged or saved: the second is known when step 8 is on its way."""
-    rows, events = {}, {}
+    rows, found = {}, {}
     for every in (1, 100):
         out = tmp_path / str(every)
         more = ["checkpoint.rollback_after_skips=2", f"tracking.log_every_steps={every}"]
         with poisoned(out, digits, "5:7", *more) as training:
             assert training.wait() == 0, training.text()
         rows[every] = read_metrics(out / "metrics.jsonl")
-        found = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
-        events[every] = [(e["event"], e["step"], e.get("skipped_batches")) for e in found]
+        happened = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+        found[every] = [(row["event"], row["step"], row.get("skipped_batches")) for row in happened]
     assert [row["step"] for row in rows[100]] == [1, 5, STEPS]
-    assert events[100] == events[1]
-    assert events[1][1:] == [("skipped_step", 6, None), ("skipped_step", 7, None), ("rollback", 4, 3)]
+    assert found[100] == found[1]
+    assert found[1][1:-1] == [("skipped_step", 6, None), ("skipped_step", 7, None), ("rollback", 4, 3)]
     for key in ("train/loss", "train/grad_norm", "faults/skipped_steps", "faults/rollbacks"):
         assert rows[100][-1][key] == rows[1][-1][key], key
 
