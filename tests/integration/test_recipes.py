@@ -11,6 +11,7 @@ import pytest
 
 from mae_scale import __version__
 from mae_scale.recipe import load_recipe, packaged_recipes
+from mae_scale.training.run_lock import hold
 from tests.tiny import arguments
 
 
@@ -127,6 +128,15 @@ def test_a_dry_run_refuses_what_the_start_refuses_with_the_same_words(case, tmp_
     dry, real = call(*command, "--dry-run"), call(*command)
     assert dry == real
     assert dry[0] == code
+
+
+def test_a_dry_run_is_refused_where_another_start_is_at_work(tmp_path, digits, begun, mae_scale):
+    out = tmp_path / "run"
+    shutil.copytree(begun, out)
+    with hold(out):
+        done = mae_scale("pretrain", "demo", "--out", out, "--dry-run", "--tracking-uri", "off", *arguments(digits))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"--out {out} is in use by process {os.getpid()}" in done.stderr
 
 
 def test_a_dry_run_checks_weights_and_validation_images(tmp_path, digits, call, begun):
