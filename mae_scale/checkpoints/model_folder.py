@@ -38,7 +38,7 @@ def export_folder(
 
     `classes`: the names of a classifier's classes. Weights are float32; each file appears under its name only when it
     is whole, config.json last. Raises UsageError for a model that the library has no architecture for, for a folder
-    that holds other weights, and when the folder cannot be written.
+    that holds other weights or is a run's own, and when the folder cannot be written.
     """
     if layout == "hf":
         what, config, state = _for_transformers(model, classes)
@@ -46,6 +46,8 @@ def export_folder(
     else:
         what, config, state = _for_timm(model, classes)
         preprocessor = None
+    if folder.name == "export" and (folder.absolute().parent / "recipe.yaml").exists():
+        raise UsageError(f"{folder} is for the weights that the run itself leaves; choose another folder")
     if (folder / WEIGHTS).exists() and not (folder / CONFIG).exists():
         raise UsageError(f"{folder} holds other weights ({WEIGHTS} without {CONFIG}); choose another folder")
     weights = {name: tensor.detach().float().contiguous() for name, tensor in state.items()}

@@ -212,6 +212,11 @@ def test_a_folder_is_written_again_but_other_weights_are_not_written_over(checkp
         assert (code, error.count("\n")) == (2, 1)
         assert said in error
     assert (run / "export" / "model.safetensors").read_bytes() == b"the run's own"
+    (run / "export" / "model.safetensors").unlink()
+    (run / "recipe.yaml").touch()
+    code, _, error = call("export", run, run / "export", "--format", "hf")
+    assert (code, "that the run itself leaves" in error) == (2, True)
+    assert not any((run / "export").iterdir())
     exported(call, run, tmp_path / "one.safetensors", "hf")
     assert (tmp_path / "one.safetensors").is_file()
 
