@@ -44,8 +44,8 @@ def run_images(
 ) -> RunImages:
     """Return the images at `root`: those of the index `name` in `out` once the run has a step, else what is found.
 
-    key: the recipe's, for errors; open_folder: indexes `root`; choose: what of it a first start takes; part: that may be
-    a part.
+    key: the recipe's, for errors; open_folder: indexes `root`; choose: what of it a first start takes; part: that is a
+    part only.
     Raises UsageError when the folder is not there, or holds other images than the run has.
     """
     if not root.is_dir():
