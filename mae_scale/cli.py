@@ -1,4 +1,5 @@
-"""The commands: parse, call, print. Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 75 stopped on request."""
+"""The commands: parse, call, print. Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 75 stopped on request,
+130 ended by Ctrl-C."""
 
 import os
 import sys

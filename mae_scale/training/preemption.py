@@ -11,8 +11,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 from mae_scale.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 from mae_scale.training.distributed import launched, leave, this_rank
@@ -37,6 +38,7 @@ _first: str | None = None
 _insisted = False
 _last_interrupt: float | None = None
 _heeding: _Heeding | None = None
+_last_acts: list[Callable[[], None]] = []
 _alone = True  # no launcher that hands a Ctrl-C on
 _has_launcher = False
 
@@ -82,6 +84,16 @@ def passing_on(notice: str | None = None) -> Iterator[None]:
         _heeding = before
 
 
+@contextlib.contextmanager
+def before_the_end(act: Callable[[], None]) -> Iterator[None]:
+    """A block in which act() is called before a request ends this process, for what may not be left behind."""
+    _last_acts.append(act)
+    try:
+        yield
+    finally:
+        _last_acts.remove(act)
+
+
 def requested() -> str | None:
     """The name of the first signal that asked to stop, such as "SIGTERM"; None when there was none."""
     return _first
@@ -107,14 +119,20 @@ def _take(signum: signal.Signals) -> None:
     if signum is signal.SIGINT and _is_another():
         _insisted = True
         if _heeding is None or _heeding.ends:
-            _say(INTERRUPTED)
-            leave(EXIT_INTERRUPTED)
+            _end(INTERRUPTED, EXIT_INTERRUPTED)
     elif _heeding is None:
-        _say(f"stopped by {signum.name}; there was nothing to save, and the same command begins again or goes on")
-        leave(EXIT_STOPPED)
+        text = f"stopped by {signum.name}; there was nothing to save, and the same command begins again or goes on"
+        _end(text, EXIT_STOPPED)
     elif _heeding.notice is not None and is_news:
         again = "; Ctrl-C again ends at once" if interrupts else ""
         _say(f"{signum.name}: {_heeding.notice}{again}")
+
+
+def _end(text: str, code: int) -> NoReturn:
+    _say(text)
+    for act in list(_last_acts):
+        act()
+    leave(code)
 
 
 def _is_another() -> bool:

@@ -24,6 +24,7 @@ from pathlib import Path
 from mae_scale.errors import EXIT_FAILED, UsageError
 from mae_scale.files import write_atomically
 from mae_scale.training.distributed import leave
+from mae_scale.training.preemption import before_the_end
 
 log = logging.getLogger("mae_scale")
 
@@ -145,10 +146,11 @@ def hold(out: Path) -> Iterator[RunLock]:
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written to: {error.strerror}") from None
     lock = RunLock(path, owner)
-    try:
-        yield lock
-    finally:
-        lock.release()
+    with before_the_end(lock.release):
+        try:
+            yield lock
+        finally:
+            lock.release()
 
 
 def refuse_held(out: Path) -> None:

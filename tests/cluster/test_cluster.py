@@ -200,6 +200,14 @@ def test_a_refused_recipe_is_not_requeued_and_ends_its_chain(cluster: Cluster, t
     cluster.wait_for_end(then, log, state="CANCELLED")
 
 
+def test_four_ranks_that_refuse_a_recipe_say_so_in_one_line(cluster: Cluster, tmp_path):
+    job = cluster.sbatch("--nodes=2", TEMPLATES / "pretrain.sbatch", "demo", "--out=run", "data.roott=x", cwd=tmp_path)
+    log = tmp_path / f"{job}.log"
+    assert cluster.wait_for_end(job, log, state="FAILED")["ExitCode"] == "2:0"
+    errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert errors == ["error: recipe demo: unknown key 'data.roott'; did you mean 'data.root'?"]
+
+
 def test_a_job_without_a_new_step_in_two_starts_stops(cluster: Cluster, tmp_path):
     job = cluster.sbatch(
         "--nodes=2", TEMPLATES / "pretrain.sbatch", "demo", "--out=run", cwd=tmp_path, MAE_SCALE_CONTAINER="false"

@@ -82,6 +82,13 @@ def test_a_ctrl_c_that_a_launcher_hands_on_is_the_same_one_and_a_later_one_anoth
     assert run(HEED + many, RANK="1", MAE_SCALE_LAUNCHER_PID=str(os.getpid()))[0] == 0
 
 
+def test_a_request_that_ends_a_process_gives_back_the_lock_that_it_holds(tmp_path):
+    hold = "from pathlib import Path\nfrom mae_scale.training.run_lock import hold\n"
+    hold += f"with hold(Path({str(tmp_path)!r})):\n    print(*os.listdir({str(tmp_path)!r}))\n    send(signal.SIGTERM)"
+    assert run(LISTEN + hold) == (75, "run.lock", f"stopped by SIGTERM{AT_ONCE}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_block_that_passes_requests_on_notes_a_second_ctrl_c_and_ends_nothing_itself():
     block = "with preemption.passing_on():\n    send(signal.SIGINT)\n    print(preemption.insisted())\n"
     assert run(LISTEN + block + "    send(signal.SIGINT)\n    print(preemption.insisted())") == (0, "False\nTrue", "")
