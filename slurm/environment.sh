@@ -106,13 +106,14 @@ supervise() {
 
 # One rank, as srun starts it; the file $1 gets its exit code where it was refused or stopped on request. srun itself
 # says only how the ranks ended that --kill-on-bad-exit had to kill. To stop is no bad exit: the others get to their end.
+# A rank that srun ends because another was refused stops too, and leaves that one's verdict as it is.
 run_rank() {
     local verdict=$1 code=0
     shift
     supervise "$@" || code=$?
     case $code in
         "$CODE_REFUSED") echo $code >"$verdict" ;;
-        "$CODE_STOPPED") echo $code >"$verdict" && code=0 ;;
+        "$CODE_STOPPED") (set -o noclobber && echo $code >"$verdict") 2>/dev/null || true && code=0 ;;
     esac
     return $code
 }
