@@ -15,7 +15,6 @@ import pytest
 
 import mae_scale as package
 from mae_scale.packaged import packaged
-from mae_scale.training.distributed import extensions_folder
 from tests.tiny import arguments as tiny_arguments
 
 ROOT = Path(package.__file__).parents[1]
@@ -70,7 +69,7 @@ class Environment:
         """Run one of its programs from another folder, without the source in sight."""
         mine = ("PYTHONPATH", "VIRTUAL_ENV", "MLFLOW_", "SLURM_", "SBATCH_", "MAE_SCALE_", "RANK")
         clean = {k: v for k, v in os.environ.items() if not k.startswith(mine)}
-        environment = {"TORCH_EXTENSIONS_DIR": str(extensions_folder()), "COLUMNS": "160", **environment}
+        environment = {"COLUMNS": "160", **environment}
         command = (self.prefix / "bin" / program, *arguments)
         return done(*command, check=check, cwd=self.elsewhere, env={**clean, **environment})
 
