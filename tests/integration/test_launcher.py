@@ -175,7 +175,7 @@ def test_a_second_ctrl_c_kills_every_rank(whole_group, tmp_path, nothing_left):
             os.killpg(process.pid, signal.SIGINT)
         else:
             process.send_signal(signal.SIGINT)
-        time.sleep(0.2)
+        time.sleep(0.5)
     assert process.wait(20) == 130
 
 
