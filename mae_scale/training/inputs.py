@@ -54,11 +54,13 @@ def run_images(
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise UsageError(f"{key}={root} {what}; give the folder of the images, wherever it lies now")
-    known = _kept_index(out / name) if has_step(out) else None
+    begun = has_step(out)
+    known = _kept_index(out / name) if begun else None
     if known is None:
         found = open_folder()
         index = choose(found) if choose else found
-        _refuse_other_order(out / name, index)
+        if begun:
+            _refuse_other_order(out / name, index)
         return RunImages(_at(root, index), is_kept=False)
     index = _at(root, known)
     check_data(index)
@@ -80,24 +82,26 @@ def run_images(
 
 
 def _kept_index(file: Path) -> Index | None:
-    """Return the index in a run's folder; None when it is missing or, with a warning, damaged."""
-    if not file.exists():  # also where this start is the first with data.val_root
-        return None
+    """Return the index in a run's folder; None when it is missing or damaged."""
     try:
-        return load_index(file)
+        return load_index(file) if file.exists() else None
     except DamagedIndex:
-        log.warning("%s is damaged; it is built again", file)
         return None
 
 
 def _refuse_other_order(file: Path, index: Index) -> None:
-    """Raise UsageError when the run's checkpoints were trained on other images, or in another order."""
-    known = _recorded(file.parent, "index")
-    if file.name == IMAGES and known not in (None, index.digest()):
+    """Say that a run's own index is built again; raise UsageError when its checkpoints were trained on another one."""
+    problem = "is damaged" if file.exists() else "is missing"
+    known = _recorded(file.parent, "index") if file.name == IMAGES else None
+    if known not in (None, index.digest()):
         raise UsageError(
-            f"{file} is damaged or missing, and {index.root} does not give the index that the run's checkpoints were "
-            "trained on; restore that file, or the data as they were, or choose another --out"
+            f"{file} {problem}, and {index.root} does not give the index that the run's checkpoints were trained on; "
+            "restore that file, or the data as they were, or choose another --out"
         )
+    if known is not None:
+        log.warning("%s %s; it is built again, and is what the checkpoints were trained on", file, problem)
+    elif file.exists():
+        log.warning("%s is damaged; it is built again", file)
 
 
 def has_checkpoint(out: Path) -> bool:
