@@ -24,7 +24,7 @@ from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.models.classifier import build_classifier
 from mae_scale.tracking import model_registry
 from mae_scale.tracking.model_registry import log_classifier
-from tests.integration.test_mlflow import Server, wait_for
+from tests.integration.mlflow_server import Server, wait_for
 
 NAME = "digits"
 TINY = [
@@ -56,16 +56,6 @@ def finetune(digits, mae_scale):
         return done.stdout + done.stderr
 
     return run
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
-    try:
-        server.start()
-        yield server
-    finally:
-        server.kill()
 
 
 @pytest.fixture(scope="module")

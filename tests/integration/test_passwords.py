@@ -6,23 +6,12 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.faults.harness import Training
-from tests.integration.test_mlflow import Server
 from tests.tiny import arguments, losses
 
 pytestmark = pytest.mark.timeout(400)
 
 PASSWORD = "Tr0ub4dor&3"
 ENCODED = "Tr0ub4dor%263"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
-    try:
-        server.start()
-        yield server
-    finally:
-        server.kill()
 
 
 def holding(folder: Path) -> list[Path]:

@@ -9,20 +9,11 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from mae_scale.tracking.mlflow_artifacts import steps_of_figure
-from tests.integration.test_mlflow import DEADLINE_S, Run, Server
+from tests.integration.mlflow_server import DEADLINE_S
+from tests.integration.test_mlflow import Run
 from tests.tiny import STEPS, arguments, losses
 
 pytestmark = pytest.mark.timeout(600)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
-    try:
-        server.start()
-        yield server
-    finally:
-        server.kill()
 
 
 @pytest.fixture
