@@ -162,10 +162,8 @@ class Job(ABC):
     def plan(self, world_size: int) -> list[str]:
         """Check everything and return what a start on so many ranks would do; nothing is written."""
         index = self.check_inputs(keep=False)[IMAGES].index
-        layout, device = (
-            batch_layout(self.recipe, world_size),
-            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        )
+        layout = batch_layout(self.recipe, world_size)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         used = settings_used(self.recipe, layout, device)
         return plan(self.recipe, self.out, index, layout, steps_of(self.recipe, len(index)), used, device)
 

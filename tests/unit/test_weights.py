@@ -246,6 +246,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "cut.safetensors").write_bytes(content[:100])
     torch.save([1, 2], tmp_path / "list.pth")
-    for name in ("cut.pth", "empty.pth", "cut.safetensors", "list.pth", "none.pth"):
+    (tmp_path / "picture.pth").write_bytes(b"GIF89a")  # to torch the start of a pickled number
+    for name in ("cut.pth", "empty.pth", "cut.safetensors", "list.pth", "picture.pth", "none.pth"):
         with pytest.raises(UsageError, match=name):
             read_weights(tmp_path / name)
