@@ -13,7 +13,7 @@ import signal
 import sys
 import tarfile
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -288,18 +288,20 @@ def _in_processes(function: Callable, tasks: list, workers: int | None) -> Itera
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent) as pool:
-        # Ctrl-C in a terminal would reach the workers too; they start with it blocked, and this process ends them.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            results = pool.map(function, tasks)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        try:
-            yield from results
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                for worker in multiprocessing.active_children():
-                    worker.kill()
+            # Ctrl-C in a terminal would reach the workers too; they start with it blocked, and this process ends them.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                results = deque(pool.submit(function, task) for task in tasks)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            while results:
+                yield results.popleft().result()
+        except KeyboardInterrupt:  # cancels nothing: the pool's own thread fails on cancelled tasks of killed workers
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 

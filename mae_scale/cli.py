@@ -324,7 +324,6 @@ def main() -> None:
         code = EXIT_FAILED
     if code == EXIT_INTERRUPTED:  # typer has taken the KeyboardInterrupt
         print(INTERRUPTED, file=sys.stderr)
-        leave(code)
     if "RANK" in os.environ:
         leave(code or EXIT_DONE)
     sys.exit(code)
