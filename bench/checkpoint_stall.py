@@ -16,13 +16,15 @@ from pathlib import Path
 
 import torch
 
-from mae_scale.checkpoints.saver import Saver
+from mae_scale.checkpoints.save import Saver
 from mae_scale.checkpoints.store import Retention
-from mae_scale.objectives.reconstruct import Reconstruct
-from mae_scale.recipe import load_recipe
-from mae_scale.training.assemble import build_model, scale_out
-from mae_scale.training.distributed import process_group, ranks_from_environment
-from mae_scale.training.ds_config import batch_layout
+from mae_scale.config.load import load_recipe
+from mae_scale.distributed.collectives import process_group
+from mae_scale.distributed.ranks import ranks_from_environment
+from mae_scale.engines.deepspeed_config import batch_layout
+from mae_scale.engines.select import scale_out
+from mae_scale.models.build import build_model
+from mae_scale.tasks.mae.objective import Reconstruct
 
 STEPS_BETWEEN = 4
 

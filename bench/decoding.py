@@ -33,7 +33,8 @@ from data_pipeline.index import Index, build_index
 from data_pipeline.loader import ImageLoader
 from data_pipeline.pipelines import IMAGENET_STD, decoding_device
 from data_pipeline.samples import write_photos
-from mae_scale.training.distributed import process_group, ranks_from_environment
+from mae_scale.distributed.collectives import process_group
+from mae_scale.distributed.ranks import ranks_from_environment
 
 HW_LOADS = (0.0, 0.65, 1.0)
 COMPARED = 64  # images whose pixels are compared

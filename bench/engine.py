@@ -36,7 +36,8 @@ from report import machine, show
 from sizes import SIZES, training_flops_per_image
 from timing import matrix_product, quartiles, seconds
 
-from mae_scale.training.distributed import process_group, ranks_from_environment
+from mae_scale.distributed.collectives import process_group
+from mae_scale.distributed.ranks import ranks_from_environment
 
 SIZES_OF = {"cpu": ["base"], "cuda": ["large", "huge"]}
 MICRO_BATCHES = {"cpu": [8], "cuda": [128]}

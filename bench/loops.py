@@ -11,14 +11,16 @@ from peer import layers_of, make_peer
 from sizes import SIZES, recipe_of
 from torch import nn
 
-from mae_scale.objectives.reconstruct import Reconstruct
+from mae_scale.config.schema import Recipe
+from mae_scale.engines.activation_checkpointing import checkpoint_activations
+from mae_scale.engines.compilation import compile_blocks
+from mae_scale.engines.deepspeed_config import batch_layout
+from mae_scale.engines.optimizers import optimizer_class, optimizer_options, parameter_groups
+from mae_scale.engines.policy import compiles, refuse_wrong_combinations
+from mae_scale.engines.select import scale_out
+from mae_scale.models.build import build_model
 from mae_scale.packaged import packaged
-from mae_scale.recipe import Recipe
-from mae_scale.training.activation_checkpointing import checkpoint_activations
-from mae_scale.training.assemble import build_model, scale_out
-from mae_scale.training.compilation import compile_blocks
-from mae_scale.training.ds_config import batch_layout, compiles, refuse_wrong_combinations
-from mae_scale.training.optimizers import optimizer_class, optimizer_options, parameter_groups
+from mae_scale.tasks.mae.objective import Reconstruct
 
 LR = 1e-4
 

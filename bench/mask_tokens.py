@@ -25,7 +25,8 @@ from loops import engine_loop
 from report import machine, show
 from sizes import SIZES, training_flops_per_image
 
-from mae_scale.training.distributed import process_group, ranks_from_environment
+from mae_scale.distributed.collectives import process_group
+from mae_scale.distributed.ranks import ranks_from_environment
 
 PAPER = {("large", 8): 2.8, ("large", 1): 3.7, ("huge", 8): 3.5, ("huge", 1): 4.1}
 

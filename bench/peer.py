@@ -17,7 +17,7 @@ def make_peer(ours: nn.Module) -> nn.Module:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
     from transformers.utils import logging
 
-    from mae_scale.models.weights import to_hf
+    from mae_scale.models.weights.autoencoder import to_hf
 
     size, decoder = ours.encoder.size, ours.decoder
     width, heads = decoder.norm.normalized_shape[0], decoder.blocks[0].attn.num_heads

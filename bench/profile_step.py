@@ -28,7 +28,8 @@ from loops import engine_loop
 from report import machine, show
 from sizes import SIZES
 
-from mae_scale.training.distributed import process_group, ranks_from_environment
+from mae_scale.distributed.collectives import process_group
+from mae_scale.distributed.ranks import ranks_from_environment
 
 STEPS, WARM_UP_STEPS = 3, 3
 KINDS = {  # the first that matches a kernel's or operation's name

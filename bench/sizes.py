@@ -1,7 +1,8 @@
 """Sizes that the benchmarks train, as arguments of build_mae, as a recipe, and their arithmetic."""
 
+from mae_scale.config.load import load_recipe
+from mae_scale.config.schema import Recipe
 from mae_scale.planning.flops import mae_forward_flops, training_flops
-from mae_scale.recipe import Recipe, load_recipe
 
 SIZES = {
     "tiny": {"image_size": 32, "patch_size": 4, "width": 64, "depth": 2, "heads": 2}

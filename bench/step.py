@@ -36,11 +36,11 @@ from sizes import SIZES, training_flops_per_image
 from timing import matrix_product, quartiles, seconds
 from torch import nn
 
+from mae_scale.engines.activation_checkpointing import checkpoint_activations
+from mae_scale.engines.compilation import compile_blocks
 from mae_scale.models.mae import build_mae
 from mae_scale.models.vit import resolve_size
-from mae_scale.planning.flops import peak_flops_per_s
-from mae_scale.training.activation_checkpointing import checkpoint_activations
-from mae_scale.training.compilation import compile_blocks
+from mae_scale.planning.hardware import peak_flops_per_s
 
 BATCHES = {"cpu": {"small": 32, "base": 8, "large": 4, "huge": 2}, "cuda": {"large": 128, "huge": 64}}
 VARIANTS = ("plain", "compiled", "checkpointed", "compiled+checkpointed")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.samples import write_digits
-from mae_scale import cli
-from mae_scale.training import preemption
+from mae_scale.cli.main import main
+from mae_scale.distributed import stop_requests
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -45,10 +45,10 @@ def call(monkeypatch, capsys):
 
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setenv("COLUMNS", "160")
-        monkeypatch.setattr(preemption, "listen", lambda: None)  # signals are the test runner's
+        monkeypatch.setattr(stop_requests, "listen", lambda: None)  # signals are the test runner's
         monkeypatch.setattr(sys, "argv", ["mae-scale", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         captured = capsys.readouterr()
         return int(ended.value.code or 0), captured.out, captured.err
 

@@ -9,16 +9,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
-from mae_scale.checkpoints.shards import ShardReader, digest_of
+from mae_scale.checkpoints.shards import EMA, ShardReader, digest_of
 from mae_scale.checkpoints.store import Damaged, list_checkpoints, newest_whole, read_manifest, verify
+from mae_scale.config.schema import Recipe
 from mae_scale.errors import RunError, UsageError
+from mae_scale.models.build import build_classifier_of, build_model
 from mae_scale.models.classifier import Classifier
-from mae_scale.models.classifier_weights import classifier_to_hf, classifier_to_official, classifier_to_timm
 from mae_scale.models.mae import MaskedAutoencoder
-from mae_scale.models.weights import read_weights, to_hf, to_official, to_timm
-from mae_scale.recipe import Recipe
-from mae_scale.training.assemble import build_classifier_of, build_model
-from mae_scale.training.optimizers import EMA
+from mae_scale.models.weights.autoencoder import read_weights, to_hf, to_official, to_timm
+from mae_scale.models.weights.autoencoder.classifier import classifier_to_hf, classifier_to_official, classifier_to_timm
 
 FORMATS = ("official", "timm", "hf", "safetensors")
 SUFFIXES = (".safetensors", ".pth")

@@ -20,11 +20,11 @@ from data_pipeline.augmentations import EVALUATION_CROP
 from mae_scale.errors import UsageError
 from mae_scale.files import write_atomically, write_json
 from mae_scale.models.classifier import Classifier
-from mae_scale.models.classifier_weights import classifier_to_hf, classifier_to_timm
 from mae_scale.models.mae import MaskedAutoencoder
 from mae_scale.models.targets import NormalisedPixels, Pixels
 from mae_scale.models.vit import SIZES
-from mae_scale.models.weights import to_hf, to_timm
+from mae_scale.models.weights.autoencoder import to_hf, to_timm
+from mae_scale.models.weights.autoencoder.classifier import classifier_to_hf, classifier_to_timm
 
 WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 LAYER_NORM_EPS = 1e-6

@@ -33,6 +33,8 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 CHUNK_BYTES = 2**24
+EMA = "ema"
+"""The part of the state that holds an average of the weights, where one is kept."""
 
 
 @dataclass(frozen=True)

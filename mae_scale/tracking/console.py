@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
+from mae_scale.human_units import duration
 from mae_scale.tracking.output import LOGGERS, Output
 
 RECENT_UPDATES = 20  # the time left is told from the rate over so many logged steps
@@ -191,13 +192,3 @@ class _Handler(logging.Handler):
                 self._console.message(text)
         except Exception:
             self.handleError(record)
-
-
-def duration(seconds: float | None) -> str:
-    """Hours, minutes and seconds, with days in front; dashes when not known."""
-    if seconds is None:
-        return "--:--:--"
-    minutes, second = divmod(math.ceil(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return f"{days}d {hour:02}:{minute:02}:{second:02}" if days else f"{hour:02}:{minute:02}:{second:02}"

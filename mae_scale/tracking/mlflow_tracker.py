@@ -24,7 +24,7 @@ from mae_scale.passwords import redacted, without_password
 from mae_scale.tracking.metrics_log import parse_rows, read_metrics
 from mae_scale.tracking.mlflow_artifacts import send_artifact
 from mae_scale.tracking.mlflow_state import MlflowState
-from mae_scale.tracking.uri import artifact_location, new_sqlite_file
+from mae_scale.tracking.mlflow_uri import artifact_location, new_sqlite_file
 
 logger = logging.getLogger(__name__)
 

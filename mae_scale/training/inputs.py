@@ -16,8 +16,9 @@ from data_pipeline.same_images import differing_images
 from mae_scale.checkpoints.export import FROZEN
 from mae_scale.checkpoints.shards import digest_of
 from mae_scale.checkpoints.store import Damaged, damaged_folders, list_checkpoints, read_manifest
+from mae_scale.config.load import load_recipe
+from mae_scale.config.schema import Recipe, differing_keys
 from mae_scale.errors import UsageError
-from mae_scale.recipe import Recipe, differing_keys, load_recipe
 from mae_scale.tracking.metrics_log import read_metrics
 
 log = logging.getLogger("mae_scale")

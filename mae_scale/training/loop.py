@@ -15,17 +15,17 @@ import torch
 from data_pipeline.index import Index
 from data_pipeline.loader import Batch, ImageLoader
 from mae_scale.checkpoints.resume import load_newest
-from mae_scale.checkpoints.saver import Saver
+from mae_scale.checkpoints.save import Saver
+from mae_scale.config.schema import Recipe
+from mae_scale.distributed import stop_requests
+from mae_scale.distributed.heartbeat import Control
+from mae_scale.distributed.ranks import Ranks
+from mae_scale.engines.deepspeed_config import BatchLayout
 from mae_scale.errors import RunError, UsageError
 from mae_scale.planning.flops import mfu
-from mae_scale.recipe import Recipe
-from mae_scale.tracking.events import Events
-from mae_scale.tracking.run import Tracking
-from mae_scale.training import preemption
-from mae_scale.training.control import Control
-from mae_scale.training.distributed import Ranks
-from mae_scale.training.ds_config import BatchLayout
-from mae_scale.training.schedules import Steps, learning_rate, steps_of
+from mae_scale.tracking.tracker import Tracking
+from mae_scale.training.event_log import Events
+from mae_scale.training.schedule import Steps, learning_rate, steps_of
 
 log = logging.getLogger("mae_scale")
 
@@ -163,7 +163,7 @@ def _updates(
     tracking: Tracking,
     evaluate: Evaluator | None,
 ) -> str | None:
-    if run.control.any(preemption.requested() is not None):  # while it started: there is nothing new to save
+    if run.control.any(stop_requests.requested() is not None):  # while it started: there is nothing new to save
         return _stopped(run, start)
     clock, batches, skips = _Clock(run), iter(loader), _Skips(run)
     owed, losses = False, []
@@ -173,7 +173,7 @@ def _updates(
         done = step + 1
         # Before anything that waits for the device: this wait has a timeout, and names a rank that is lost.
         stop, save_failed, retry = run.control.agree(
-            preemption.requested() is not None, run.saver.has_failed(), run.saver.retry_is_due()
+            stop_requests.requested() is not None, run.saver.has_failed(), run.saver.retry_is_due()
         )
         if save_failed:
             run.saver.wait()
@@ -212,7 +212,7 @@ def _updates(
 
 def _stopped(run: Run, done: int) -> str:
     """Note in the events what has stopped the run after step `done`, and return it."""
-    signal = preemption.requested() or "a signal to another rank"
+    signal = stop_requests.requested() or "a signal to another rank"
     run.events.add("stop", done, reason=signal)
     return signal
 

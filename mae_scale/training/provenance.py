@@ -11,8 +11,9 @@ import torch
 
 import mae_scale
 from data_pipeline.pipelines import decoding_device
-from mae_scale.recipe import Recipe
-from mae_scale.training.ds_config import BatchLayout, compiles, precision_of, zero_stage_of
+from mae_scale.config.schema import Recipe
+from mae_scale.engines.deepspeed_config import BatchLayout
+from mae_scale.engines.policy import compiles, precision_of, zero_stage_of
 
 
 def settings_used(recipe: Recipe, layout: BatchLayout, device: torch.device) -> dict[str, str | int | bool]:

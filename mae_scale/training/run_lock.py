@@ -21,10 +21,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mae_scale.distributed.ranks import leave
+from mae_scale.distributed.stop_requests import before_the_end
 from mae_scale.errors import EXIT_FAILED, UsageError
 from mae_scale.files import write_atomically
-from mae_scale.training.distributed import leave
-from mae_scale.training.preemption import before_the_end
 
 log = logging.getLogger("mae_scale")
 

@@ -5,7 +5,7 @@ import torch
 from data_pipeline.augmentations import Augmentation, augmentation
 from data_pipeline.index import Index, load_index
 from data_pipeline.loader import ImageLoader
-from mae_scale.recipe import Recipe
+from mae_scale.config.schema import Recipe
 from mae_scale.training.inputs import VALIDATION
 from mae_scale.training.loop import Run
 

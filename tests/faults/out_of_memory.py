@@ -2,8 +2,8 @@
 
 import torch
 
-from mae_scale import cli
-from mae_scale.objectives.reconstruct import Reconstruct
+from mae_scale.cli.main import main
+from mae_scale.tasks.mae.objective import Reconstruct
 
 whole, calls = Reconstruct.forward, []
 
@@ -19,4 +19,4 @@ def forward(self, *tensors):
 
 
 Reconstruct.forward = forward
-cli.main()
+main.main()

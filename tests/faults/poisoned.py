@@ -4,8 +4,8 @@ import os
 
 import torch
 
-from mae_scale import cli
-from mae_scale.objectives.reconstruct import Reconstruct
+from mae_scale.cli.main import main
+from mae_scale.tasks.mae.objective import Reconstruct
 
 FIRST, LAST = map(int, os.environ["POISON"].split(":"))
 whole = Reconstruct.tensors
@@ -17,4 +17,4 @@ def poisoned(self, batch, device):
 
 
 Reconstruct.tensors = poisoned
-cli.main()
+main.main()

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mae_scale.distributed.stop_requests import INTERRUPTED
 from mae_scale.tracking.metrics_log import read_metrics
-from mae_scale.training.preemption import INTERRUPTED
 from tests.faults.harness import Command, Training, newest_whole_step
 from tests.tiny import TINY, arguments, losses
 

@@ -18,7 +18,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from data_pipeline.samples import write_digits
-from mae_scale.planning.flops import peak_flops_per_s
+from mae_scale.planning.hardware import peak_flops_per_s
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -6,10 +6,10 @@ import time
 import pytest
 import torch
 
+from mae_scale.engines.activation_checkpointing import checkpoint_activations
+from mae_scale.engines.compilation import compile_blocks
+from mae_scale.engines.host_copy import HostCopy
 from mae_scale.models.mae import build_mae
-from mae_scale.training.activation_checkpointing import checkpoint_activations
-from mae_scale.training.compilation import compile_blocks
-from mae_scale.training.host_copy import HostCopy
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -52,7 +52,7 @@ def train(model, steps=5, size=8):
 def with_peer(patch_size):
     """Our model and Hugging Face's with the same weights."""
     transformers = pytest.importorskip("transformers")
-    from mae_scale.models.weights import load_hf
+    from mae_scale.models.weights.autoencoder import load_hf
 
     ours = small_mae(patch_size)
     config = transformers.ViTMAEConfig(
@@ -84,7 +84,7 @@ def with_peer(patch_size):
 
 def gradients_of(theirs, like):
     """The peer's gradients under our names: loaded as if they were weights."""
-    from mae_scale.models.weights import load_hf
+    from mae_scale.models.weights.autoencoder import load_hf
 
     other = small_mae(like.patch_size)
     load_hf(other, {name: p if "pos" in name else p.grad for name, p in theirs.named_parameters()})

@@ -17,13 +17,17 @@ from torch import nn
 
 from data_pipeline.loader import Batch
 from mae_scale.checkpoints.resume import load_newest
-from mae_scale.checkpoints.saver import Saver
+from mae_scale.checkpoints.save import Saver
 from mae_scale.checkpoints.store import Retention
-from mae_scale.objectives.classify import Classify
-from mae_scale.recipe import Recipe, load_recipe
-from mae_scale.training.assemble import build_classifier_of, scale_out
-from mae_scale.training.distributed import leave, process_group, ranks_from_environment
-from mae_scale.training.ds_config import batch_layout, refuse_wrong_combinations
+from mae_scale.config.load import load_recipe
+from mae_scale.config.schema import Recipe
+from mae_scale.distributed.collectives import process_group
+from mae_scale.distributed.ranks import leave, ranks_from_environment
+from mae_scale.engines.deepspeed_config import batch_layout
+from mae_scale.engines.policy import refuse_wrong_combinations
+from mae_scale.engines.select import scale_out
+from mae_scale.models.build import build_classifier_of
+from mae_scale.tasks.classification.objective import Classify
 
 GLOBAL_BATCH = 24  # divides by 1, 2 and 3 ranks, into pairs, and by accumulation 2 on each
 CLASSES, DEPTH, EMA = 10, 3, 0.9

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import torch
 
-from mae_scale.checkpoints import saver
+from mae_scale.checkpoints import save
 from mae_scale.checkpoints.resume import load_newest
 from mae_scale.checkpoints.store import Retention
+from mae_scale.config.load import load_recipe
+from mae_scale.distributed.collectives import process_group
+from mae_scale.distributed.ranks import leave, ranks_from_environment
+from mae_scale.engines.deepspeed_config import batch_layout
+from mae_scale.engines.select import scale_out
+from mae_scale.models.build import build_model
 from mae_scale.models.drop_path import draw_branch_scales
-from mae_scale.objectives.reconstruct import Reconstruct
-from mae_scale.recipe import load_recipe
-from mae_scale.training.assemble import build_model, scale_out
-from mae_scale.training.distributed import leave, process_group, ranks_from_environment
-from mae_scale.training.ds_config import batch_layout
+from mae_scale.tasks.mae.objective import Reconstruct
 from tests.integration.engine_worker import TINY
 
 GLOBAL_BATCH = 24  # divides by 1, 2 and 3 ranks, and by accumulation 2 on each
@@ -60,7 +62,7 @@ def run_case(case: dict, ranks, device) -> dict:
         torch.distributed.all_reduce(loss)
         losses.append(loss.item())
     if case["save"]:
-        writer = saver.Saver(
+        writer = save.Saver(
             Path(case["save"]), Retention(keep=1), background=case.get("background", True), timeout_s=60
         )
         facts = {"step": case["last"], "epoch": 0.5, "loss": None, "index": "none", "world_size": ranks.world_size}
@@ -101,7 +103,7 @@ def on_a_slow_disk(write):
 
 
 def main() -> None:
-    saver.write_shard = on_a_slow_disk(saver.write_shard)
+    save.write_shard = on_a_slow_disk(save.write_shard)
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     ranks = ranks_from_environment()
     results = {}

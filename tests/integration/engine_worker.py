@@ -16,13 +16,16 @@ import torch._dynamo
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mae_scale.config.load import load_recipe
+from mae_scale.distributed.collectives import process_group
+from mae_scale.distributed.ranks import leave, ranks_from_environment
+from mae_scale.engines.deepspeed_config import batch_layout
+from mae_scale.engines.optimizers import parameter_groups
+from mae_scale.engines.policy import refuse_wrong_combinations
+from mae_scale.engines.select import scale_out
+from mae_scale.models.build import build_model
 from mae_scale.models.drop_path import draw_branch_scales
-from mae_scale.objectives.reconstruct import Reconstruct
-from mae_scale.recipe import load_recipe
-from mae_scale.training.assemble import build_model, scale_out
-from mae_scale.training.distributed import leave, process_group, ranks_from_environment
-from mae_scale.training.ds_config import batch_layout, refuse_wrong_combinations
-from mae_scale.training.optimizers import parameter_groups
+from mae_scale.tasks.mae.objective import Reconstruct
 
 STEPS, GLOBAL_BATCH = 20, 16
 TINY = [

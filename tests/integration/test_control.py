@@ -9,9 +9,9 @@ import psutil
 import pytest
 import torch
 
+from mae_scale.distributed.heartbeat import Control
+from mae_scale.distributed.ranks import Ranks
 from mae_scale.errors import RunError
-from mae_scale.training.control import Control
-from mae_scale.training.distributed import Ranks
 
 TIMEOUT_S = 2.0
 LAUNCHER = """
@@ -31,8 +31,8 @@ from mae_scale.training import preemption
 preemption.listen()
 import torch
 from mae_scale.errors import RunError
-from mae_scale.training.control import Control
-from mae_scale.training.distributed import leave, process_group, ranks_from_environment
+from mae_scale.distributed.heartbeat import Control
+from mae_scale.distributed.collectives import leave, process_group, ranks_from_environment
 ranks = ranks_from_environment()
 rank = ranks.rank
 try:

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from mae_scale.errors import RunError
-from mae_scale.training import launcher
-from mae_scale.training.launcher import launch_local_ranks
+from mae_scale.launch import local
+from mae_scale.launch.local import launch_local_ranks
 
 RANK = "import os, signal, sys, time; from pathlib import Path; rank = int(os.environ['RANK']); "
 LISTEN = "from mae_scale.training import preemption; preemption.listen(); preemption.heed('saving'); "
@@ -33,7 +33,7 @@ sys.exit(75)
 AS_A_PROCESS = """
 import signal, sys
 from mae_scale.training import preemption
-from mae_scale.training.launcher import launch_local_ranks
+from mae_scale.launch.local import launch_local_ranks
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has put in the background
 preemption.listen()
 try:
@@ -93,7 +93,7 @@ def test_the_first_failure_counts_and_the_others_have_a_moment_to_end(tmp_path, 
 
 @pytest.mark.parametrize("hanging", ["time.sleep(600)", "os.kill(os.getpid(), signal.SIGSTOP)"])
 def test_a_rank_that_hangs_or_is_stopped_is_ended_after_another_failed(hanging, tmp_path, nothing_left, monkeypatch):
-    monkeypatch.setattr(launcher, "GRACE_S", 0.5)
+    monkeypatch.setattr(local, "GRACE_S", 0.5)
     assert launch_local_ranks(2, [str(tmp_path)], ranks_do("sys.exit(3)", hanging)) == 3
 
 
@@ -148,7 +148,7 @@ def test_a_rank_that_a_second_request_finds_no_longer_listening_has_stopped_as_a
 
 
 def test_a_request_noted_before_the_start_starts_no_rank(tmp_path, nothing_left, monkeypatch):
-    monkeypatch.setattr(launcher, "requested", lambda: "SIGTERM")
+    monkeypatch.setattr(local, "requested", lambda: "SIGTERM")
     assert launch_local_ranks(2, [str(tmp_path)], ranks_do(BOTH_UP, BOTH_UP)) == 75
     assert not list(tmp_path.iterdir())
 

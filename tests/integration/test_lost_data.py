@@ -23,7 +23,14 @@ def images(tmp_path):
 
 
 def arguments(images, *more: str) -> list[str]:
-    return [*TINY, f"data.root={images}", "data.global_batch=6", "model.image_size=32", "tracking.uri=off", *more]
+    return [
+        *TINY,
+        f"data.root={images}",
+        "data.global_batch=6",
+        "model.image_size=32",
+        "tracking.uri=off",
+        *more,
+    ]
 
 
 def spoil(file, how: str) -> None:

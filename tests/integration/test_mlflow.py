@@ -15,7 +15,7 @@ from mae_scale.errors import UsageError
 from mae_scale.tracking import mlflow_tracker
 from mae_scale.tracking.metrics_log import MetricsLog
 from mae_scale.tracking.mlflow_tracker import MlflowTracker
-from mae_scale.tracking.uri import tracking_uri
+from mae_scale.tracking.mlflow_uri import tracking_uri
 from tests.integration.mlflow_server import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.timeout(120)

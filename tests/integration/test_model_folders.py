@@ -16,9 +16,9 @@ from mae_scale.checkpoints import model_folder
 from mae_scale.checkpoints.export import EMA
 from mae_scale.checkpoints.shards import Piece, write_shard
 from mae_scale.checkpoints.store import folder_of, write_manifest
+from mae_scale.config.load import load_recipe
+from mae_scale.models.build import build_classifier_of, build_model
 from mae_scale.models.vit import SIZES
-from mae_scale.recipe import load_recipe
-from mae_scale.training.assemble import build_classifier_of, build_model
 from mae_scale.training.shown_images import some_images
 
 pytestmark = pytest.mark.timeout(120)

@@ -22,8 +22,8 @@ from data_pipeline.loader import EvaluationLoader
 from mae_scale.checkpoints.export import checkpoint_model
 from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.models.classifier import build_classifier
-from mae_scale.tracking import model_registry
-from mae_scale.tracking.model_registry import log_classifier
+from mae_scale.tracking import mlflow_models
+from mae_scale.tracking.mlflow_models import log_classifier
 from tests.integration.mlflow_server import Server, wait_for
 
 NAME = "digits"
@@ -235,7 +235,7 @@ def test_a_model_that_was_cut_off_half_way_is_completed_and_takes_a_name_later(s
 
 def test_a_large_model_gives_the_server_time_to_store_it(given, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-    monkeypatch.setattr(model_registry, "SLOWEST_UPLOAD_BYTES_PER_S", 100)
+    monkeypatch.setattr(mlflow_models, "SLOWEST_UPLOAD_BYTES_PER_S", 100)
     seen = []
     upload = MlflowClient.log_model_artifacts
 
@@ -258,7 +258,7 @@ def test_what_the_note_says_is_logged_asks_no_server(tmp_path):
     tracker = SimpleNamespace(uri="http://nobody", run_id="1", wait_for_run=lambda timeout_s: asked.append(timeout_s))
 
     def keep(name):
-        model_registry.keep_classifier(
+        mlflow_models.keep_classifier(
             tracker, tmp_path, lambda: pytest.fail("not needed"), class_names=[], registered_name=name
         )
 

@@ -12,9 +12,9 @@ from PIL import Image
 from data_pipeline.index import load_index
 from mae_scale.checkpoints.shards import digest_of
 from mae_scale.checkpoints.store import read_manifest, write_manifest
-from mae_scale.recipe import load_recipe
-from mae_scale.training.finetune import Finetuning
-from mae_scale.training.pretrain import Pretraining
+from mae_scale.config.load import load_recipe
+from mae_scale.tasks.classification.task import Finetuning
+from mae_scale.tasks.mae.task import Pretraining
 from tests.tiny import arguments, losses
 
 pytestmark = pytest.mark.timeout(600)

@@ -6,7 +6,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from mae_scale.recipe import load_recipe
+from mae_scale.config.load import load_recipe
 
 
 def finished(folder, top1: float, recipe: str = "partial/demo", *overrides: str):

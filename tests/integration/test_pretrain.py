@@ -10,14 +10,14 @@ from PIL import Image
 from safetensors import safe_open
 
 from data_pipeline.order import epoch_permutation
-from mae_scale import cli
 from mae_scale.checkpoints.export import checkpoint_model
 from mae_scale.checkpoints.store import list_checkpoints, verify
-from mae_scale.models.weights import load_hf, load_official, load_timm, read_weights
-from mae_scale.recipe import load_recipe
+from mae_scale.cli.main import main
+from mae_scale.config.load import load_recipe
+from mae_scale.models.build import build_model
+from mae_scale.models.weights.autoencoder import load_hf, load_official, load_timm, read_weights
 from mae_scale.tracking.metrics_log import read_metrics
 from mae_scale.tracking.mlflow_artifacts import steps_of_figure
-from mae_scale.training.assemble import build_model
 from tests.tiny import STEPS, arguments, losses
 
 
@@ -192,7 +192,7 @@ def test_wrong_input_is_one_clear_line_and_exit_code_2(case, tmp_path, digits, m
     command = ["mae-scale", "pretrain", "demo", "--nproc", "2", "--out", str(tmp_path / "r")]
     monkeypatch.setattr(sys, "argv", [*command, *arguments(digits, *overrides)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     error = capsys.readouterr().err
     assert ended.value.code == 2, error
     assert error.startswith("error: ")

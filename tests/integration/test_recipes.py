@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mae_scale import __version__
-from mae_scale.recipe import load_recipe, packaged_recipes
+from mae_scale.config.load import load_recipe, packaged_recipes
 from mae_scale.training.run_lock import hold
 from tests.tiny import arguments
 
@@ -160,7 +160,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 LIGHT = """
 import sys
 sys.argv = ["mae-scale", *sys.argv[1:]]
-from mae_scale.cli import main
+from mae_scale.cli.main import main
 try:
     main()
 finally:

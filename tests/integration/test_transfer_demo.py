@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from mae_scale.transfer_demo import run_transfer
+from mae_scale.reproduce.digits_transfer import run_transfer
 
 TINY = ["model.width=32", "model.depth=4", "model.heads=2", "schedule.epochs=2", "schedule.warmup_epochs=1"]
 TINY += ["model.decoder_width=16", "model.decoder_depth=1", "model.decoder_heads=2", "tracking.uri=off"]

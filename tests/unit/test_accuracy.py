@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 
-from mae_scale.evaluation.accuracy import Accuracy
+from mae_scale.tasks.classification.accuracy import Accuracy
 
 IMAGES, CLASSES, BATCH = 203, 12, 16
 MEETING = timedelta(minutes=2)

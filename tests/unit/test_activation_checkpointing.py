@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mae_scale.training.activation_checkpointing import checkpoint_activations
+from mae_scale.engines.activation_checkpointing import checkpoint_activations
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from mae_scale.tracking.console import Console, NullConsole, duration
+from mae_scale.human_units import duration
+from mae_scale.tracking.console import Console, NullConsole
 
 METRICS = {"train/loss": 0.71234, "train/lr": 1.5e-4, "perf/images_per_second": 4096.4}
 

@@ -8,15 +8,15 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from mae_scale.config.load import load_recipe
+from mae_scale.engines.activation_checkpointing import checkpoint_activations
+from mae_scale.engines.compilation import compile_blocks
 from mae_scale.errors import UsageError
 from mae_scale.models.drop_path import DropPathBlock, draw_branch_scales, drop_path_rates
 from mae_scale.models.mae import build_mae
 from mae_scale.models.vit import layer_norm, patchify
-from mae_scale.models.weights import to_timm
-from mae_scale.objectives.reconstruct import Reconstruct
-from mae_scale.recipe import load_recipe
-from mae_scale.training.activation_checkpointing import checkpoint_activations
-from mae_scale.training.compilation import compile_blocks
+from mae_scale.models.weights.autoencoder import to_timm
+from mae_scale.tasks.mae.objective import Reconstruct
 
 CPU = torch.device("cpu")
 SIZES = {"width": 48, "depth": 3, "heads": 4, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4}
@@ -193,7 +193,7 @@ def test_an_images_loss_does_not_depend_on_its_micro_batch():
 
 
 def test_without_a_rate_nothing_is_drawn_and_the_numbers_are_those_of_timms_blocks(monkeypatch):
-    monkeypatch.setattr("mae_scale.objectives.reconstruct.draw_branch_scales", None)
+    monkeypatch.setattr("mae_scale.tasks.mae.objective.draw_branch_scales", None)
     objective, dropping = Reconstruct(small_mae(0.0), seed=4), Reconstruct(small_mae(0.6), seed=4)
     assert list(objective.state_dict()) == list(dropping.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(objective.parameters(), dropping.parameters(), strict=True))

@@ -13,7 +13,7 @@ from timm.data import ImageNetInfo
 
 from data_pipeline.index import INDEX_NAME, Index
 from mae_scale.errors import UsageError
-from mae_scale.evaluation.sets import (
+from mae_scale.tasks.classification.datasets import (
     ALEXNET_ERROR,
     EXTRA_CORRUPTIONS,
     corruption_summary,

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mae_scale.tracking import figures
-from mae_scale.tracking.figures import MEAN, STD, loss_curve_figure, reconstruction_figure
+from mae_scale.reports import pretraining
+from mae_scale.reports.pretraining import loss_curve_figure, reconstruction_figure
+from mae_scale.reports.style import MEAN, STD
 
 P = 16
 
@@ -33,9 +34,9 @@ def patches_of(images):
 def drawn(monkeypatch):
     """What the figure is made of, before it is drawn."""
     caught = []
-    draw = figures._draw_bands
+    draw = pretraining._draw_bands
     monkeypatch.setattr(
-        figures, "_draw_bands", lambda pictures, *rest: (caught.extend(pictures), draw(pictures, *rest))
+        pretraining, "_draw_bands", lambda pictures, *rest: (caught.extend(pictures), draw(pictures, *rest))
     )
     return caught
 
@@ -54,7 +55,7 @@ def test_reconstruction_pastes_predictions_where_patches_were_removed(tmp_path, 
         patch_size=P,
     )
     removed = np.kron(mask.reshape(8, 4, 3), np.ones((1, P, P)))[..., None].astype(bool)
-    factor = math.ceil(figures.SMALLEST_SIDE / 48)
+    factor = math.ceil(pretraining.SMALLEST_SIDE / 48)
     original, masked, reconstructed = (picture[:, ::factor, ::factor] for picture in drawn)
     np.testing.assert_allclose(original, truth, atol=1e-5)
     np.testing.assert_allclose(masked, np.where(removed, 0.5, truth), atol=1e-5)
@@ -91,8 +92,8 @@ def test_prediction_that_is_not_finite_does_not_stop_the_run(tmp_path):
 
 def test_loss_curve_has_loss_and_learning_rate_against_the_epoch(tmp_path, monkeypatch):
     caught = []
-    save = figures.save_png
-    monkeypatch.setattr(figures, "save_png", lambda figure, path: (caught.append(figure), save(figure, path)))
+    save = pretraining.save_png
+    monkeypatch.setattr(pretraining, "save_png", lambda figure, path: (caught.append(figure), save(figure, path)))
     rows = [
         {"step": 1, "epoch": 0.5, "train/loss": 2.0, "train/lr": 1e-4},
         {"step": 2, "epoch": 1.0, "train/loss": math.nan, "train/lr": 2e-4},

@@ -6,13 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mae_scale.errors import UsageError
 from mae_scale.models.mae import build_mae
-from mae_scale.planning.flops import (
-    mae_forward_flops,
-    mfu,
-    peak_flops_per_s,
-    training_flops,
-    vit_forward_macs,
-)
+from mae_scale.planning.flops import mae_forward_flops, mfu, training_flops, vit_forward_macs
+from mae_scale.planning.hardware import peak_flops_per_s
 
 NAMES = ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14")
 

@@ -11,7 +11,7 @@ from mae_scale.errors import UsageError
 from mae_scale.models.mae import build_mae
 from mae_scale.models.targets import NormalisedPixels
 from mae_scale.models.vit import parameter_count, patchify, unpatchify
-from mae_scale.models.weights import load_hf, to_hf, to_timm
+from mae_scale.models.weights.autoencoder import load_hf, to_hf, to_timm
 
 transformers = pytest.importorskip("transformers")
 

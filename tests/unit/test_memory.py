@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mae_scale.config.load import load_recipe, packaged_recipes
+from mae_scale.config.schema import Recipe
+from mae_scale.engines.deepspeed_config import batch_layout
+from mae_scale.models.build import build_classifier_of, build_model
 from mae_scale.models.classifier import build_classifier
 from mae_scale.models.mae import build_mae
 from mae_scale.models.masking import kept_patches
 from mae_scale.models.vit import grid_of, resolve_size
 from mae_scale.planning.memory import Stack, activation_bytes, state_bytes
-from mae_scale.recipe import Recipe, load_recipe, packaged_recipes
-from mae_scale.training.assemble import build_classifier_of, build_model
-from mae_scale.training.ds_config import batch_layout
 from tests.unit.test_recipe import command_of, header, ranks_of
 
 GIB = 2**30

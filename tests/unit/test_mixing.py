@@ -6,7 +6,7 @@ import torch
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
 from torch import nn
 
-from mae_scale.objectives.mixing import Mix, draw_mix, mix_images, soft_targets
+from mae_scale.tasks.classification.mixing import Mix, draw_mix, mix_images, soft_targets
 
 SIZE = 32
 

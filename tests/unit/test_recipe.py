@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from mae_scale.config.load import load_recipe, packaged_recipes
+from mae_scale.config.schema import Recipe, differing_keys
+from mae_scale.engines.deepspeed_config import batch_layout, deepspeed_config
+from mae_scale.engines.policy import refuse_wrong_combinations
 from mae_scale.errors import UsageError
-from mae_scale.planning.flops import peak_flops_per_s
-from mae_scale.recipe import Recipe, differing_keys, load_recipe, packaged_recipes
-from mae_scale.training.ds_config import batch_layout, deepspeed_config, refuse_wrong_combinations
-from mae_scale.training.finetune import Finetuning
-from mae_scale.training.job import Job
-from mae_scale.training.pretrain import Pretraining
+from mae_scale.planning.hardware import peak_flops_per_s
+from mae_scale.tasks.classification.task import Finetuning
+from mae_scale.tasks.mae.task import Pretraining
+from mae_scale.training.run import Job
 
 IMAGENET = 1_281_167  # training images
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mae_scale import cli
+from mae_scale.cli.main import main
 
 TEMPLATES = Path(__file__).parents[2] / "slurm"
 HUGE = "pretrain/vit_huge_1600ep"
@@ -26,7 +26,7 @@ def submit(monkeypatch, capsys, tmp_path):
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["mae-scale", "submit", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         captured = capsys.readouterr()
         return int(ended.value.code or 0), captured.out, captured.err
 

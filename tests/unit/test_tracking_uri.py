@@ -4,7 +4,7 @@ import pytest
 
 from mae_scale.errors import UsageError
 from mae_scale.passwords import redacted, without_password
-from mae_scale.tracking.uri import artifact_location, hide_password, new_sqlite_file, tracking_uri
+from mae_scale.tracking.mlflow_uri import artifact_location, hide_password, new_sqlite_file, tracking_uri
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,10 @@ def test_ranks_get_a_password_by_the_environment():
         ["pretrain", "demo", "tracking.uri=http://me@host", "seed=1"],
         {"MLFLOW_TRACKING_URI": "http://me:secret@host"},
     )
-    assert hide_password(["tracking.uri=http://host", "seed=1"]) == (["tracking.uri=http://host", "seed=1"], {})
+    assert hide_password(["tracking.uri=http://host", "seed=1"]) == (
+        ["tracking.uri=http://host", "seed=1"],
+        {},
+    )
 
 
 def test_database_whose_making_fails_halfway_is_not_there(tmp_path):

@@ -9,22 +9,17 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
+from mae_scale.config.load import load_recipe
+from mae_scale.engines.deepspeed import OLDEST, _deepspeed
+from mae_scale.engines.deepspeed_config import batch_layout, checks_gradients, deepspeed_config
+from mae_scale.engines.optimizers import parameter_groups
+from mae_scale.engines.policy import compiles, refuse_wrong_combinations
 from mae_scale.errors import UsageError
 from mae_scale.models.mae import build_mae
-from mae_scale.objectives.reconstruct import Reconstruct
 from mae_scale.packaged import packaged
-from mae_scale.recipe import load_recipe
-from mae_scale.training.ds_config import (
-    batch_layout,
-    checks_gradients,
-    compiles,
-    deepspeed_config,
-    refuse_wrong_combinations,
-)
-from mae_scale.training.engine import OLDEST, _deepspeed
+from mae_scale.tasks.mae.objective import Reconstruct
 from mae_scale.training.loop import _Clock
-from mae_scale.training.optimizers import parameter_groups
-from mae_scale.training.schedules import learning_rate
+from mae_scale.training.schedule import learning_rate
 
 STEPS_PER_EPOCH = 1_281_167 // 4096
 

@@ -9,26 +9,19 @@ from PIL import Image
 
 from mae_scale.models.attention import last_attention
 from mae_scale.models.classifier import build_classifier
-from mae_scale.models.classifier_weights import load_classifier
-from mae_scale.tracking import transfer_figures
-from mae_scale.tracking.figures import MEAN, STD
-from mae_scale.tracking.transfer_figures import (
-    ORANGE,
-    RIGHT,
-    WRONG,
-    attention_figure,
-    neighbours_figure,
-    partial_curve_figure,
-    per_class_figure,
-)
+from mae_scale.models.weights.autoencoder.classifier import load_classifier
+from mae_scale.reports import classification
+from mae_scale.reports.classification import ORANGE, RIGHT, WRONG, attention_figure, neighbours_figure, per_class_figure
+from mae_scale.reports.partial_curve import partial_curve_figure
+from mae_scale.reports.style import MEAN, STD
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures as they were saved."""
     caught = []
-    save = transfer_figures.save_png
-    monkeypatch.setattr(transfer_figures, "save_png", lambda figure, path: (caught.append(figure), save(figure, path)))
+    save = classification.save_png
+    monkeypatch.setattr(classification, "save_png", lambda figure, path: (caught.append(figure), save(figure, path)))
     return caught
 
 
@@ -75,7 +68,7 @@ def test_few_classes_are_bars_sorted_by_accuracy_with_names(tmp_path, drawn):
     assert named(axes) == [("name 1", 20.0), ("name 0", 80.0), ("name 2", 95.0)]
     assert axes.lines[0].get_xdata()[0] == 65
     png = Written(drawn[0], tmp_path / "figures" / "per_class.png")
-    assert png.at(0, 19 / 124, 0.8) == pytest.approx(to_rgb(transfer_figures.BLUE), abs=0.01)
+    assert png.at(0, 19 / 124, 0.8) == pytest.approx(to_rgb(classification.BLUE), abs=0.01)
     assert png.at(0, 25 / 124, 0.8) == pytest.approx((1, 1, 1), abs=0.01)
 
 
@@ -110,7 +103,7 @@ def test_attention_maps_lie_beside_their_image_and_are_bright_where_attention_is
     ]
     assert png.at(0, 0.5, 0.5) == pytest.approx((1, 0, 0), abs=0.01)
     assert png.at(6, 0.5, 0.5) == pytest.approx((0, 1, 0), abs=0.01)
-    dark, bright = (colormaps[transfer_figures.MAP_COLOURS](value)[:3] for value in (0.0, 1.0))
+    dark, bright = (colormaps[classification.MAP_COLOURS](value)[:3] for value in (0.0, 1.0))
     for axes, upper_left, lower_right in ((1, bright, None), (2, bright, dark), (3, dark, dark), (5, dark, bright)):
         assert png.at(axes, 1 / 8, 1 / 8) == pytest.approx(upper_left, abs=0.15)
         if lower_right:  # and each map is scaled by its own largest value

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from mae_scale.errors import UsageError
 from mae_scale.models.mae import build_mae
 from mae_scale.models.vit import Encoder, ViTSize
-from mae_scale.models.weights import (
+from mae_scale.models.weights.autoencoder import (
     load_hf,
     load_official,
     load_timm,

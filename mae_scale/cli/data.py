@@ -1,0 +1,124 @@
+"""The commands on data: `mae-scale data ...`."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from mae_scale.errors import EXIT_FAILED, UsageError
+
+data_app = typer.Typer(help="What images there are, and whether they can be read.")
+
+
+@data_app.command("index")
+def data_index(
+    root: Annotated[Path, typer.Argument(help="A folder of images, or of tar shards.")],
+    index: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Index file; by default beside the data."),
+    ] = None,
+    workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", min=1, help="Processes; by default one a core."),
+    ] = None,
+) -> None:
+    """Build or refresh the index of a data folder, and list what cannot be read.
+
+    Example: `mae-scale data index /data/imagenet/train`
+    """
+    from data_pipeline.index import open_index
+
+    found = open_index(root, index, workers=workers)
+    typer.echo("\n".join([found.summary(), *found.remarks.sentences()]))
+
+
+@data_app.command("verify")
+def data_verify(
+    root: Annotated[Path, typer.Argument(help="A folder of images, or of tar shards.")],
+    index: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Index file; by default beside the data."),
+    ] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Decode every image, whole and strictly.")] = False,
+) -> None:
+    """Check every image, and the digests of packed shards; exit code 1 when some cannot be read or have changed.
+
+    Example: `mae-scale data verify --deep /data/imagenet/train`
+    """
+    from data_pipeline.index import open_index
+    from data_pipeline.pack_manifest import verify_pack
+    from data_pipeline.verifying import verify
+
+    damaged = verify_pack(root)
+    if damaged:
+        for name, reason in damaged:
+            typer.echo(f"{name}: {reason}")
+        typer.echo(f"{len(damaged)} shards are damaged; the same `mae-scale data pack` again writes them anew")
+        raise typer.Exit(EXIT_FAILED)
+    found = open_index(root, index)
+    bad = [*found.unreadable, *verify(found, deep=deep)]
+    for name, reason in bad:
+        typer.echo(f"{name}: {reason}")
+    typer.echo(
+        f"{len(found) + len(found.bad)} images, {len(bad)} bad"
+        + ("" if deep else " (headers and ends only; --deep decodes)")
+        + ("" if damaged is None else ", every shard has its digest")
+    )
+    for line in found.remarks.sentences():
+        typer.echo(line)
+    if bad:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@data_app.command("pack")
+def data_pack(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of images.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A new folder, or one that was cut off.")],
+    shorter_side: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            metavar="PIXELS", min=1, help="Make larger images this small (pixels); by default bytes stay as they are."
+        ),
+    ] = None,
+    quality: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="Q", min=1, max=100, help="JPEG quality of the images made smaller; by default 92."),
+    ] = None,
+    shard_mib: Annotated[int, typer.Option(metavar="N", min=1, help="Size of a shard, about.")] = 256,
+    workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", min=1, help="Processes; by default one a core."),
+    ] = None,
+) -> None:
+    """Write a folder's images as WebDataset tar shards, with their index.
+
+    With unchanged bytes, training from the shards equals training from the folder to the last bit. The same command
+    goes on where it was cut off, and mends what `mae-scale data verify DST` finds damaged.
+
+    Example: `mae-scale data pack /data/imagenet/train /data/imagenet_shards/train --shorter-side 512 --quality 92`
+    """
+    from data_pipeline.packing import QUALITY, Shrinking, pack
+
+    if quality is not None and shorter_side is None:
+        raise UsageError("--quality re-encodes nothing without --shorter-side; give both, or none to keep the bytes")
+    shrinking = None if shorter_side is None else Shrinking(shorter_side, quality or QUALITY)
+    index, left_out = pack(source, target, shrinking=shrinking, shard_mib=shard_mib, workers=workers)
+    for name, reason in left_out:
+        typer.echo(f"{name}: {reason}")
+    typer.echo(index.summary() + (f", {len(left_out):,} unreadable images left out" if left_out else ""))
+    for line in index.remarks.sentences():
+        typer.echo(line)
+
+
+@data_app.command("sample")
+def data_sample(
+    root: Annotated[Path, typer.Argument(help="Folder to write.")],
+) -> None:
+    """Write scikit-learn's 1,797 handwritten digits as an image folder: train/ and val/, ten classes.
+
+    Example: `mae-scale data sample digits`
+    """
+    from data_pipeline.samples import write_digits
+
+    write_digits(root)
+    typer.echo(f"{root}/train and {root}/val: scikit-learn's handwritten digits as JPEGs")

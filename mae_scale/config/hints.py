@@ -1,0 +1,44 @@
+"""Errors in a recipe, told so that a user can mend them: the nearest key, and what contradicts what."""
+
+import difflib
+
+from mae_scale.config.schema import Recipe, keys_of
+
+
+def contradiction(recipe: Recipe) -> str | None:
+    """What two keys say against each other, where one of them would be passed over in silence."""
+    classifier, optim = recipe.classifier, recipe.optim
+    if recipe.data.cache_gib is not None and recipe.data.cache is None:
+        return f"data.cache_gib={recipe.data.cache_gib:g} bounds data.cache, which is not set; add data.cache=DIR"
+    if classifier is None:
+        for key, found in (
+            ("optim.layer_decay", optim.layer_decay != 1),
+            ("optim.name=lars", optim.name == "lars"),
+            ("data.labels_a_class", recipe.data.labels_a_class is not None),
+        ):
+            if found:
+                return f"{key} is a classifier's; pre-training does not have it"
+        return None
+    if classifier.from_scratch and classifier.weights:
+        return f"classifier.from_scratch=true and classifier.weights={classifier.weights}; drop one of them"
+    if classifier.from_scratch and classifier.trained_blocks is not None:
+        return "classifier.from_scratch=true trains everything; drop classifier.trained_blocks"
+    if optim.name == "lars" and classifier.trained_blocks != 0:
+        return "optim.name=lars is for linear probing (classifier.trained_blocks=0); use adamw"
+    return None
+
+
+def subject(key: str, error: dict) -> str:
+    if error["type"] != "extra_forbidden":
+        return f"{key}={error['input']!r}: "
+    section, _, last = key.rpartition(".")
+    near = [f"{section}.{k}" for k in difflib.get_close_matches(last, keys_of(section), 1, 0.4)] if section else []
+    known = {name: name for name in Recipe.model_fields} | {
+        k: f"{s}.{k}" for s in Recipe.model_fields for k in keys_of(s)
+    }
+    near = near or [known[k] for k in difflib.get_close_matches(last, known, 1, 0.6)]
+    return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
+
+
+def reason(error: dict) -> str:
+    return "" if error["type"] == "extra_forbidden" else error["msg"][0].lower() + error["msg"][1:]

@@ -1,0 +1,125 @@
+"""The recipe: what a run is. Typed sections, YAML, `section.key=value` overrides, and when two recipes are one run."""
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from mae_scale.config.hints import contradiction, reason, subject
+from mae_scale.config.schema import Recipe
+from mae_scale.errors import UsageError
+
+
+def packaged_recipes() -> list[str]:
+    """Names of the recipes that come with the package, such as `pretrain/vit_huge_1600ep`."""
+    root = Path(str(resources.files("mae_scale.recipes")))
+    return sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """The recipe of a packaged name or a YAML file, with `section.key=value` overrides.
+
+    Raises UsageError for what cannot be found, read or understood, with the nearest known name or key.
+    """
+    tree: dict = {}
+    for _, layer in layers(name_or_path):
+        tree = merged(tree, layer)
+    for override in overrides:
+        put(tree, *parse_override(override))
+    return _validated(tree, name_or_path)
+
+
+def layers(name_or_path: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
+    """The files of a recipe by name, the one that all others extend first; each (name, content).
+
+    Raises UsageError for what cannot be found or read.
+    """
+    path = find_recipe(name_or_path)
+    if str(path) in seen:
+        raise UsageError(f"recipe {name_or_path}: `extends` goes round in a circle: {' -> '.join([*seen, str(path)])}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UsageError(f"recipe {path} cannot be read: {error.strerror}") from None
+    if not isinstance(tree, dict):
+        raise UsageError(f"recipe {path} holds {type(tree).__name__}, expected sections such as model: and data:")
+    base = tree.pop("extends", None)
+    below = [] if base is None else layers(str(base), (*seen, str(path)))
+    return [*below, (name_or_path, tree)]
+
+
+def find_recipe(name_or_path: str) -> Path:
+    packaged = Path(str(resources.files("mae_scale.recipes"))) / f"{name_or_path}.yaml"
+    for path in (packaged, Path(name_or_path)):
+        if path.is_file():
+            return path
+    names = packaged_recipes()
+    near = difflib.get_close_matches(name_or_path, names, 1, 0.4)
+    raise UsageError(
+        f"recipe '{name_or_path}' is neither a file nor a packaged recipe"
+        + (f"; did you mean '{near[0]}'?" if near else "")
+        + f" (packaged: {', '.join(names)})"
+    )
+
+
+def merged(base: dict, top: dict) -> dict:
+    """What a file says, over what the one that it extends says: section by section, key by key."""
+    both = dict(base)
+    for key, value in top.items():
+        sections = isinstance(value, dict) and isinstance(both.get(key), dict)
+        both[key] = merged(both[key], value) if sections else value
+    return both
+
+
+def parse_override(override: str) -> tuple[list[str], Any]:
+    """The parts of the key and the value of `section.key=value`. Raises UsageError when it is not that."""
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise UsageError(f"'{override}' is not an override; expected section.key=value, such as data.global_batch=1024")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text
+    return key.split("."), value
+
+
+def yaml_text(value: Any) -> str:
+    """One line of YAML for a value, which reads as itself."""
+    return yaml.safe_dump([value], default_flow_style=True, width=10**6).strip()[1:-1]
+
+
+def put(tree: dict, key: list[str], value: Any) -> None:
+    """Set a value in a tree of sections. Raises UsageError when what should hold it is none."""
+    *sections, last = key
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UsageError(f"'{'.'.join(key)}={value}': '{section}' is not a section")
+    tree[last] = value
+
+
+def _validated(tree: dict, source: str) -> Recipe:
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        # A union has one error a member; the key alone, the first two parts, is what the user wrote.
+        problems: dict[str, list[str]] = {}
+        for e in error.errors():
+            key = ".".join(str(part) for part in e["loc"][:2])
+            problems.setdefault(subject(key, e), []).append(reason(e))
+        raise UsageError(
+            f"recipe {source}: " + "; ".join(what + " or ".join(dict.fromkeys(why)) for what, why in problems.items())
+        ) from None
+    if recipe.schedule.warmup_epochs >= recipe.schedule.epochs:
+        raise UsageError(
+            f"recipe {source}: schedule.warmup_epochs={recipe.schedule.warmup_epochs} leaves nothing of "
+            f"schedule.epochs={recipe.schedule.epochs}; expected fewer"
+        )
+    if problem := contradiction(recipe):
+        raise UsageError(f"recipe {source}: {problem}")
+    return recipe

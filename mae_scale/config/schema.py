@@ -1,0 +1,244 @@
+"""The recipe: what a run is. Typed sections, every default, and when two recipes are one run."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
+from pydantic.fields import FieldInfo
+
+from mae_scale.files import write_atomically
+from mae_scale.passwords import without_password
+
+
+class Section(BaseModel):
+    """A part of a recipe; keys that it does not know are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """The autoencoder, or a classifier's encoder. A name brings patch size, width, depth, heads."""
+
+    name: str | None = "vit_large_patch16"
+    image_size: int = Field(224, gt=0, description="pixels a side")
+    patch_size: int | None = Field(None, gt=0)
+    width: int | None = Field(None, gt=0)
+    depth: int | None = Field(None, gt=0)
+    heads: int | None = Field(None, gt=0)
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    masking: Literal["random", "block", "grid"] = "random"
+    encoder_mask_tokens: bool = False
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth: the rate at the encoder's last block")
+    decoder_depth: int = Field(8, gt=0)
+    decoder_width: int = Field(512, gt=0)
+    decoder_heads: int = Field(16, gt=0)
+    target: Literal["pixels", "normalised_pixels", "pca"] = "normalised_pixels"
+
+
+class DataSection(Section):
+    """Where the images are and how a batch is made of them."""
+
+    root: Path | None = None
+    val_root: Path | None = None
+    index: Path | None = Field(None, description="index file; by default beside the data")
+    augmentation: Literal[
+        "random_resized_crop", "random_resized_crop_color_jitter", "fixed_crop", "none", "rand_augment"
+    ] = "random_resized_crop"
+    crop_scale: float | None = Field(None, gt=0, le=1, description="smallest share of the area; else the kind's")
+    flip: float | None = Field(None, ge=0, le=1, description="probability of a horizontal flip; else the kind's")
+    exif_orientation: bool = Field(False, description="turn images as their EXIF says; else they are taken as stored")
+    random_erasing: float = Field(0.0, ge=0, le=1, description="probability to fill a rectangle with noise")
+    labels_a_class: int | None = Field(None, gt=0, description="train on so many images of each class, drawn by seed")
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    threads: int = Field(4, gt=0, description="decoding threads a rank")
+    cache: Path | None = Field(None, description="folder on the node's own disk that is filled as images are read")
+    cache_gib: float | None = Field(None, gt=0, description="its bound; else until 10 % of the disk is free")
+    global_batch: int = Field(4096, gt=0)
+    on_bad_image: Literal["replace", "stop"] = "replace"
+    bad_image_limit: float = Field(0.001, ge=0, le=1, description="share of the images; above it the run stops")
+
+
+class OptimSection(Section):
+    """lr = base_lr x global_batch / 256."""
+
+    name: Literal["adamw", "lars"] = "adamw"
+    base_lr: float = Field(1.5e-4, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = Field(0.9, ge=0, lt=1, description="of lars")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="a classifier's layer has this times the lr of the next")
+    clip_grad_norm: float | None = Field(None, gt=0)
+
+
+class ScheduleSection(Section):
+    """Linear warm-up, then half-cycle cosine to 0 at the end of the last epoch; set every step."""
+
+    epochs: int = Field(800, gt=0)
+    warmup_epochs: int = Field(40, ge=0)
+    stop_after_steps: int | None = Field(None, gt=0, description="end early, the curve unchanged")
+
+
+class ClassifierSection(Section):
+    """What stands on the encoder and what of both is trained; a recipe with this section trains a classifier."""
+
+    weights: Path | None = Field(None, description="where it starts: a file, a checkpoint or a run's folder")
+    from_scratch: bool = Field(False, description="supervised training from fresh weights")
+    pool: Literal["mean", "cls"] = Field("mean", description="mean of the patch tokens, then a norm; or the cls token")
+    batch_norm: bool = Field(False, description="affine-free BatchNorm before the head, over all ranks; frozen encoder")
+    trained_blocks: float | None = Field(
+        None, ge=0, description="the last so many, 0.5: the MLP of the last; 0: the head alone; null: everything"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    mixup: float = Field(0.0, ge=0, description="alpha of the Beta distribution; 0: off")
+    cutmix: float = Field(0.0, ge=0, description="alpha of the Beta distribution; 0: off")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of an average of the weights, which is evaluated")
+    evaluate_every_epochs: int = Field(1, gt=0, description="on data.val_root; and at the end")
+
+
+class EngineSection(Section):
+    """How the run is spread over devices; never what is computed."""
+
+    backend: Literal["deepspeed", "fairscale"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: bool = Field(False, description="parameters and optimiser state in host memory (ZeRO 3)")
+    config: Path | None = Field(None, description="a DeepSpeed file of one's own, instead of ds_configs/")
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="bf16 with a GPU, else fp32")
+    micro_batch: int | None = Field(None, gt=0, description="the most images in one pass; else a rank's share")
+    compile: bool | None = Field(None, description="compile the blocks; with a GPU yes (not under ZeRO 3), else no")
+    activation_checkpointing: Literal["none", "all", "offload"] | int = Field(
+        "none", description="none, all blocks, every n-th block, or all with their inputs in host memory"
+    )
+    collective_timeout_s: float = Field(600, gt=0)
+
+    @field_validator("activation_checkpointing")
+    @classmethod
+    def _at_least_every_second(cls, value):
+        if isinstance(value, int) and value < 1:
+            raise ValueError("every n-th block needs n of at least 1")
+        return value
+
+
+class CheckpointSection(Section):
+    """When checkpoints are written, which stay, and when the run goes back to one."""
+
+    every_steps: int | None = Field(None, gt=0)
+    every_epochs: int | None = Field(1, gt=0)
+    keep: int = Field(2, gt=0, description="the newest so many stay")
+    keep_every_epochs: int | None = Field(None, gt=0, description="those of every n-th epoch stay too")
+    keep_best: bool = Field(False, description="the one with the lowest training loss since the one before stays too")
+    background: bool = Field(True, description="write while training goes on; needs host memory for a rank's part")
+    rollback_after_skips: int = Field(
+        20, gt=0, description="steps in a row with gradients that are not finite, before the run goes back"
+    )
+    max_rollbacks: int = Field(3, ge=0, description="so often in a run; then it stops")
+
+
+class TrackingSection(Section):
+    """MLflow and the log."""
+
+    uri: str | None = Field(None, description="MLflow tracking URI; off: none")
+    experiment: str = "mae-scale"
+    run_name: str | None = None
+    registered_model: str | None = Field(
+        None, description="a classifier's name in MLflow's model registry; null: logged to the run only"
+    )
+    log_every_steps: int = Field(20, gt=0)
+    reconstruct_every_epochs: int = Field(
+        20, gt=0, description="pre-training draws reconstructions; and at the end of each start"
+    )
+
+    @field_validator("uri", mode="before")
+    @classmethod
+    def _yaml_off(cls, value):
+        return "off" if value is False else value
+
+    @field_serializer("uri")
+    def _stored(self, uri: str | None) -> str | None:
+        """Leave the password out of all that is written: recipe.yaml, checkpoints, MLflow."""
+        return uri and without_password(uri)
+
+
+class Recipe(Section):
+    """A training run, whole."""
+
+    seed: int = Field(0, ge=0)
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    optim: OptimSection = OptimSection()
+    schedule: ScheduleSection = ScheduleSection()
+    classifier: ClassifierSection | None = None
+    engine: EngineSection = EngineSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate: base_lr x global_batch / 256 (the paper's linear scaling)."""
+        return self.optim.base_lr * self.data.global_batch / 256
+
+    def flat(self) -> dict[str, Any]:
+        """{"section.key": value} with every default resolved; paths as text."""
+        return _flatten(self.model_dump(mode="json"))
+
+    def digest(self) -> str:
+        """Of all that decides what is computed; the same for two starts of one run."""
+        return hashlib.sha256(json.dumps(_computed(self.flat()), sort_keys=True).encode()).hexdigest()[:16]
+
+    def save(self, path: Path) -> None:
+        """Write the recipe as YAML, every default resolved. Other ranks may read it at that moment."""
+        write_atomically(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False).encode())
+
+
+# What may differ between one start of a run and the next, for it does not change what is computed. Paths are among it:
+# images are known by their index's digest and starting weights by their own (training.inputs).
+FREE_SECTIONS = ("engine.", "checkpoint.", "tracking.")
+
+
+FREE_KEYS = {
+    "schedule.stop_after_steps",
+    "data.root",
+    "data.val_root",
+    "data.index",
+    "classifier.weights",
+    "data.threads",
+    "data.device",
+    "data.cache",
+    "data.cache_gib",
+    "classifier.evaluate_every_epochs",
+}
+
+
+def differing_keys(old: Recipe, new: Recipe) -> list[str]:
+    """The keys that would change what is computed, each as "section.key: old -> new"."""
+    before, after = _computed(old.flat()), _computed(new.flat())
+    keys = dict.fromkeys([*before, *after])
+    return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
+
+
+def _computed(flat: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in flat.items() if not k.startswith(FREE_SECTIONS) and k not in FREE_KEYS}
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def keys() -> dict[str, FieldInfo]:
+    """{"section.key": its field} of all that a recipe can say."""
+    found = {}
+    for name, field in Recipe.model_fields.items():
+        found |= {f"{name}.{key}": inner for key, inner in keys_of(name).items()} or {name: field}
+    return found
+
+
+def keys_of(section: str) -> dict[str, FieldInfo]:
+    field = Recipe.model_fields.get(section)
+    annotations = (get_args(field.annotation) or (field.annotation,)) if field else ()
+    sections = [a for a in annotations if isinstance(a, type) and issubclass(a, Section)]
+    return dict(sections[0].model_fields) if sections else {}

@@ -1,0 +1,197 @@
+"""What the ranks tell each other beside the training: requests, heartbeats, and who is to blame when one is lost.
+
+Small CPU tensors over a Gloo group of its own, so that no GPU is waited for; heartbeats in the rendezvous store.
+The Gloo group speaks first: NCCL's own timeout is twice as long (distributed.collectives.process_group), and by then
+it ends the process without a word on who is missing.
+"""
+
+import contextlib
+import os
+import queue
+import re
+import threading
+import time
+from datetime import timedelta
+
+import torch
+
+from mae_scale.distributed.ranks import Ranks
+from mae_scale.errors import RunError
+
+SILENCE_INTERVALS = 2.5
+"""A heart that does not beat for so long has stopped."""
+ANSWER_S = 2.0
+LEFT, FOLLOWED = b"left", b"followed"
+"""Last beats: of a rank that has left by itself, and of one that has left because it lost another."""
+LOST = re.compile(r"time[d ]*out|closed|closure|reset|refused|broken pipe|connect|network|remote p|abort", re.I)
+"""What Gloo and NCCL say of a peer that is lost, and not of tensors that do not fit."""
+
+
+class Control:
+    """Of one rank; a context manager, entered by every rank inside process_group(ranks, timeout_s).
+
+    An error that leaves the block because another rank is lost becomes a RunError that names it (see explained()).
+    """
+
+    def __init__(self, ranks: Ranks, timeout_s: float):
+        self._ranks, self._timeout = ranks, timedelta(seconds=timeout_s)
+        # At most 1.5 s: a silence and twice that for the others then fit into the launcher's grace.
+        self._interval_s = min(1.5, max(0.2, timeout_s / 10))
+        self._keys = [f"mae_scale/heart/{rank}" for rank in range(ranks.world_size)]
+        self._stop = threading.Event()
+        self._lost: list[int] | None = None
+        self._heart = threading.Thread(target=self._beat, name="mae-scale-heart", daemon=True)
+
+    def __enter__(self) -> "Control":
+        # Its own connection: a blocking call of the training's holds the lock of the one it uses.
+        self._store = self._connect()
+        self._store.set(self._keys[self._ranks.rank], "0")
+        self._group = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
+        self._asked: torch.Tensor | None = None
+        self._exchange: torch.distributed.Work | None = None
+        self._heart.start()
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+        if error is None:
+            try:
+                self.forget()
+            except RuntimeError as lost:
+                error = lost
+        explanation = None if error is None else self.explained(error)
+        # Joined, for a thread that returns from the store into an interpreter that is ending aborts the process.
+        self._stop.set()
+        self._heart.join(ANSWER_S)
+        with contextlib.suppress(torch.distributed.DistError):  # its host may have left before
+            self._store.set(self._keys[self._ranks.rank], LEFT if self._lost is None else FOLLOWED)
+        if self._lost is not None and self._ranks.is_first and not _agent_hosts_store():
+            self._stay_for_the_others()
+        if explanation is not None:
+            raise explanation from None
+
+    def agree(self, *flags: bool) -> list[bool]:
+        """Return each flag of the call before, True when it was on any rank; all False at the first call.
+
+        All ranks call it once a step, with equally many flags. What is asked here is answered by the next call: the
+        ranks exchange it while they train, and wait for nothing but a rank that is more than a step behind.
+        """
+        before, asked = self._answer(), torch.tensor(flags, dtype=torch.uint8)
+        maximum = torch.distributed.ReduceOp.MAX
+        self._asked = asked
+        self._exchange = torch.distributed.all_reduce(asked, maximum, group=self._group, async_op=True)
+        return [False] * len(flags) if before is None else [bool(flag) for flag in before.tolist()]
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is True on any rank, now. All ranks call it, and wait for each other."""
+        self.agree(flag)
+        return bool(self._answer())
+
+    def meet(self) -> None:
+        """Wait until all ranks have come to the last agree(); to be called before a wait for the device.
+
+        A GPU that waits for a rank that is lost says nothing; this wait has a timeout, and the rank is named.
+        """
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.wait()
+
+    def forget(self) -> None:
+        """Let the next agree() return all False: what was asked has been dealt with since. All ranks call it."""
+        self._answer()
+
+    def _answer(self) -> torch.Tensor | None:
+        """What was asked last, answered; None when nothing was."""
+        self.meet()
+        answer, self._asked = self._asked, None
+        return answer
+
+    def silent_ranks(self) -> list[int]:
+        """The ranks that no longer answer; takes 2.5 heartbeats. To be called after a collective has failed.
+
+        Those killed or stopped; if there are none, those that have left, but not because they had lost another.
+        When the store does not answer: rank 0 where that hosts it, none under torchrun, whose agent does.
+        """
+        before = self._beats()
+        if before is not None:
+            time.sleep(SILENCE_INTERVALS * self._interval_s)
+        after = self._beats() if before is not None else None
+        if after is None:
+            return [] if _agent_hosts_store() else [0]
+        all_ranks = range(self._ranks.world_size)
+        stopped = [rank for rank in all_ranks if before[rank] == after[rank] and after[rank] not in (LEFT, FOLLOWED)]
+        return stopped or [rank for rank in all_ranks if after[rank] == LEFT]
+
+    def explained(self, error: BaseException) -> RunError | None:
+        """One line for an error of a collective that lost a rank; None for any other error. Takes 2.5 heartbeats."""
+        if not _lost_touch(error):
+            return None
+        self._lost = [rank for rank in self.silent_ranks() if rank != self._ranks.rank]
+        if self._lost:
+            names = ", ".join(map(str, self._lost))
+            who = f"rank {names} no longer answers" if len(self._lost) == 1 else f"ranks {names} no longer answer"
+            what = f"{who} (ended, killed, or hanging for more than {self._timeout.total_seconds():g} s)"
+        else:
+            what = f"the ranks lost touch with each other: {_first_line(error)}"
+        return RunError(f"{what}; the same command goes on from the last checkpoint")
+
+    def _connect(self) -> torch.distributed.TCPStore:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return torch.distributed.TCPStore(address, port, is_master=False, timeout=self._timeout)
+
+    def _beat(self) -> None:
+        """The heart's thread. `set` does not wait for an answer, so that a stopped host does not hold it."""
+        count = 0
+        while not self._stop.wait(self._interval_s):
+            count += 1
+            try:
+                self._store.set(self._keys[self._ranks.rank], str(count))
+            except torch.distributed.DistError:
+                return  # the host has ended; the next collective will fail
+
+    def _beats(self) -> list[bytes] | None:
+        """Every rank's last beat; None when the store does not answer.
+
+        In a thread: a read from a host that is stopped waits for ever, whatever its timeout.
+        """
+        answer: queue.SimpleQueue = queue.SimpleQueue()
+
+        def read() -> None:
+            try:
+                answer.put(self._connect().multi_get(self._keys))
+            except torch.distributed.DistError:
+                answer.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
+        try:
+            return answer.get(timeout=ANSWER_S)
+        except queue.Empty:
+            return None
+
+    def _stay_for_the_others(self) -> None:
+        """The store ends with this process; the others, some of them a little later, read from it who is lost."""
+        others = set(range(1, self._ranks.world_size)) - set(self._lost)
+        deadline = time.monotonic() + 2 * SILENCE_INTERVALS * self._interval_s
+        while time.monotonic() < deadline:
+            beats = self._beats()
+            if beats is None or all(beats[rank] in (LEFT, FOLLOWED) for rank in others):
+                return
+            time.sleep(self._interval_s / 4)
+
+
+def _lost_touch(error: BaseException) -> bool:
+    """Whether the error came out of Gloo, NCCL or the store because a peer or the network is gone."""
+    if isinstance(error, (torch.distributed.DistNetworkError, torch.distributed.DistStoreError)):
+        return True
+    collective = isinstance(error, torch.distributed.DistBackendError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )
+    return collective and LOST.search(str(error)) is not None
+
+
+def _first_line(error: BaseException) -> str:
+    """Without the source file that Gloo puts before it."""
+    return re.sub(r"^\[[^]]*\] *", "", str(error).partition("\n")[0])
+
+
+def _agent_hosts_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -1,0 +1,35 @@
+"""The DeepSpeed files: those of ds_configs/, or one of the user's own."""
+
+import json
+from pathlib import Path
+
+from mae_scale.config.schema import Recipe
+from mae_scale.errors import UsageError
+from mae_scale.packaged import packaged
+
+
+def zero_stage_of(recipe: Recipe) -> int:
+    """The ZeRO stage that will run: engine.config's where there is one, else engine.zero_stage."""
+    if recipe.engine.config is None:
+        return recipe.engine.zero_stage
+    config, _ = read_template(recipe)
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def read_template(recipe: Recipe) -> tuple[dict, str]:
+    engine = recipe.engine
+    if engine.config is None:
+        name = "zero3_offload" if engine.offload else f"zero{engine.zero_stage}"
+        return json.loads((packaged("ds_configs") / f"{name}.json").read_text()), name
+    path = Path(engine.config)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"engine.config={path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"engine.config={path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UsageError(
+            f"engine.config={path} holds a {type(config).__name__}, expected an object of DeepSpeed's keys"
+        )
+    return config, f"engine.config={path}"

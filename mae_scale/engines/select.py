@@ -1,0 +1,30 @@
+"""From a recipe to a model, and everything that scale asks of it, applied from outside in one order."""
+
+import torch
+from torch import nn
+
+from mae_scale.config.schema import Recipe
+from mae_scale.engines.activation_checkpointing import checkpoint_activations
+from mae_scale.engines.compilation import compile_blocks
+from mae_scale.engines.deepspeed_config import BatchLayout, deepspeed_config
+from mae_scale.engines.policy import compiles, precision_of, zero_stage_of
+
+
+def scale_out(objective: nn.Module, recipe: Recipe, layout: BatchLayout, device: torch.device):
+    """The objective compiled, checkpointed, then sharded in its precision by the recipe's engine.
+
+    The objective has `blocks`, `never_decayed` and a forward from a micro-batch's tensors to its mean loss.
+    """
+    gpu = device.type == "cuda"
+    stage = zero_stage_of(recipe)
+    if compiles(recipe, stage, gpu):
+        compile_blocks(objective.blocks)
+    checkpoint_activations(objective.blocks, recipe.engine.activation_checkpointing)
+    if recipe.engine.backend == "fairscale":
+        from mae_scale.engines.fairscale import FairScaleEngine
+
+        precision = precision_of(recipe, gpu)
+        return FairScaleEngine(objective, recipe, layout, stage=stage, precision=precision, device=device)
+    from mae_scale.engines.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(objective, recipe, deepspeed_config(recipe, layout, gpu=gpu), device)

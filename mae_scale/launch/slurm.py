@@ -1,0 +1,306 @@
+"""`mae-scale submit`: renders the Slurm templates for a chain of recipes, and sends each link after the one before."""
+
+import os
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mae_scale.config.load import load_recipe
+from mae_scale.config.schema import Recipe
+from mae_scale.engines.deepspeed_config import batch_layout
+from mae_scale.engines.policy import refuse_wrong_combinations
+from mae_scale.errors import RunError, UsageError
+from mae_scale.launch.slurm_templates import PROLOGUE, ask_for_gpus, find_template, gpus_of, render, sbatch_options
+from mae_scale.models.build import build_classifier_of, build_model
+from mae_scale.models.weights.autoencoder import to_official
+from mae_scale.models.weights.autoencoder.classifier import load_classifier
+from mae_scale.tasks.classification.task import Finetuning
+from mae_scale.tasks.mae.task import Pretraining
+from mae_scale.tracking.mlflow_uri import hide_password
+
+# What sbatch would read from the environment, above what the rendered script says.
+SITE_VARIABLES = {"partition": "SBATCH_PARTITION", "account": "SBATCH_ACCOUNT", "time": "SBATCH_TIMELIMIT"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What each link of the chain asks Slurm for; None leaves it to the site, the template and the cluster."""
+
+    nodes: int
+    gpus_per_node: int | None = None
+    ntasks_per_node: int | None = None
+    cpus_per_task: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * (self.ntasks_per_node or 1)
+
+    def on(self, template: str) -> "Shape":
+        """Return it with what a template says where this says nothing; one rank a GPU where GPUs are asked for here."""
+        lines = sbatch_options(template)
+        gpus = gpus_of(lines) if self.gpus_per_node is None else self.gpus_per_node
+        ntasks = lines.get("ntasks-per-node", "") if self.gpus_per_node is None else ""
+        return replace(
+            self,
+            gpus_per_node=gpus,
+            ntasks_per_node=self.ntasks_per_node or (int(ntasks) if ntasks.isdecimal() else gpus or 1),
+            partition=self.partition or lines.get("partition"),
+        )
+
+    def options(self, template: str) -> dict[str, str | int | None]:
+        """Return sbatch's options, by name; None: the template's line goes. What is not here stays as it is there."""
+        given = {"cpus-per-task": self.cpus_per_task}
+        given |= {name: getattr(self, name) for name in ("partition", "account", "time")}
+        return {
+            "nodes": self.nodes,
+            **ask_for_gpus(sbatch_options(template), self.gpus_per_node or 0),
+            "ntasks-per-node": self.ntasks_per_node,
+            **{name: value for name, value in given.items() if value is not None},
+        }
+
+
+@dataclass(frozen=True)
+class Link:
+    """One job of the chain: its recipe, its folder, its script and what the script says."""
+
+    name: str
+    recipe: Recipe
+    out: Path
+    script: Path
+    text: str
+    shape: Shape
+
+
+def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
+    """Check, render and send the chain of the recipes in `words`; what holds an = is an override for all of them.
+
+    Those of the section classifier are for classifiers only. A classifier that needs weights and has none set starts
+    from the link before it. Raises UsageError before anything is sent, RunError when sbatch refuses a link after all.
+    """
+    names = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    if not names:
+        raise UsageError("no recipe given; expected one or more, such as pretrain/vit_huge_1600ep")
+    if hide_password(overrides)[1]:
+        raise UsageError(
+            "tracking.uri holds a password, which would stand in the scripts; leave it out there, and export the whole "
+            "URI as MLFLOW_TRACKING_URI (or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD): jobs inherit them"
+        )
+    out = out.absolute()
+    prologue = find_template(PROLOGUE)
+    shape = _with_site(shape, prologue)
+    links: list[Link] = []
+    for name in names:
+        links.append(_link(name, overrides, shape, out, links))
+    unused = [override for override in overrides if _of_classifier(override)]
+    if unused and not any(link.recipe.classifier for link in links):
+        raise UsageError(f"'{unused[0]}' is for recipes with a section classifier; found {', '.join(names)}")
+    _refuse_shared_folders(links)
+    slurm = shutil.which("sbatch") is not None and shutil.which("sinfo") is not None
+    if slurm and dry_run:
+        slurm = _run(["sinfo", "--noheader"]).returncode == 0  # installed, but no cluster answers
+    if slurm:
+        for shape in dict.fromkeys(link.shape for link in links):
+            check_partition(shape)
+    elif not dry_run:
+        raise UsageError(
+            "Slurm is not found here (no sbatch and sinfo on PATH); run this on a login node of the cluster, "
+            "or add --dry-run, which works without"
+        )
+    if dry_run:
+        for number, link in enumerate(links):
+            after = f"JOB_ID_{number}" if number else None
+            print(f"# {link.script}\n# {shlex.join(_sbatch(link, after))}\n{link.text}")
+        print(f"dry run: nothing written or sent{'' if slurm else '; no Slurm answers here, partition not checked'}")
+        return
+    write(links, prologue)
+    send(links)
+
+
+def check(recipe: Recipe, name: str, shape: Shape, out: Path, start: Link | None = None) -> None:
+    """What can be refused before a job waits in a queue; UsageError says what to do.
+
+    out: the job's folder; start: the link whose weights, which are not there yet, the recipe starts from.
+    """
+    try:
+        if recipe.data.root is None:
+            raise UsageError("data.root is not set; add data.root=/path/to/train, as the nodes see it")
+        layout = batch_layout(recipe, shape.ranks)
+        refuse_wrong_combinations(recipe, gpu=bool(shape.gpus_per_node))
+        if start is not None:
+            refuse_other_model(start, recipe)
+            needs_none = recipe.classifier.model_copy(update={"weights": None, "from_scratch": True})
+            recipe = recipe.model_copy(update={"classifier": needs_none})
+        job = (Pretraining if recipe.classifier is None else Finetuning)(recipe, out)
+        job.refuse(layout)
+        job.augmentation()
+    except UsageError as error:
+        raise UsageError(f"{name} on {shape.nodes} nodes x {shape.ntasks_per_node} ranks: {error}") from None
+
+
+def refuse_other_model(start: Link, recipe: Recipe) -> None:
+    """UsageError when the classifier of a recipe cannot start from what a link will leave."""
+    classes = 2  # as many on both sides: the data are not looked at
+    try:
+        with torch.device("meta"):
+            if start.recipe.classifier is None:
+                left = to_official(build_model(start.recipe), decoder=False)
+            else:
+                left = build_classifier_of(start.recipe, classes).state_dict()
+            load_classifier(build_classifier_of(recipe, classes), left)
+    except UsageError as error:
+        raise UsageError(f"it starts from {start.name}, and {error}") from None
+
+
+def check_partition(shape: Shape) -> None:
+    """UsageError when the partition is not there or has fewer nodes than asked for."""
+    listed = _run(["sinfo", "--noheader", "--format=%P %D"])
+    if listed.returncode:
+        raise UsageError(f"sinfo failed: {_last_line(listed.stderr)}; is the cluster up?")
+    sizes: dict[str, int] = {}
+    default = None
+    for partition, nodes in (line.split() for line in listed.stdout.splitlines()):
+        name = partition.rstrip("*")
+        default = name if partition.endswith("*") else default
+        sizes[name] = sizes.get(name, 0) + int(nodes)
+    wanted = (shape.partition or default or "").split(",")
+    unknown = [name for name in wanted if name not in sizes]
+    if unknown:
+        found = f"partition '{unknown[0]}' is not there" if unknown[0] else "this cluster has no default partition"
+        raise UsageError(f"{found}; choose --partition among {', '.join(sizes)}")
+    largest = max(wanted, key=sizes.__getitem__)
+    if shape.nodes > sizes[largest]:
+        larger = [name for name, size in sizes.items() if size >= shape.nodes]
+        raise UsageError(
+            f"--nodes {shape.nodes}: partition '{largest}' has {sizes[largest]} nodes"
+            + (f"; --partition {' or '.join(larger)} has enough" if larger else "; ask for fewer")
+        )
+
+
+def write(links: list[Link], prologue: Path) -> None:
+    """The scripts and their prologue, into DIR/slurm."""
+    folder = links[0].script.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / PROLOGUE).write_bytes(prologue.read_bytes())
+        for link in links:
+            link.script.write_text(link.text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--out {folder.parent} cannot be written to: {error.strerror}") from None
+
+
+def send(links: list[Link]) -> None:
+    """sbatch for each link, after the one before; when one is refused, those before it are cancelled again.
+
+    Slurm is asked first whether it could ever run them: it may take a shape that no node has, and let it wait for ever.
+    """
+    for link in links:
+        tested = _run(["sbatch", "--test-only", str(link.script)])
+        if tested.returncode:
+            raise UsageError(f"{link.script} cannot run on this cluster: {_last_line(tested.stderr)}; nothing was sent")
+    jobs: list[str] = []
+    for number, link in enumerate(links, start=1):
+        sent = _run(_sbatch(link, jobs[-1] if jobs else None))
+        if sent.returncode:
+            if jobs:
+                _run(["scancel", *jobs])
+            raise RunError(
+                f"sbatch refused link {number}, {link.name}: {_last_line(sent.stderr)}"
+                + (f"; cancelled the links before it ({', '.join(jobs)})" if jobs else "")
+            )
+        after = f", after {jobs[-1]}" if jobs else ""
+        jobs.append(sent.stdout.strip().partition(";")[0])  # JOB or JOB;CLUSTER
+        print(f"job {jobs[-1]}{after}: {link.name} -> {link.out}")
+    print(f"scripts and logs in {links[0].script.parent}; squeue --jobs={','.join(jobs)} shows them")
+
+
+def _link(name: str, overrides: list[str], shape: Shape, out: Path, before: list[Link]) -> Link:
+    """The link after those `before`, checked."""
+    classifies = load_recipe(name).classifier is not None
+    overrides = [override for override in overrides if classifies or not _of_classifier(override)]
+    recipe = load_recipe(name, overrides)
+    if recipe.classifier is not None and recipe.classifier.weights is None and not recipe.classifier.from_scratch:
+        if not before:
+            raise UsageError(
+                f"{name} has no weights to start from; put the recipe that trains them before it, or add "
+                "classifier.weights=PATH (a run's folder, a checkpoint or a file of weights)"
+            )
+        overrides.append(f"classifier.weights={before[-1].out}")
+        recipe = load_recipe(name, overrides)
+    weights = recipe.classifier.weights if recipe.classifier else None
+    start = next((link for link in before if weights and link.out == weights.absolute()), None)
+    template = _template("pretrain.sbatch" if recipe.classifier is None else "finetune.sbatch")
+    shape = shape.on(template)
+    path = Path(name)
+    # A recipe of one's own is found from any directory; a packaged one by its name.
+    label, given = (path.stem, str(path.absolute())) if path.is_file() else (name.replace("/", "-"), name)
+    folder, beginning = out / label, out / "slurm" / f"{len(before) + 1}-{label}"
+    check(recipe, name, shape, folder, start)
+
+    options = {**shape.options(template), "job-name": f"mae-{label}", "output": f"{beginning}-%j.log"}
+    text = render(template, options, [given, "--out", str(folder), *overrides])
+    return Link(name, recipe, folder, Path(f"{beginning}.sbatch"), text, shape)
+
+
+def _template(name: str) -> str:
+    """Return what a template says, the site's own or the package's."""
+    path = find_template(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    if "run_job" not in text or not sbatch_options(text):
+        raise UsageError(f"{path} is not one of the templates that `mae-scale slurm` writes; move it away")
+    return text
+
+
+def _of_classifier(override: str) -> bool:
+    """Whether an override is of the section classifier, which would make a classifier of any recipe."""
+    return override.partition("=")[0].partition(".")[0] == "classifier"
+
+
+def _refuse_shared_folders(links: list[Link]) -> None:
+    for number, link in enumerate(links):
+        for other in links[:number]:
+            if link.out == other.out:
+                raise UsageError(
+                    f"{other.name} and {link.name} would both write to {link.out}; give each recipe once: "
+                    "a job that meets its time limit goes on by itself"
+                )
+
+
+def _sbatch(link: Link, after: str | None) -> list[str]:
+    # A requeued job keeps its id, so afterok waits for its real end. Without --kill-on-invalid-dep a link after one
+    # that failed would wait for ever.
+    dependency = [] if after is None else [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+    return ["sbatch", "--parsable", *dependency, str(link.script)]
+
+
+def _with_site(shape: Shape, prologue: Path) -> Shape:
+    """The shape with what the prologue or the environment says where no option does."""
+    names = " ".join(f'"${{{variable}:-}}"' for variable in SITE_VARIABLES.values())
+    told = subprocess.run(
+        ["bash", "-euc", f'source "$1"; printf "%s\\n" {names}', "bash", prologue.absolute()],
+        capture_output=True,
+        text=True,
+    )
+    if told.returncode:
+        raise UsageError(f"{prologue} cannot be read by bash: {_last_line(told.stderr)}")
+    site = dict(zip(SITE_VARIABLES, told.stdout.splitlines()[-len(SITE_VARIABLES) :], strict=True))
+    return Shape(**{**vars(shape), **{k: v or None for k, v in site.items() if getattr(shape, k) is None}})
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k not in SITE_VARIABLES.values()}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[-1]

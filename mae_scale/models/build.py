@@ -1,0 +1,28 @@
+"""From a recipe to its model, freshly initialised."""
+
+from mae_scale.config.schema import Recipe
+from mae_scale.models.classifier import Classifier, build_classifier
+from mae_scale.models.mae import MaskedAutoencoder, build_mae
+
+
+def build_model(recipe: Recipe) -> MaskedAutoencoder:
+    """The autoencoder of a recipe, freshly initialised from torch's generator."""
+    return build_mae(**recipe.model.model_dump())
+
+
+def build_classifier_of(recipe: Recipe, classes: int) -> Classifier:
+    """The classifier of a recipe for so many classes, freshly initialised from torch's generator."""
+    model, section = recipe.model, recipe.classifier
+    return build_classifier(
+        model.name,
+        classes=classes,
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+        width=model.width,
+        depth=model.depth,
+        heads=model.heads,
+        pool=section.pool,
+        batch_norm=section.batch_norm,
+        trained_blocks=section.trained_blocks,
+        drop_path=model.drop_path,
+    )

@@ -1,0 +1,174 @@
+"""Weights of a classifier: it starts from a file in any known layout, and is written in those others read.
+
+Every file is brought to the release's names first (`weights`). Then it is one of
+
+    pre-training   encoder, norm.*, or also a decoder      fc_norm.*, head.* stay fresh
+    mean-pooled    encoder, fc_norm.*, head.*              the authors' fine-tuned files; timm, global_pool="avg"
+    cls-pooled     encoder, norm.*, head.*                 timm, global_pool="token"; Hugging Face
+
+Positions are learned here and in all these files, [1, 1 + L, D] there; those of another grid are resampled.
+L patches, D the width, p the patch's side in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from mae_scale.errors import UsageError
+from mae_scale.models.classifier import Classifier
+from mae_scale.models.weights.autoencoder import (
+    AUTOENCODER,
+    DECODER,
+    ENCODER,
+    UNNAMED,
+    LoadReport,
+    Names,
+    StateDict,
+    check_same,
+    check_size,
+    copy_weights,
+    from_release,
+    hf_to_release,
+    release_to_hf,
+    to_release,
+)
+
+_CLASSIFIER: Names = (  # ours, release
+    *ENCODER,
+    ("fc_norm.", "fc_norm."),
+    ("batch_norm.", "batch_norm."),
+    ("head.", "head."),
+)
+_MAY_STAY_FRESH = ("fc_norm.", "batch_norm.", "head.")
+_OUR_AUTOENCODER = "our own autoencoder"
+
+
+def load_classifier(model: Classifier, state: StateDict) -> LoadReport:
+    """Copies a file's tensors (`read_weights`) into the classifier; the keys say which layout it is.
+
+    Layouts: the authors' releases (pre-trained, with or without decoder, and fine-tuned), timm's, Hugging Face's
+    (ViTMAE and ViTForImageClassification), and our own of a MaskedAutoencoder or a Classifier. Our autoencoder's
+    has no positions unless "encoder.pos_embed" [1 + L, D] is put beside its tensors; without it those of the model,
+    which begin as the fixed ones of its own grid, stay as they are and are reported as not set.
+    In the report `unused` (release names) is a decoder, a target's buffers, an encoder's mask token, and the final
+    norm of pre-trained weights when the classifier pools by mean (the release drops it too).
+    Positions of another grid are resampled in float32, bicubic and without antialiasing, as the authors do at 448 px
+    (their `interpolate_pos_embed`).
+    Raises UsageError, with nothing copied: a file of another size, of a classifier of another kind (pooling,
+    BatchNorm, number of classes); keys that are missing or unexpected, shapes that do not fit.
+    """
+    given, layout = _release_names(state)
+    check_size(given, model.encoder.size)
+    unused_kinds = (*UNNAMED, *DECODER)
+    if _has(given, "fc_norm.") or _has(given, "head."):
+        _check_kind(model, given)
+    elif model.pool == "mean":
+        unused_kinds += ("norm.",)
+    unused = [key for key in given if key.startswith(unused_kinds)]
+    given = {key: value for key, value in given.items() if not key.startswith(unused_kinds)}
+    if "pos_embed" in given:
+        given["pos_embed"] = _on_grid(given["pos_embed"], model.encoder.grid)
+
+    fresh = tuple(kind for kind in _MAY_STAY_FRESH if not _has(given, kind))
+    if layout == _OUR_AUTOENCODER and "pos_embed" not in given:
+        fresh += ("pos_embed",)
+    own = model.state_dict(keep_vars=True)
+    expected = {key: value for key, value in to_release(own, _CLASSIFIER).items() if not key.startswith(fresh)}
+    check_same(given, expected, layout=layout, advice="give a whole file of a plain ViT, with nothing else in it")
+    report = copy_weights(own, from_release(given, _CLASSIFIER))
+    report.unused = unused
+    return report
+
+
+def classes_in(state: StateDict) -> int | None:
+    """Classes of a file's head, in any of the layouts; None when it has none."""
+    given, _ = _release_names(state)
+    head = given.get("head.weight")
+    return None if head is None or head.ndim != 2 else len(head)
+
+
+def classifier_to_official(model: Classifier) -> StateDict:
+    """The authors' fine-tuned files: cls_token, pos_embed [1, 1 + L, D], patch_embed.proj.*, blocks.*,
+    fc_norm.* (pooled by mean) or norm.* (by cls), head.*.
+
+    Tensors are copies, on the model's device and in its dtype. A probe's BatchNorm, which that layout has no place
+    for, is folded into the head: the logits of evaluation mode stay the same.
+    """
+    own = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    state = to_release(own, _CLASSIFIER)
+    if "batch_norm.running_mean" in state:
+        mean, var = state.pop("batch_norm.running_mean"), state.pop("batch_norm.running_var")  # [D], [D]
+        weight, bias = state["head.weight"], state["head.bias"]  # [C, D], [C]
+        folded = weight.double() * torch.rsqrt(var.double() + model.batch_norm.eps)
+        state["head.weight"] = folded.to(weight.dtype)
+        state["head.bias"] = (bias.double() - folded @ mean.double()).to(bias.dtype)
+    return state
+
+
+def classifier_to_timm(model: Classifier) -> StateDict:
+    """As `classifier_to_official`: timm's `VisionTransformer` of the same sizes and num_classes has these names,
+    with global_pool="avg" for a classifier that pools by mean, "token" for cls."""
+    return classifier_to_official(model)
+
+
+def classifier_to_hf(model: Classifier) -> StateDict:
+    """Hugging Face's ViTForImageClassification files, for `from_pretrained` with layer_norm_eps=1e-6 in its config.
+
+    Otherwise as `classifier_to_official`. Raises UsageError for a classifier that pools by mean.
+    """
+    if model.pool == "mean":
+        raise UsageError(
+            "this classifier pools the mean of the patch tokens, Hugging Face's ViTForImageClassification only the "
+            "cls token, so it would give other logits: export it in the layout official or timm "
+            "(transformers' AutoModelForImageClassification opens timm's folder, too)"
+        )
+    return release_to_hf(classifier_to_official(model))
+
+
+def _release_names(state: StateDict) -> tuple[StateDict, str]:
+    """The tensors by the release's names, and whose layout it was; keys without a place there keep their name."""
+    if _has(state, "encoder.cls_token", "encoder.patch_embed.", "encoder.blocks."):
+        if _has(state, "decoder."):  # then "head." predicts pixels
+            return to_release(state, AUTOENCODER), _OUR_AUTOENCODER
+        return to_release(state, _CLASSIFIER), "our own classifier"
+    if _has(state, "vit.", "embeddings."):
+        return hf_to_release(state), "Hugging Face"
+    return dict(state), "the authors' release or timm"
+
+
+def _has(state: StateDict, *beginnings: str) -> bool:
+    return any(key.startswith(beginnings) for key in state)
+
+
+def _check_kind(model: Classifier, given: StateDict) -> None:
+    """Raises UsageError when the file is a classifier that pools otherwise, has other classes, or a BatchNorm more."""
+    pool = "mean" if _has(given, "fc_norm.") else "cls"
+    if pool != model.pool:
+        norm = "an fc_norm" if pool == "mean" else "no fc_norm"
+        raise UsageError(
+            f"the file is a classifier that pools by {pool} (it has {norm}), this one pools by {model.pool}: "
+            f"set classifier.pool={pool}, or give pre-trained weights without a head"
+        )
+    if _has(given, "batch_norm.") and not _has(model.state_dict(), "batch_norm."):
+        raise UsageError(
+            "the file is a linear probe with a BatchNorm before its head, this classifier has none: "
+            "set classifier.batch_norm=true, or give pre-trained weights without a head"
+        )
+    head = given.get("head.weight")
+    if head is not None and head.ndim == 2 and len(head) != model.classes:
+        raise UsageError(
+            f"the file's head has {len(head)} classes, the data {model.classes}: give data of those classes; "
+            "for other classes give pre-trained weights without a head"
+        )
+
+
+def _on_grid(positions: Tensor, grid: int) -> Tensor:
+    """[1, 1 + l, D] -> float32 [1, 1 + grid * grid, D]; as given when they are of that grid, or of none at all."""
+    patches = positions.shape[1] - 1 if positions.ndim == 3 else 0
+    if patches < 1 or patches == grid**2 or math.isqrt(patches) ** 2 != patches:
+        return positions
+    return resample_abs_pos_embed(positions.float(), [grid, grid], antialias=False)

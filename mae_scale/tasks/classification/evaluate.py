@@ -1,0 +1,137 @@
+"""`mae-scale evaluate`: a classifier's accuracy on a validation folder or a robustness set, on any number of ranks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from mae_scale.checkpoints.export import find_checkpoint, starting_weights
+from mae_scale.checkpoints.store import read_manifest
+from mae_scale.config.schema import Recipe
+from mae_scale.distributed.collectives import first_then_others, process_group
+from mae_scale.distributed.heartbeat import Control
+from mae_scale.distributed.ranks import Ranks, ranks_from_environment
+from mae_scale.engines.policy import precision_of
+from mae_scale.errors import UsageError
+from mae_scale.models.build import build_classifier_of
+from mae_scale.models.classifier import Classifier
+from mae_scale.models.weights.autoencoder.classifier import classes_in, load_classifier
+from mae_scale.tasks.classification.datasets import EvaluationSet, corruption_summary, open_sets
+from mae_scale.tasks.classification.measure import measure, report
+
+
+def check(recipe: Recipe) -> None:
+    """What can be refused before a rank is started."""
+    if recipe.classifier is None:
+        raise UsageError("the recipe has no section classifier; give one of finetune/..., probe/..., or a run's recipe")
+    weights, root = recipe.classifier.weights, recipe.data.val_root
+    if weights is None:
+        raise UsageError("no weights; add --weights PATH (a run's folder, a checkpoint or a file of weights)")
+    if not weights.exists():
+        raise UsageError(f"classifier.weights={weights} (--weights) does not exist; give a folder or a file of weights")
+    if root is None:
+        raise UsageError("data.val_root is not set; add data.val_root=/path/to/images (a folder a class)")
+
+
+def evaluate(recipe: Recipe, kind: str) -> dict | None:
+    """The results of the recipe's weights on data.val_root, a set of that kind; on rank 0, else None.
+
+    {"set": kind, "top1": percent, "top5": percent, "loss": nats, "images": n, "per_class": [...]}; imagenet-c:
+    {"set": kind, "mCE": percent, "corruptions": {name: {"error", "CE"}}, "severities": {"name/severity": results}}.
+    """
+    with all_ranks(recipe) as (ranks, device):
+        model, names, sets = first_then_others(lambda: _opened(recipe, kind))
+        predict = predictor(model, recipe, device)
+        found = {}
+        for one in sets:
+            accuracy = measure(predict, one, recipe, classes=model.classes, ranks=ranks, device=device)
+            found[one.name] = report(accuracy, names or _names_of(one, model.classes), one.index)
+        if not ranks.is_first:
+            return None
+    if kind != "imagenet-c":
+        return {"set": kind, **found[""]}
+    errors = {name: 100 - results["top1"] for name, results in found.items()}
+    severities = {name: {key: r[key] for key in ("top1", "top5", "images", "left_out")} for name, r in found.items()}
+    return {"set": kind, **corruption_summary(errors), "severities": severities}
+
+
+def _opened(recipe: Recipe, kind: str) -> tuple[Classifier, list[str] | None, list[EvaluationSet]]:
+    model, names = trained_classifier(recipe)
+    return model, names, open_sets(kind, recipe.data.val_root, num_classes=model.classes, class_names=names)
+
+
+def trained_classifier(recipe: Recipe) -> tuple[Classifier, list[str] | None]:
+    """The recipe's classifier with its weights, in evaluation mode, and the names of its classes where they are known.
+
+    Raises UsageError when the weights have no head, or do not fit.
+    """
+    path = recipe.classifier.weights
+    state = starting_weights(path)
+    classes = classes_in(state)
+    if classes is None:
+        raise UsageError(
+            f"--weights {path} has no classifier's head to evaluate; fine-tune or probe it first, and give that run"
+        )
+    names = read_manifest(find_checkpoint(path))["classes"] if path.is_dir() else None
+    model = build_classifier_of(recipe, classes)
+    load_classifier(model, state)
+    return model.eval(), names
+
+
+def predictor(model: torch.nn.Module, recipe: Recipe, device: torch.device):
+    """images [B, 3, S, S] -> what the model gives, float32, on the device; in the recipe's precision by autocast."""
+    precision = precision_of(recipe, gpu=device.type == "cuda")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    model.to(device)
+
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+            return model(images).float()
+
+    return predict
+
+
+@contextlib.contextmanager
+def all_ranks(recipe: Recipe) -> Iterator[tuple[Ranks, torch.device]]:
+    """This process among the ranks that do an evaluation together."""
+    ranks, timeout_s = ranks_from_environment(), recipe.engine.collective_timeout_s
+    with process_group(ranks, timeout_s) as device, Control(ranks, timeout_s):
+        yield ranks, device
+
+
+def _names_of(one: EvaluationSet, classes: int) -> list[str]:
+    """Names of the model's classes by the folders that stand for them."""
+    names = [str(number) for number in range(classes)]
+    for label, number in enumerate(one.class_of):
+        if number >= 0 and label < len(one.index.classes):
+            names[number] = one.index.classes[label]
+    return names
+
+
+def describe(results: dict, root: Path) -> str:
+    """Lines for people."""
+    if "mCE" in results:
+        rows = [
+            f"  {name:18} error {found['error']:6.2f} %" + (f"   CE {found['CE']:6.2f}" if "CE" in found else "")
+            for name, found in results["corruptions"].items()
+        ]
+        return "\n".join([f"{root} (imagenet-c): mean corruption error {results['mCE']:.2f}", *rows])
+    worst = sorted(results["per_class"], key=lambda found: found["top1"])[:5]
+    rows = [
+        f"  {found['class']:18} {found['top1']:6.2f} % of {found['images']:,}"
+        + (f", taken for {', '.join(found['taken_for'])}" if found["taken_for"] else "")
+        for found in worst
+    ]
+    left_out = f" ({results['left_out']:,} more cannot be read)" if results["left_out"] else ""
+    strange = f", {results['non_finite']} without a finite answer" if results["non_finite"] else ""
+    return "\n".join(
+        [
+            f"{root} ({results['set']}): top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % "
+            f"of {results['images']:,} images{left_out}{strange}",
+            "classes with the lowest top-1:",
+            *rows,
+        ]
+    )

@@ -1,0 +1,81 @@
+"""A classifier's accuracy on an evaluation set: every image once, over all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from data_pipeline.index import Index
+from data_pipeline.loader import EvaluationLoader
+from mae_scale.config.schema import Recipe
+from mae_scale.distributed.ranks import Ranks
+from mae_scale.tasks.classification.accuracy import NO_PREDICTION, Accuracy
+from mae_scale.tasks.classification.datasets import EvaluationSet
+
+BATCH_SIZE = 64
+CONFUSIONS_SHOWN = 3
+
+
+def evaluation_loader(recipe: Recipe, index, augmentation: str, ranks: Ranks) -> EvaluationLoader:
+    """This rank's part of each image once, cut as the recipe's model takes them."""
+    data = recipe.data
+    return EvaluationLoader(
+        index,
+        augmentation,
+        image_size=recipe.model.image_size,
+        batch_size=recipe.engine.micro_batch or BATCH_SIZE,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=data.device,
+        device_id=ranks.local_rank,
+        threads=data.threads,
+        bad_image_limit=data.bad_image_limit,
+        on_bad_image=data.on_bad_image,
+        exif_orientation=data.exif_orientation,
+    )
+
+
+def measure(
+    predict: Callable[[torch.Tensor], torch.Tensor],
+    one: EvaluationSet,
+    recipe: Recipe,
+    *,
+    classes: int,
+    ranks: Ranks,
+    device: torch.device,
+) -> Accuracy:
+    """The counts over all ranks. predict takes images [B, 3, S, S] on the device and gives logits [B, classes].
+
+    All ranks call it, and each calls predict equally often.
+    """
+    accuracy = Accuracy(classes)
+    class_of = torch.from_numpy(one.class_of)
+    with evaluation_loader(recipe, one.index, one.augmentation, ranks) as loader:
+        for batch in loader:
+            logits = predict(batch.images.to(device, non_blocking=True))
+            accuracy.update(logits, class_of[batch.labels.cpu()], batch.valid, one.candidates)
+    accuracy.reduce()
+    return accuracy
+
+
+def report(accuracy: Accuracy, names: list[str] | None, index: Index) -> dict:
+    """What goes into a JSON file: the results, and for each class its accuracy and what it is taken for most.
+
+    left_out: images of the index's folder that were not counted, for they cannot be read.
+    """
+    names = names or [str(number) for number in range(accuracy.num_classes)]
+    taken: dict[int, list[tuple[int, int]]] = {}
+    for (true, predicted), count in accuracy.pairs.items():
+        if predicted not in (true, NO_PREDICTION):
+            taken.setdefault(true, []).append((count, predicted))
+    per_class = []
+    for number, images, top1 in accuracy.per_class():
+        most = sorted(taken.get(number, []), key=lambda pair: (-pair[0], pair[1]))[:CONFUSIONS_SHOWN]
+        confused = {names[predicted]: count for count, predicted in most}
+        per_class.append({"class": names[number], "images": images, "top1": top1, "taken_for": confused})
+    results = accuracy.results()
+    loss = results["loss"] if math.isfinite(results["loss"]) else None  # JSON has no NaN
+    left_out = len(index) + len(index.bad) - accuracy.images
+    return {**results, "loss": loss, "left_out": left_out, "per_class": per_class}

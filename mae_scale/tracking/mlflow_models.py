@@ -1,0 +1,183 @@
+"""The finished classifier in MLflow: a model that turns pixels into class probabilities, beside the run's metrics."""
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mae_scale.files import write_json
+from mae_scale.models.classifier import Classifier
+from mae_scale.passwords import redacted, without_password
+from mae_scale.reports.style import MEAN, STD
+from mae_scale.tracking.mlflow_tracker import ENVIRONMENT, MlflowTracker, reason
+
+logger = logging.getLogger(__name__)
+
+NAME = "classifier"  # of the model in MLflow
+KEPT = "mlflow_model.json"  # in the run's export folder: what MLflow has
+ANSWER_WAIT_S = 20.0
+SLOWEST_UPLOAD_BYTES_PER_S = 20e6  # a server answers an upload when it has stored it
+
+
+class ServedClassifier(nn.Module):
+    """A classifier that takes RGB pixels of its own image size and gives the probability of each class."""
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.classifier = classifier
+        self.register_buffer("mean", torch.tensor(255 * MEAN))
+        self.register_buffer("std", torch.tensor(255 * STD))
+        self.eval().requires_grad_(False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels [N, S, S, 3], 0 to 255 -> probabilities float32 [N, C]."""
+        images = ((pixels - self.mean) / self.std).permute(0, 3, 1, 2)
+        return self.classifier(images).float().softmax(dim=-1)
+
+
+def keep_classifier(
+    tracker: MlflowTracker,
+    out: Path,
+    model_and_example: Callable[[], tuple[Classifier, np.ndarray]],
+    *,
+    class_names: Sequence[str],
+    registered_name: str | None,
+) -> None:
+    """Log a finished run's classifier into its MLflow run, once; the same call later does what could not be done.
+
+    `model_and_example`: called when MLflow does not have the model yet; the arguments of `log_classifier`.
+    What MLflow has is noted in `out`/export/mlflow_model.json. Never fails: a server that does not answer, or
+    refuses, costs a warning and at most about half a minute, and the time of an upload.
+    """
+    note = out / "export" / KEPT
+    where = {"uri": without_password(tracker.uri), "run_id": tracker.run_id}
+    kept = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+    if where.items() <= kept.items() and registered_name in (None, kept["registered_name"]):
+        return
+    try:
+        run_id = tracker.wait_for_run(ANSWER_WAIT_S)
+        if run_id is None:
+            raise TimeoutError(f"no answer in {ANSWER_WAIT_S:g} s")
+        model, example = model_and_example()
+        logged = log_classifier(
+            model,
+            uri=tracker.uri,
+            run_id=run_id,
+            example=example,
+            class_names=class_names,
+            registered_name=registered_name,
+            scratch=note.parent,
+        )
+        content = where | {"run_id": run_id, "registered_name": registered_name} | logged
+        write_json(note, content)
+    except Exception as error:
+        logger.warning(
+            "MLflow (%s) did not take the model%s: %s. The run is complete without it; "
+            "running the same command again logs it",
+            redacted(tracker.uri),
+            f" {registered_name}" if registered_name else "",
+            reason(error),
+        )
+
+
+def log_classifier(
+    model: Classifier,
+    *,
+    uri: str,
+    run_id: str,
+    example: np.ndarray,
+    class_names: Sequence[str],
+    registered_name: str | None,
+    scratch: Path,
+) -> dict[str, str | None]:
+    """Log `model`, on the host, to an MLflow run; {"model_uri": for mlflow.pytorch.load_model, "version": or None}.
+
+    `example` float32 [1, S, S, 3], RGB pixels of 0 to 255, is kept as the model's input example; `class_names`, in
+    the order of the probabilities, as class_names in its metadata. With `registered_name` it also becomes the next
+    version of that name in the model registry. A call that was cut off is completed by the next: a run has one such
+    model, and one version of it a name. `scratch`: a folder with room for the weights.
+
+    The model is a pickle that names `ServedClassifier`: what loads or serves it needs mae-scale installed, which
+    its requirements say, in the version that logged it. (MLflow's other format, an exported graph, is bound to the
+    device that it was exported on, so that a server with a GPU refuses it.)
+    Raises what MLflow raises.
+    """
+    from mlflow import MlflowClient, MlflowException
+    from mlflow.entities import LoggedModelOutput
+
+    client = MlflowClient(uri)
+    experiment_id = client.get_run(run_id).info.experiment_id
+    where = f"name = '{NAME}' AND source_run_id = '{run_id}'"
+    found = client.search_logged_models([experiment_id], where, max_results=1)
+    logged = found[0] if found else client.create_logged_model(experiment_id, NAME, source_run_id=run_id)
+    if logged.status != "READY":
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=scratch) as folder:
+            path = Path(folder) / "model"
+            _save(model, path, logged, example, class_names)
+            with _patience_for(path):
+                client.log_model_artifacts(logged.model_id, str(path))
+        client.finalize_logged_model(logged.model_id, "READY")
+    model_uri = f"models:/{logged.model_id}"
+    if registered_name is None:
+        return {"model_uri": model_uri, "version": None}
+    try:
+        client.create_registered_model(registered_name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    versions = client.search_model_versions(f"name = '{registered_name}' AND run_id = '{run_id}'")
+    if versions:
+        return {"model_uri": model_uri, "version": str(versions[0].version)}
+    # By its place: a database without a server would look for `model_uri` in the process's global tracking URI.
+    place, model_id = logged.artifact_location, logged.model_id
+    made = client.create_model_version(registered_name, place, run_id, await_creation_for=0, model_id=model_id)
+    return {"model_uri": model_uri, "version": str(made.version)}
+
+
+def _save(model: Classifier, path: Path, logged, example: np.ndarray, class_names: Sequence[str]) -> None:
+    """The model as MLflow's folder of files."""
+    import mlflow.pytorch
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    float32 = np.dtype(np.float32)
+    mlflow.pytorch.save_model(
+        ServedClassifier(model),
+        path,
+        mlflow_model=Model(
+            artifact_path=logged.artifact_location,
+            run_id=logged.source_run_id,
+            model_uuid=logged.model_id,
+            model_id=logged.model_id,
+        ),
+        signature=ModelSignature(
+            inputs=Schema([TensorSpec(float32, (-1, *example.shape[1:]))]),
+            outputs=Schema([TensorSpec(float32, (-1, model.classes))]),
+        ),
+        input_example=example,
+        pip_requirements=[f"{name}=={version(name)}" for name in ("mae-scale", "torch", "mlflow")],
+        metadata={"class_names": list(class_names)},
+        serialization_format="pickle",
+    )
+
+
+@contextmanager
+def _patience_for(path: Path) -> Iterator[None]:
+    """MLflow's requests wait for an answer as long as storing the files at `path` may take."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ.get(name, ENVIRONMENT[name])
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    os.environ[name] = str(int(int(before) + size / SLOWEST_UPLOAD_BYTES_PER_S))
+    try:
+        yield
+    finally:
+        os.environ[name] = before

@@ -1,0 +1,36 @@
+"""How many steps there are, and the learning rate of each."""
+
+import math
+from typing import NamedTuple
+
+from data_pipeline.order import steps_per_epoch
+from mae_scale.config.schema import Recipe
+
+
+class Steps(NamedTuple):
+    """Numbers of updates."""
+
+    per_epoch: int
+    total: int
+    """Of the whole schedule."""
+    last: int
+    """After this one a start ends."""
+
+
+def steps_of(recipe: Recipe, images: int) -> Steps:
+    """Return how many updates a recipe makes with so many images. Raises UsageError when they are less than a batch."""
+    per_epoch = steps_per_epoch(images, recipe.data.global_batch)
+    total = recipe.schedule.epochs * per_epoch
+    return Steps(per_epoch, total, min(total, recipe.schedule.stop_after_steps or total))
+
+
+def learning_rate(step: int, *, peak_lr: float, steps_per_epoch: int, epochs: int, warmup_epochs: int) -> float:
+    """The rate for update number `step` (from 0): linear warm-up, then half-cycle cosine to 0 (He et al., table 8).
+
+    With e = step / steps_per_epoch: peak * e / warmup_epochs while e < warmup_epochs, then
+    peak * (1 + cos(pi * (e - warmup_epochs) / (epochs - warmup_epochs))) / 2.
+    """
+    epoch = step / steps_per_epoch
+    if epoch < warmup_epochs:
+        return peak_lr * epoch / warmup_epochs
+    return peak_lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
