@@ -48,7 +48,7 @@ def call(monkeypatch, capsys):
         monkeypatch.setattr(stop_requests, "listen", lambda: None)  # signals are the test runner's
         monkeypatch.setattr(sys, "argv", ["mae-scale", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            main.main()
+            main()
         captured = capsys.readouterr()
         return int(ended.value.code or 0), captured.out, captured.err
 

@@ -24,7 +24,7 @@ from mae_scale.models.mae import MaskedAutoencoder
 from mae_scale.models.targets import NormalisedPixels, Pixels
 from mae_scale.models.vit import SIZES
 from mae_scale.models.weights.autoencoder import to_hf, to_timm
-from mae_scale.models.weights.autoencoder.classifier import classifier_to_hf, classifier_to_timm
+from mae_scale.models.weights.classifier import classifier_to_hf, classifier_to_timm
 
 WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 LAYER_NORM_EPS = 1e-6

@@ -9,12 +9,12 @@ from typing import Annotated, Optional
 
 import typer
 
-from mae_scale.cli.main.checkpoints import checkpoints_app
-from mae_scale.cli.main.completion import complete_chain
-from mae_scale.cli.main.data import data_app
-from mae_scale.cli.main.help import common, run
-from mae_scale.cli.main.measure import measure_app
-from mae_scale.cli.main.options import (
+from mae_scale.cli.checkpoints import checkpoints_app
+from mae_scale.cli.completion import complete_chain
+from mae_scale.cli.data import data_app
+from mae_scale.cli.help import common, run
+from mae_scale.cli.measure import measure_app
+from mae_scale.cli.options import (
     DryRun,
     Json,
     LogFile,
@@ -31,7 +31,7 @@ from mae_scale.cli.main.options import (
     with_weights,
     write_text,
 )
-from mae_scale.cli.main.recipes import recipes_app
+from mae_scale.cli.recipes import recipes_app
 from mae_scale.distributed.ranks import leave, say_error, this_rank
 from mae_scale.distributed.stop_requests import INTERRUPTED
 from mae_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RunError, UsageError

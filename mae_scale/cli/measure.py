@@ -5,7 +5,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from mae_scale.cli.main.options import (
+from mae_scale.cli.options import (
     Json,
     Nproc,
     Overrides,

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from mae_scale.cli.main.completion import complete_override, complete_recipe
+from mae_scale.cli.completion import complete_override, complete_recipe
 from mae_scale.distributed import stop_requests
 from mae_scale.errors import UsageError
 

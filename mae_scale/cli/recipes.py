@@ -4,7 +4,7 @@ import shutil
 
 import typer
 
-from mae_scale.cli.main.options import Overrides, RecipeName
+from mae_scale.cli.options import Overrides, RecipeName
 
 recipes_app = typer.Typer(help="The recipes that come with mae-scale, and what they say.")
 

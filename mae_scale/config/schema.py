@@ -195,8 +195,6 @@ class Recipe(Section):
 # What may differ between one start of a run and the next, for it does not change what is computed. Paths are among it:
 # images are known by their index's digest and starting weights by their own (training.inputs).
 FREE_SECTIONS = ("engine.", "checkpoint.", "tracking.")
-
-
 FREE_KEYS = {
     "schedule.stop_after_steps",
     "data.root",

@@ -10,14 +10,8 @@ from typing import NoReturn
 from mae_scale.errors import RunError, UsageError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-
-
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-
-
 ALONE = (0, 1, 0)
-
-
 LAUNCHER_ENDS_S = 5.0
 """By then a launcher has ended the ranks of the other nodes, when the first one has failed."""
 

@@ -17,7 +17,7 @@ from mae_scale.errors import RunError, UsageError
 from mae_scale.launch.slurm_templates import PROLOGUE, ask_for_gpus, find_template, gpus_of, render, sbatch_options
 from mae_scale.models.build import build_classifier_of, build_model
 from mae_scale.models.weights.autoencoder import to_official
-from mae_scale.models.weights.autoencoder.classifier import load_classifier
+from mae_scale.models.weights.classifier import load_classifier
 from mae_scale.tasks.classification.task import Finetuning
 from mae_scale.tasks.mae.task import Pretraining
 from mae_scale.tracking.mlflow_uri import hide_password

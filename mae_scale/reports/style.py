@@ -9,9 +9,8 @@ from mae_scale.files import write_atomically
 
 # ImageNet's, in RGB of [0, 1]: what the images were normalised by.
 MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
-
-
 STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
+BLUE, ORANGE, GREY, DARK = "#1f5fa8", "#c0562b", "#8a8a8a", "#222222"
 
 
 def pictures_of(images) -> np.ndarray:

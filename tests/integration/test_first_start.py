@@ -8,7 +8,7 @@ import torch
 from mlflow import MlflowClient
 
 from mae_scale.models.classifier import build_classifier
-from mae_scale.models.weights.autoencoder.classifier import classifier_to_official
+from mae_scale.models.weights.classifier import classifier_to_official
 from tests.integration.test_decoding_failures import BAD
 from tests.tiny import arguments, losses
 

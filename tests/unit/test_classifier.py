@@ -12,7 +12,7 @@ from mae_scale.config.load import load_recipe
 from mae_scale.engines.optimizers import parameter_groups
 from mae_scale.errors import UsageError
 from mae_scale.models.classifier import GlobalBatchNorm, build_classifier
-from mae_scale.models.weights.autoencoder.classifier import classifier_to_timm
+from mae_scale.models.weights.classifier import classifier_to_timm
 from mae_scale.tasks.classification.objective import Classify
 
 SIZE = {"image_size": 16, "patch_size": 4, "width": 32, "depth": 4, "heads": 2}

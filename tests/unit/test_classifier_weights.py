@@ -10,7 +10,7 @@ from mae_scale.models.classifier import build_classifier
 from mae_scale.models.mae import build_mae
 from mae_scale.models.vit import parameter_count
 from mae_scale.models.weights.autoencoder import load_official, read_weights, to_hf, to_official, to_timm
-from mae_scale.models.weights.autoencoder.classifier import (
+from mae_scale.models.weights.classifier import (
     classifier_to_hf,
     classifier_to_official,
     classifier_to_timm,

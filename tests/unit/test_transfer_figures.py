@@ -9,7 +9,7 @@ from PIL import Image
 
 from mae_scale.models.attention import last_attention
 from mae_scale.models.classifier import build_classifier
-from mae_scale.models.weights.autoencoder.classifier import load_classifier
+from mae_scale.models.weights.classifier import load_classifier
 from mae_scale.reports import classification
 from mae_scale.reports.classification import ORANGE, RIGHT, WRONG, attention_figure, neighbours_figure, per_class_figure
 from mae_scale.reports.partial_curve import partial_curve_figure

@@ -18,7 +18,7 @@ from mae_scale.engines.policy import precision_of
 from mae_scale.errors import UsageError
 from mae_scale.models.build import build_classifier_of
 from mae_scale.models.classifier import Classifier
-from mae_scale.models.weights.autoencoder.classifier import classes_in, load_classifier
+from mae_scale.models.weights.classifier import classes_in, load_classifier
 from mae_scale.tasks.classification.datasets import EvaluationSet, corruption_summary, open_sets
 from mae_scale.tasks.classification.measure import measure, report
 

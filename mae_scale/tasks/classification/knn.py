@@ -23,7 +23,7 @@ from mae_scale.distributed.ranks import Ranks
 from mae_scale.errors import UsageError
 from mae_scale.models.build import build_classifier_of
 from mae_scale.models.classifier import Classifier
-from mae_scale.models.weights.autoencoder.classifier import classes_in, load_classifier
+from mae_scale.models.weights.classifier import classes_in, load_classifier
 from mae_scale.reports.classification import neighbours_figure
 from mae_scale.tasks.classification import evaluate
 from mae_scale.tasks.classification.accuracy import Accuracy

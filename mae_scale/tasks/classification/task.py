@@ -22,7 +22,7 @@ from mae_scale.models.attention import last_attention
 from mae_scale.models.build import build_classifier_of
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.weights.autoencoder import LoadReport
-from mae_scale.models.weights.autoencoder.classifier import load_classifier
+from mae_scale.models.weights.classifier import load_classifier
 from mae_scale.planning.flops import vit_forward_macs
 from mae_scale.reports.classification import attention_figure, per_class_figure
 from mae_scale.reports.style import pictures_of
