@@ -32,12 +32,12 @@ def launch_local_ranks(
     environment: Mapping[str, str] | None = None,
     log: Path | None = None,
 ) -> int:
-    """Run `python PROGRAM ARGUMENTS` as nproc ranks, which must call preemption.listen() first; their exit code.
+    """Run `python PROGRAM ARGUMENTS` as nproc ranks, which must listen for stop requests first; return the exit code.
 
-    0: all ended with 0. 75: the others with 75. Else the code of the first that failed. A request to stop that this
-    process has noted (preemption.listen) goes to every rank, which has all the time it needs to save; so does the end
-    of a rank that was asked to stop itself. Noted before, none is started: 75. What the ranks print goes to `log`.
-    A password in tracking.uri reaches them by the environment: `ps` does not show it.
+    0: all ended with 0. 75: the others with 75. Else the code of the first that failed. A stop request that this
+    process has noted goes to every rank, which has all the time it needs to save; so does the end of a rank that was
+    asked to stop itself. Noted before, none is started: 75. What the ranks print goes to `log`.
+    A password in tracking.uri reaches them through the environment, so that `ps` does not show it.
 
     Raises RunError when a rank was killed by a signal, KeyboardInterrupt, all ranks killed, after a second Ctrl-C.
     """

@@ -17,18 +17,18 @@ TIMEOUT_S = 2.0
 LAUNCHER = """
 import os, sys
 from mae_scale.errors import RunError
-from mae_scale.training import launcher
-launcher.GRACE_S = 3.0  # timeouts are shorter here, too
+from mae_scale.launch import local
+local.GRACE_S = 3.0  # timeouts are shorter here, too
 try:
-    code = launcher.launch_local_ranks(int(sys.argv[1]), sys.argv[2:], program=("-c", os.environ["WORKER"]))
+    code = local.launch_local_ranks(int(sys.argv[1]), sys.argv[2:], program=("-c", os.environ["WORKER"]))
 except RunError as error:
     sys.exit(f"launcher: {error}")
 sys.exit(code)
 """
 WORKER = """
 import os, signal, sys, time, traceback
-from mae_scale.training import preemption
-preemption.listen()
+from mae_scale.distributed import stop_requests
+stop_requests.listen()
 import torch
 from mae_scale.errors import RunError
 from mae_scale.distributed.heartbeat import Control

@@ -16,7 +16,7 @@ from mae_scale.launch import local
 from mae_scale.launch.local import launch_local_ranks
 
 RANK = "import os, signal, sys, time; from pathlib import Path; rank = int(os.environ['RANK']); "
-LISTEN = "from mae_scale.training import preemption; preemption.listen(); preemption.heed('saving'); "
+LISTEN = "from mae_scale.distributed import stop_requests; stop_requests.listen(); stop_requests.heed('saving'); "
 BOTH_UP = "(Path(sys.argv[1]) / f'up{rank}').touch(); "
 
 WAIT_FOR_A_REQUEST = f"""
@@ -24,18 +24,18 @@ WAIT_FOR_A_REQUEST = f"""
 {BOTH_UP}
 time.sleep(0.5)  # a request that comes now, before listen(), must not be lost either
 {LISTEN}
-while not preemption.requested():
+while not stop_requests.requested():
     time.sleep(0.02)
 time.sleep(0.5 * (1 + rank))
-(Path(sys.argv[1]) / f"saved{{rank}}").write_text(preemption.requested())
+(Path(sys.argv[1]) / f"saved{{rank}}").write_text(stop_requests.requested())
 sys.exit(75)
 """
 AS_A_PROCESS = """
 import signal, sys
-from mae_scale.training import preemption
+from mae_scale.distributed import stop_requests
 from mae_scale.launch.local import launch_local_ranks
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has put in the background
-preemption.listen()
+stop_requests.listen()
 try:
     sys.exit(launch_local_ranks(2, [sys.argv[1]], program=("-c", sys.argv[2])))
 except KeyboardInterrupt:
@@ -136,7 +136,7 @@ def test_a_request_reaches_every_rank_however_early_and_has_no_deadline(signum, 
 
 
 def test_a_request_to_one_rank_reaches_the_others_when_that_one_has_ended(tmp_path, nothing_left):
-    listening = LISTEN.replace("preemption.heed('saving'); ", "") + "time.sleep(600)"  # it ends at once
+    listening = LISTEN.replace("stop_requests.heed('saving'); ", "") + "time.sleep(600)"  # it ends at once
     assert launch_local_ranks(2, [str(tmp_path)], ranks_do("sys.exit(75)", listening)) == 75
 
 

@@ -10,15 +10,15 @@ import pytest
 
 HEAD = """
 import ctypes, os, signal, sys, time
-from mae_scale.training import preemption
+from mae_scale.distributed import stop_requests
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has put in the background
 def send(*signals):
     for signum in signals:
         os.kill(os.getpid(), signum)
         time.sleep(0.2)
 """
-LISTEN = "preemption.listen()\n"
-HEED = LISTEN + "preemption.heed('saving')\n"
+LISTEN = "stop_requests.listen()\n"
+HEED = LISTEN + "stop_requests.heed('saving')\n"
 BLOCKED = """
 mutex = ctypes.create_string_buffer(64)
 ctypes.CDLL(None).pthread_mutex_lock(mutex)
@@ -60,9 +60,9 @@ def test_a_request_ends_at_once_what_has_nothing_to_save_whatever_it_is_doing(na
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_request_is_noted_by_name_where_it_is_heeded_and_the_first_one_counts(name):
-    code = f"send(signal.{name}, signal.SIGUSR1, signal.SIGTERM)\nprint(preemption.requested())"
+    code = f"send(signal.{name}, signal.SIGUSR1, signal.SIGTERM)\nprint(stop_requests.requested())"
     again = "; Ctrl-C again ends at once" if name == "SIGINT" else ""
-    assert run(HEED + "print(preemption.requested())\n" + code) == (0, f"None\n{name}", f"{name}: saving{again}\n")
+    assert run(HEED + "print(stop_requests.requested())\n" + code) == (0, f"None\n{name}", f"{name}: saving{again}\n")
 
 
 def test_a_second_ctrl_c_ends_at_once_whatever_the_process_is_doing():
@@ -74,11 +74,11 @@ def test_a_second_ctrl_c_ends_at_once_whatever_the_process_is_doing():
 
 
 def test_a_ctrl_c_that_a_launcher_hands_on_is_the_same_one_and_a_later_one_another():
-    twice = "preemption.HANDED_ON_S = 2\nsend(signal.SIGINT, signal.SIGINT)\n"
+    twice = "stop_requests.HANDED_ON_S = 2\nsend(signal.SIGINT, signal.SIGINT)\n"
     assert run(HEED + twice, RANK="1")[0] == 0
-    assert run(HEED + twice + "time.sleep(preemption.HANDED_ON_S)\n" + twice, RANK="1")[0] == 130
+    assert run(HEED + twice + "time.sleep(stop_requests.HANDED_ON_S)\n" + twice, RANK="1")[0] == 130
     # The local launcher ends its ranks itself.
-    many = twice + "time.sleep(preemption.HANDED_ON_S)\n" + twice
+    many = twice + "time.sleep(stop_requests.HANDED_ON_S)\n" + twice
     assert run(HEED + many, RANK="1", MAE_SCALE_LAUNCHER_PID=str(os.getpid()))[0] == 0
 
 
@@ -90,8 +90,12 @@ def test_a_request_that_ends_a_process_gives_back_the_lock_that_it_holds(tmp_pat
 
 
 def test_a_block_that_passes_requests_on_notes_a_second_ctrl_c_and_ends_nothing_itself():
-    block = "with preemption.passing_on():\n    send(signal.SIGINT)\n    print(preemption.insisted())\n"
-    assert run(LISTEN + block + "    send(signal.SIGINT)\n    print(preemption.insisted())") == (0, "False\nTrue", "")
+    block = "with stop_requests.passing_on():\n    send(signal.SIGINT)\n    print(stop_requests.insisted())\n"
+    assert run(LISTEN + block + "    send(signal.SIGINT)\n    print(stop_requests.insisted())") == (
+        0,
+        "False\nTrue",
+        "",
+    )
     assert run(LISTEN + block + "send(signal.SIGTERM)")[0] == 75
 
 
@@ -101,12 +105,12 @@ def test_ctrl_c_stays_ignored_where_it_was():
 
 
 def test_a_signal_that_came_before_is_taken_when_it_was_blocked():
-    early = "signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)\nos.kill(os.getpid(), signal.SIGTERM)\n"
+    early = "signal.pthread_sigmask(signal.SIG_BLOCK, stop_requests.SIGNALS)\nos.kill(os.getpid(), signal.SIGTERM)\n"
     assert run(early + LISTEN + "time.sleep(10)") == (75, "", f"stopped by SIGTERM{AT_ONCE}\n")
 
 
 def test_a_launcher_that_was_already_dead_is_a_request_and_a_living_one_is_not():
-    report = HEED + "time.sleep(0.2)\nprint(preemption.requested(), preemption.LAUNCHER_VARIABLE in os.environ)"
+    report = HEED + "time.sleep(0.2)\nprint(stop_requests.requested(), stop_requests.LAUNCHER_VARIABLE in os.environ)"
     assert run(LISTEN + "time.sleep(10)", MAE_SCALE_LAUNCHER_PID="1")[0] == 75
     assert run(report, MAE_SCALE_LAUNCHER_PID=str(os.getpid()))[1] == "None False"
 

@@ -49,7 +49,7 @@ CORRUPTION_GROUPS = ("noise", "blur", "weather", "digital", "extra")
 SEVERITIES = (1, 2, 3, 4, 5)
 NAMES_SHOWN = 5
 
-log = logging.getLogger("mae_scale.evaluation")
+log = logging.getLogger("mae_scale")
 
 
 @dataclass(frozen=True)
