@@ -17,4 +17,4 @@ def poisoned(self, batch, device):
 
 
 Reconstruct.tensors = poisoned
-main.main()
+main()

@@ -192,7 +192,7 @@ def test_wrong_input_is_one_clear_line_and_exit_code_2(case, tmp_path, digits, m
     command = ["mae-scale", "pretrain", "demo", "--nproc", "2", "--out", str(tmp_path / "r")]
     monkeypatch.setattr(sys, "argv", [*command, *arguments(digits, *overrides)])
     with pytest.raises(SystemExit) as ended:
-        main.main()
+        main()
     error = capsys.readouterr().err
     assert ended.value.code == 2, error
     assert error.startswith("error: ")

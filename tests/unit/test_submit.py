@@ -26,7 +26,7 @@ def submit(monkeypatch, capsys, tmp_path):
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["mae-scale", "submit", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            main.main()
+            main()
         captured = capsys.readouterr()
         return int(ended.value.code or 0), captured.out, captured.err
 
