@@ -10,10 +10,10 @@ from PIL import Image
 from mae_scale.models.attention import last_attention
 from mae_scale.models.classifier import build_classifier
 from mae_scale.models.weights.classifier import load_classifier
-from mae_scale.reports import classification
+from mae_scale.reports import classification, partial_curve
 from mae_scale.reports.classification import ORANGE, RIGHT, WRONG, attention_figure, neighbours_figure, per_class_figure
 from mae_scale.reports.partial_curve import partial_curve_figure
-from mae_scale.reports.style import MEAN, STD
+from mae_scale.reports.style import BLUE, MEAN, STD
 
 
 @pytest.fixture
@@ -21,7 +21,8 @@ def drawn(monkeypatch):
     """The figures as they were saved."""
     caught = []
     save = classification.save_png
-    monkeypatch.setattr(classification, "save_png", lambda figure, path: (caught.append(figure), save(figure, path)))
+    for module in (classification, partial_curve):
+        monkeypatch.setattr(module, "save_png", lambda figure, path: (caught.append(figure), save(figure, path)))
     return caught
 
 
@@ -68,7 +69,7 @@ def test_few_classes_are_bars_sorted_by_accuracy_with_names(tmp_path, drawn):
     assert named(axes) == [("name 1", 20.0), ("name 0", 80.0), ("name 2", 95.0)]
     assert axes.lines[0].get_xdata()[0] == 65
     png = Written(drawn[0], tmp_path / "figures" / "per_class.png")
-    assert png.at(0, 19 / 124, 0.8) == pytest.approx(to_rgb(classification.BLUE), abs=0.01)
+    assert png.at(0, 19 / 124, 0.8) == pytest.approx(to_rgb(BLUE), abs=0.01)
     assert png.at(0, 25 / 124, 0.8) == pytest.approx((1, 1, 1), abs=0.01)
 
 
