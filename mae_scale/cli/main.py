@@ -176,7 +176,7 @@ def doctor() -> None:
 
     Example: `mae-scale doctor`
     """
-    from mae_scale.cli.main import doctor as checks
+    from mae_scale.cli import doctor as checks
 
     checks.report()
 
