@@ -151,7 +151,7 @@ class Index:
             if len(images) < count:
                 name = self.classes[label] if self.classes else str(label)
                 raise UsageError(
-                    f"data.labels_a_class={count}: class {name} has {len(images)} images; choose at most that many"
+                    f"data.labels_per_class={count}: class {name} has {len(images)} images; choose at most that many"
                 )
             draws = generator(seed, "few", int(label)).bit_generator.random_raw(len(images))
             chosen.append(images[np.argsort(draws, kind="stable")[:count]])

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save
 
 from mae_scale.checkpoints.shards import EMA, ShardReader, digest_of
 from mae_scale.checkpoints.store import Damaged, list_checkpoints, newest_whole, read_manifest, verify
+from mae_scale.config.load import stored_recipe
 from mae_scale.config.schema import Recipe
 from mae_scale.errors import RunError, UsageError
 from mae_scale.models.build import build_classifier_of, build_model
@@ -60,8 +61,8 @@ def checkpoint_model(checkpoint: Path) -> tuple[MaskedAutoencoder | Classifier, 
     Weights of which an average was kept are that average; those that the run does not train lie in its folder.
     """
     manifest = read_manifest(checkpoint)
-    recipe = Recipe.model_validate(manifest["recipe"])
-    if recipe.classifier is None:
+    recipe = stored_recipe(manifest["recipe"], str(checkpoint))
+    if recipe.task == "mae":
         model, weights = build_model(recipe), "weight"
     else:
         model = build_classifier_of(recipe, len(manifest["classes"]))

@@ -15,27 +15,14 @@ from mae_scale.cli.data import data_app
 from mae_scale.cli.help import common, run
 from mae_scale.cli.measure import measure_app
 from mae_scale.cli.options import (
-    DryRun,
     Json,
-    LogFile,
-    Nproc,
-    Out,
-    Overrides,
-    Quiet,
-    RecipeName,
-    TrackingUri,
-    Weights,
     can_be_stopped,
-    check_file,
-    read_recipe,
-    with_weights,
-    write_text,
 )
 from mae_scale.cli.recipes import recipes_app
+from mae_scale.cli.train import train_app
 from mae_scale.distributed.ranks import leave, say_error, this_rank
 from mae_scale.distributed.stop_requests import INTERRUPTED
 from mae_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RunError, UsageError
-from mae_scale.tracking.output import Output
 
 WRONG_ARGUMENTS = typer.BadParameter.__base__  # click's UsageError, wherever this typer has it from
 
@@ -47,127 +34,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.add_typer(train_app)
 app.add_typer(measure_app)
 app.add_typer(data_app, name="data", no_args_is_help=True)
 app.add_typer(checkpoints_app, name="checkpoints", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes", no_args_is_help=True)
-
-
-@app.command()
-@can_be_stopped
-def pretrain(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    out: Out = ...,
-    nproc: Nproc = 1,
-    tracking_uri: TrackingUri = None,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-    log_file: LogFile = None,
-) -> None:
-    """Pre-train a masked autoencoder.
-
-    Example: `mae-scale pretrain demo --nproc 2 --out runs/demo data.root=digits/train`
-    """
-    from mae_scale.tasks.mae.task import Pretraining
-
-    output = Output(quiet, log_file)
-    raise typer.Exit(_train("pretrain", Pretraining, recipe, overrides, out, nproc, tracking_uri, dry_run, output))
-
-
-@app.command()
-@can_be_stopped
-def finetune(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    out: Out = ...,
-    weights: Weights = None,
-    nproc: Nproc = 1,
-    tracking_uri: TrackingUri = None,
-    json: Json = None,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-    log_file: LogFile = None,
-) -> None:
-    """Train a classifier: end to end, its last blocks, its head alone, or everything from scratch, as the recipe says.
-
-    Example: `mae-scale finetune finetune/vit_huge_224 --weights runs/vit_huge --out runs/vit_huge_224
-    data.root=/data/imagenet/train data.val_root=/data/imagenet/val`
-    """
-    from mae_scale.tasks.classification.task import Finetuning
-
-    overrides, output = with_weights(overrides, weights), Output(quiet, log_file)
-    job = ("finetune", Finetuning, recipe, overrides, out, nproc, tracking_uri)
-    raise typer.Exit(_classify(*job, json, dry_run, output))
-
-
-@app.command()
-@can_be_stopped
-def probe(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    out: Out = ...,
-    weights: Weights = None,
-    nproc: Nproc = 1,
-    tracking_uri: TrackingUri = None,
-    json: Json = None,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-    log_file: LogFile = None,
-) -> None:
-    """Linear probing: the head alone is trained on a frozen encoder; `finetune` with a recipe of that kind.
-
-    Example: `mae-scale probe probe/vit_large --weights runs/vit_large --out runs/vit_large_probe
-    data.root=/data/imagenet/train data.val_root=/data/imagenet/val`
-    """
-    from mae_scale.tasks.classification.task import Probing
-
-    overrides, output = with_weights(overrides, weights), Output(quiet, log_file)
-    job = ("probe", Probing, recipe, overrides, out, nproc, tracking_uri)
-    raise typer.Exit(_classify(*job, json, dry_run, output))
-
-
-def _classify(command, job_class, recipe, overrides, out, nproc, tracking_uri, json, dry_run, output) -> int:
-    """A classifier's training; the exit code. What was measured is written to `json` by rank 0."""
-    check_file("--json", json)
-    code = _train(command, job_class, recipe, overrides, out, nproc, tracking_uri, dry_run, output)
-    if json is not None and not dry_run and code == EXIT_DONE and this_rank().is_first:
-        from mae_scale.tasks.classification.task import EVALUATION
-
-        if not (out / EVALUATION).exists():
-            raise UsageError(f"--json {json}: nothing was measured; add data.val_root=/path/to/validation images")
-        write_text(json, (out / EVALUATION).read_text(encoding="utf-8"))
-    return code
-
-
-def _train(command, job_class, recipe, overrides, out, nproc, tracking_uri, dry_run, output) -> int:
-    """A training job as this rank, or with local ranks started here; the exit code."""
-    from mae_scale.distributed.ranks import launched
-    from mae_scale.launch.local import launch_local_ranks
-    from mae_scale.training.inputs import PREPARED
-    from mae_scale.training.run_lock import hold
-
-    check_file("--log-file", output.log_file)
-    overrides = list(overrides or [])
-    if tracking_uri is not None:
-        overrides.append(f"tracking.uri={tracking_uri}")
-    with Output(output.quiet) if dry_run else output:
-        job = job_class(read_recipe(recipe, overrides), out, output)
-        ranks = this_rank().world_size if launched() else nproc
-        job.check(ranks)
-        if dry_run:
-            if this_rank().is_first:
-                lines = job.plan(ranks)
-                typer.echo("\n".join(lines[-1:] if output.quiet else lines))
-            return EXIT_DONE
-        if launched() or nproc == 1:
-            return job.run()
-        # Here, once and with a progress bar; the ranks then find everything checked, and the folder filled.
-        # Rank 0 holds the lock after this.
-        with hold(out):
-            job.prepare()
-        words = [command, recipe, *overrides, "--out", str(out), *output.arguments()]
-        return launch_local_ranks(nproc, words, environment={PREPARED: "1"})
 
 
 @app.command()

@@ -2,22 +2,26 @@
 
 import difflib
 
+from mae_scale.config.old_names import RENAMED
 from mae_scale.config.schema import Recipe, keys_of
 
 
 def contradiction(recipe: Recipe) -> str | None:
-    """What two keys say against each other, where one of them would be passed over in silence."""
+    """Return what two keys say against each other, where one of them would be ignored in silence."""
     classifier, optim = recipe.classifier, recipe.optim
     if recipe.data.cache_gib is not None and recipe.data.cache is None:
         return f"data.cache_gib={recipe.data.cache_gib:g} bounds data.cache, which is not set; add data.cache=DIR"
+    if (recipe.task == "classification") != (classifier is not None):
+        found = "no section classifier" if classifier is None else "a section classifier"
+        return f"task: {recipe.task}, and {found}; task: classification and the section classifier belong together"
     if classifier is None:
         for key, found in (
             ("optim.layer_decay", optim.layer_decay != 1),
             ("optim.name=lars", optim.name == "lars"),
-            ("data.labels_a_class", recipe.data.labels_a_class is not None),
+            ("data.labels_per_class", recipe.data.labels_per_class is not None),
         ):
             if found:
-                return f"{key} is a classifier's; pre-training does not have it"
+                return f"{key} belongs to task: classification; task: {recipe.task} does not have it"
         return None
     if classifier.from_scratch and classifier.weights:
         return f"classifier.from_scratch=true and classifier.weights={classifier.weights}; drop one of them"
@@ -29,8 +33,11 @@ def contradiction(recipe: Recipe) -> str | None:
 
 
 def subject(key: str, error: dict) -> str:
+    """Return what an error of pydantic's is about: the key and its value, or the nearest key to one not known."""
     if error["type"] != "extra_forbidden":
         return f"{key}={error['input']!r}: "
+    if key in RENAMED:
+        return f"key '{key}' has a new name; write '{RENAMED[key]}'"
     section, _, last = key.rpartition(".")
     near = [f"{section}.{k}" for k in difflib.get_close_matches(last, keys_of(section), 1, 0.4)] if section else []
     known = {name: name for name in Recipe.model_fields} | {
@@ -41,4 +48,5 @@ def subject(key: str, error: dict) -> str:
 
 
 def reason(error: dict) -> str:
+    """Return what pydantic says is wrong with a value; nothing for a key that is not known."""
     return "" if error["type"] == "extra_forbidden" else error["msg"][0].lower() + error["msg"][1:]

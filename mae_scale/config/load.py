@@ -1,4 +1,4 @@
-"""The recipe: what a run is. Typed sections, YAML, `section.key=value` overrides, and when two recipes are one run."""
+"""From a packaged name or a YAML file, with `section.key=value` overrides, to a recipe."""
 
 import difflib
 from importlib import resources
@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from mae_scale.config.hints import contradiction, reason, subject
+from mae_scale.config.old_names import with_new_names
 from mae_scale.config.schema import Recipe
 from mae_scale.errors import UsageError
 
@@ -20,7 +21,7 @@ def packaged_recipes() -> list[str]:
 
 
 def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """The recipe of a packaged name or a YAML file, with `section.key=value` overrides.
+    """Return the recipe of a packaged name or a YAML file, with `section.key=value` overrides.
 
     Raises UsageError for what cannot be found, read or understood, with the nearest known name or key.
     """
@@ -30,6 +31,14 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
     for override in overrides:
         put(tree, *parse_override(override))
     return _validated(tree, name_or_path)
+
+
+def stored_recipe(tree: dict, source: str) -> Recipe:
+    """Return a recipe as a run has stored it, with this version of the schema or an older one.
+
+    Raises UsageError when it is neither.
+    """
+    return _validated(with_new_names(tree), source)
 
 
 def layers(name_or_path: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
@@ -48,12 +57,20 @@ def layers(name_or_path: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dic
         raise UsageError(f"recipe {path} cannot be read: {error.strerror}") from None
     if not isinstance(tree, dict):
         raise UsageError(f"recipe {path} holds {type(tree).__name__}, expected sections such as model: and data:")
+    if _is_of_a_run(path):
+        tree = with_new_names(tree)
     base = tree.pop("extends", None)
     below = [] if base is None else layers(str(base), (*seen, str(path)))
     return [*below, (name_or_path, tree)]
 
 
+def _is_of_a_run(path: Path) -> bool:
+    """Return whether a file is the recipe.yaml that a start has written into its output folder."""
+    return path.name == "recipe.yaml" and (path.parent / "index.npz").exists()
+
+
 def find_recipe(name_or_path: str) -> Path:
+    """Return the file of a packaged name or a path. Raises UsageError, with the nearest name, when there is none."""
     packaged = Path(str(resources.files("mae_scale.recipes"))) / f"{name_or_path}.yaml"
     for path in (packaged, Path(name_or_path)):
         if path.is_file():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from mae_scale.files import write_atomically
@@ -51,7 +51,7 @@ class DataSection(Section):
     flip: float | None = Field(None, ge=0, le=1, description="probability of a horizontal flip; else the kind's")
     exif_orientation: bool = Field(False, description="turn images as their EXIF says; else they are taken as stored")
     random_erasing: float = Field(0.0, ge=0, le=1, description="probability to fill a rectangle with noise")
-    labels_a_class: int | None = Field(None, gt=0, description="train on so many images of each class, drawn by seed")
+    labels_per_class: int | None = Field(None, gt=0, description="train on this many images per class, drawn by seed")
     device: Literal["auto", "cpu", "gpu"] = "auto"
     threads: int = Field(4, gt=0, description="decoding threads a rank")
     cache: Path | None = Field(None, description="folder on the node's own disk that is filled as images are read")
@@ -164,6 +164,7 @@ class TrackingSection(Section):
 class Recipe(Section):
     """A training run, whole."""
 
+    task: str = Field("mae", description="what is trained: mae (masked autoencoder), classification")
     seed: int = Field(0, ge=0)
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
@@ -173,6 +174,14 @@ class Recipe(Section):
     engine: EngineSection = EngineSection()
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _task_of_old_recipes(cls, tree: Any) -> Any:
+        """Understand a recipe without `task`, as all were once: a section classifier makes it classification."""
+        if isinstance(tree, dict) and "task" not in tree and tree.get("classifier") is not None:
+            return {**tree, "task": "classification"}
+        return tree
 
     @property
     def lr(self) -> float:

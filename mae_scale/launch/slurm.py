@@ -18,9 +18,9 @@ from mae_scale.launch.slurm_templates import PROLOGUE, ask_for_gpus, find_templa
 from mae_scale.models.build import build_classifier_of, build_model
 from mae_scale.models.weights.autoencoder import to_official
 from mae_scale.models.weights.classifier import load_classifier
-from mae_scale.tasks.classification.task import Finetuning
-from mae_scale.tasks.mae.task import Pretraining
+from mae_scale.tasks.registry import TASKS, task_of
 from mae_scale.tracking.mlflow_uri import hide_password
+from mae_scale.training.preflight import training_augmentation
 
 # What sbatch would read from the environment, above what the rendered script says.
 SITE_VARIABLES = {"partition": "SBATCH_PARTITION", "account": "SBATCH_ACCOUNT", "time": "SBATCH_TIMELIMIT"}
@@ -100,7 +100,7 @@ def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
     for name in names:
         links.append(_link(name, overrides, shape, out, links))
     unused = [override for override in overrides if _of_classifier(override)]
-    if unused and not any(link.recipe.classifier for link in links):
+    if unused and not any(link.recipe.task == "classification" for link in links):
         raise UsageError(f"'{unused[0]}' is for recipes with a section classifier; found {', '.join(names)}")
     _refuse_shared_folders(links)
     slurm = shutil.which("sbatch") is not None and shutil.which("sinfo") is not None
@@ -138,9 +138,8 @@ def check(recipe: Recipe, name: str, shape: Shape, out: Path, start: Link | None
             refuse_other_model(start, recipe)
             needs_none = recipe.classifier.model_copy(update={"weights": None, "from_scratch": True})
             recipe = recipe.model_copy(update={"classifier": needs_none})
-        job = (Pretraining if recipe.classifier is None else Finetuning)(recipe, out)
-        job.refuse(layout)
-        job.augmentation()
+        task_of(recipe, out).check(layout)
+        training_augmentation(recipe)
     except UsageError as error:
         raise UsageError(f"{name} on {shape.nodes} nodes x {shape.ntasks_per_node} ranks: {error}") from None
 
@@ -150,7 +149,7 @@ def refuse_other_model(start: Link, recipe: Recipe) -> None:
     classes = 2  # as many on both sides: the data are not looked at
     try:
         with torch.device("meta"):
-            if start.recipe.classifier is None:
+            if start.recipe.task == "mae":
                 left = to_official(build_model(start.recipe), decoder=False)
             else:
                 left = build_classifier_of(start.recipe, classes).state_dict()
@@ -223,10 +222,10 @@ def send(links: list[Link]) -> None:
 
 def _link(name: str, overrides: list[str], shape: Shape, out: Path, before: list[Link]) -> Link:
     """The link after those `before`, checked."""
-    classifies = load_recipe(name).classifier is not None
+    classifies = load_recipe(name).task == "classification"
     overrides = [override for override in overrides if classifies or not _of_classifier(override)]
     recipe = load_recipe(name, overrides)
-    if recipe.classifier is not None and recipe.classifier.weights is None and not recipe.classifier.from_scratch:
+    if classifies and recipe.classifier.weights is None and not recipe.classifier.from_scratch:
         if not before:
             raise UsageError(
                 f"{name} has no weights to start from; put the recipe that trains them before it, or add "
@@ -234,9 +233,9 @@ def _link(name: str, overrides: list[str], shape: Shape, out: Path, before: list
             )
         overrides.append(f"classifier.weights={before[-1].out}")
         recipe = load_recipe(name, overrides)
-    weights = recipe.classifier.weights if recipe.classifier else None
+    weights = recipe.classifier.weights if classifies else None
     start = next((link for link in before if weights and link.out == weights.absolute()), None)
-    template = _template("pretrain.sbatch" if recipe.classifier is None else "finetune.sbatch")
+    template = _template(f"{TASKS[recipe.task].command}.sbatch")
     shape = shape.on(template)
     path = Path(name)
     # A recipe of one's own is found from any directory; a packaged one by its name.

@@ -109,7 +109,7 @@ def _top1(way: Way, out: Path, seed: int, overrides: list[str]) -> float:
     places = {"weights": _folder(out, "run", seed), "finetuned": _folder(out, "finetune", seed)}
     words = [word.format(**places) for word in way.command]
     if way.name == "knn":
-        overrides = [*overrides, "data.labels_a_class=10"]
+        overrides = [*overrides, "data.labels_per_class=10"]
     else:
         words += ["--out", str(_folder(out, way.name, seed))]
     _call([*words, *overrides, "--json", str(answer)], _file(out, way.name, seed, "log"))

@@ -1,4 +1,4 @@
-"""What a start says of itself: as it begins, when there is nothing to do, and under --dry-run instead of training."""
+"""The lines that a start prints: as it begins, when there is nothing to do, and under --dry-run."""
 
 import os
 from pathlib import Path
@@ -11,21 +11,20 @@ from mae_scale.config.schema import Recipe
 from mae_scale.engines.deepspeed_config import BatchLayout
 from mae_scale.engines.policy import engine_name
 from mae_scale.errors import UsageError
-from mae_scale.training.provenance import describe_settings
+from mae_scale.training.provenance import describe_settings, settings_used
 from mae_scale.training.run_lock import refuse_held
-from mae_scale.training.schedule import Steps
+from mae_scale.training.schedule import Steps, steps_of
 
 
-def headline(
-    recipe: Recipe, index: Index, layout: BatchLayout, steps: Steps, used: dict, device: torch.device, start: int
-) -> str:
-    """Return lines on what a start will do that goes on after `start` updates, and on what of the data is not used."""
+def headline(recipe: Recipe, index: Index, layout: BatchLayout, device: torch.device, start: int) -> str:
+    """Return lines about a start that resumes after `start` updates, and about what of the data is not used."""
+    steps, used = steps_of(recipe, len(index)), settings_used(recipe, layout, device)
     whence = f"going on from step {start}" if start else "from the beginning"
     if start >= steps.last:
         whence = f"all {start} steps are done" if start == steps.total else f"{start} steps are done"
     remarks = "".join(f"{line}\n" for line in index.remarks.sentences())
     return (
-        f"{index.summary()}; {steps.per_epoch} steps an epoch, {recipe.schedule.epochs} epochs, "
+        f"{index.summary()}; {steps.per_epoch} steps per epoch, {recipe.schedule.epochs} epochs, "
         f"{steps.total} steps; {whence}\n{remarks}"
         f"{engine_name(recipe)}, {layout.world_size} rank(s) on {device.type} x {layout.micro_batch} images "
         f"x {layout.accumulation} = global batch {layout.global_batch}; {describe_settings(used)}; "
@@ -34,7 +33,7 @@ def headline(
 
 
 def nothing_to_do(recipe: Recipe, steps: Steps, start: int) -> str:
-    """Return why a start ends at once that finds `start` updates done."""
+    """Return why a start that finds `start` updates done ends at once."""
     if start >= steps.total:
         return f"nothing to do: all {steps.total} steps are done"
     return (
@@ -43,15 +42,14 @@ def nothing_to_do(recipe: Recipe, steps: Steps, start: int) -> str:
     )
 
 
-def plan(
-    recipe: Recipe, out: Path, index: Index, layout: BatchLayout, steps: Steps, used: dict, device: torch.device
-) -> list[str]:
-    """Return what a start would do in the folder `out`, the last line in short; nothing is written.
+def plan(recipe: Recipe, out: Path, index: Index, layout: BatchLayout, device: torch.device) -> list[str]:
+    """Return what a start would do in the folder `out`, in short in the last line; nothing is written.
 
-    Raises UsageError or RunError where it would be refused for what lies there.
+    Raises UsageError or RunError where it would be refused because of what lies there.
     """
     _refuse_unwritable(out)
     refuse_held(out)
+    steps = steps_of(recipe, len(index))
     start, damages = newest_readable(out / "checkpoints", index=index.digest())
     if start >= steps.last:
         would = nothing_to_do(recipe, steps, start)
@@ -59,7 +57,7 @@ def plan(
         began = f"go on from step {start} ({out}/checkpoints)" if start else "begin with step 1"
         would = f"it would {began} and end after step {steps.last}"
     return [
-        headline(recipe, index, layout, steps, used, device, start),
+        headline(recipe, index, layout, device, start),
         *damages,
         _schedule(recipe, steps),
         f"dry run, nothing was written: {would}",

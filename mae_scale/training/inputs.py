@@ -36,50 +36,62 @@ class RunImages:
     is_kept: bool
 
 
-def run_images(
-    out: Path,
-    name: str,
-    key: str,
-    root: Path,
-    open_folder: Callable[[], Index],
-    choose: Callable[[Index], Index] | None = None,
-    *,
-    part: bool = False,
-) -> RunImages:
-    """Return the images at `root`: those of the index `name` in `out` once the run has a step, else what is found.
+@dataclass(frozen=True)
+class Folder:
+    """A folder of images that a recipe names."""
 
-    key: the recipe's, for errors; open_folder: indexes `root`; choose: what of it a first start takes; part: whether
-    that may be a part.
+    key: str
+    """The recipe's, for errors."""
+    root: Path
+    open: Callable[[], Index]
+    """Indexes `root`."""
+
+
+def run_images(
+    kept: Path, folder: Folder, choose: Callable[[Index], Index] | None = None, *, part: bool = False
+) -> RunImages:
+    """Return the images of a folder: those of the index file `kept` once the run has a step, else what is found.
+
+    choose: what of it a first start takes; part: whether that may be a part.
     Raises UsageError when the folder is not there, or holds other images than the run has.
     """
+    root = folder.root
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
-        raise UsageError(f"{key}={root} {what}; give the folder of the images, wherever it lies now")
-    begun = has_step(out)
-    known = _kept_index(out / name) if begun else None
+        raise UsageError(f"{folder.key}={root} {what}; give the folder of the images, wherever it lies now")
+    begun = has_step(kept.parent)
+    known = _kept_index(kept) if begun else None
     if known is None:
-        found = open_folder()
+        found = folder.open()
         index = choose(found) if choose else found
         if begun:
-            _refuse_other_order(out / name, index)
+            _refuse_other_order(kept, index)
         return RunImages(_at(root, index), is_kept=False)
     index = _at(root, known)
     check_data(index)
-    others = f"give the folder that the run in {out} was begun with, or a copy of it, or choose another --out"
     if index.root == known.root:
-        if most_are_there(index):
-            return RunImages(index, is_kept=True)
-        raise UsageError(
-            f"{key}={root} no longer holds the images of this run: of its {len(index):,}, such as {index.name(0)}, "
-            f"most are gone or of another size; {others}"
-        )
-    different = differing_images(index, open_folder(), part=part)
+        _refuse_most_gone(folder, index, kept.parent)
+        return RunImages(index, is_kept=True)
+    different = differing_images(index, folder.open(), part=part)
     if different:
         raise UsageError(
-            f"{key}={root} holds other images than this run has: {len(different):,} differ from its {len(index):,}, "
-            f"such as {different[0]}; {others}"
+            f"{folder.key}={root} holds other images than this run has: {len(different):,} differ from its "
+            f"{len(index):,}, such as {different[0]}; {_which_folder(kept.parent)}"
         )
     return RunImages(index, is_kept=False)
+
+
+def _refuse_most_gone(folder: Folder, index: Index, out: Path) -> None:
+    """Raise UsageError when the run's own folder no longer holds its images."""
+    if not most_are_there(index):
+        raise UsageError(
+            f"{folder.key}={folder.root} no longer holds the images of this run: of its {len(index):,}, such as "
+            f"{index.name(0)}, most are gone or of another size; {_which_folder(out)}"
+        )
+
+
+def _which_folder(out: Path) -> str:
+    return f"give the folder that the run in {out} was begun with, or a copy of it, or choose another --out"
 
 
 def _kept_index(file: Path) -> Index | None:

@@ -6,15 +6,15 @@ from data_pipeline.augmentations import Augmentation, augmentation
 from data_pipeline.index import Index, load_index
 from data_pipeline.loader import ImageLoader
 from mae_scale.config.schema import Recipe
+from mae_scale.training.context import RunContext
 from mae_scale.training.inputs import VALIDATION
-from mae_scale.training.loop import Run
 
 
-def shown_images(run: Run, count: int) -> torch.Tensor:
+def shown_images(context: RunContext, count: int) -> torch.Tensor:
     """Some validation images (training images without data.val_root) [N, 3, S, S], cut as in evaluation."""
-    root = run.recipe.data.val_root
-    index = run.index if root is None else load_index(run.out / VALIDATION, root)
-    return some_images(index, count, run.recipe, augmentation("evaluation"))
+    root = context.recipe.data.val_root
+    index = context.index if root is None else load_index(context.out / VALIDATION, root)
+    return some_images(index, count, context.recipe, augmentation("evaluation"))
 
 
 def some_images(index: Index, count: int, recipe: Recipe, kind: Augmentation) -> torch.Tensor:

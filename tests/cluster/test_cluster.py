@@ -159,7 +159,7 @@ def test_a_chain_waits_for_the_real_end_of_a_requeued_link_and_starts_each_from_
 ):
     """Pre-training, fine-tuning, and from there fine-tuning with larger images."""
     small, large = tmp_path / "small.yaml", tmp_path / "large.yaml"
-    small.write_text("extends: finetune/demo\ndata: {labels_a_class: null}\n")
+    small.write_text("extends: finetune/demo\ndata: {labels_per_class: null}\n")
     large.write_text(f"extends: {small}\nmodel: {{image_size: 64}}\n")
     shape = ["--nodes", 2, "--gpus-per-node", 2, "--cpus-per-task", 1]
     mae_scale = [sys.executable, "-m", "mae_scale"]

@@ -144,7 +144,7 @@ def test_a_request_to_one_rank_before_the_first_step_ends_all_of_them_together(t
 def weights(digits, tmp_path_factory) -> Path:
     """A classifier after one step."""
     out = tmp_path_factory.mktemp("weights") / "run"
-    quick = ["schedule.stop_after_steps=1", "data.labels_a_class=null"]
+    quick = ["schedule.stop_after_steps=1", "data.labels_per_class=null"]
     with Training(out, "finetune", "scratch/demo", "--tracking-uri", "off", *measured(digits), *quick) as training:
         assert training.wait() == 0, training.text()
     return out

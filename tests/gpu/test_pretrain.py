@@ -57,7 +57,7 @@ def pretrain(digits, out, *overrides):
 @pytest.mark.parametrize("kind", ["finetune", "partial", "probe"])
 def test_a_classifier_trains_and_is_evaluated_on_the_gpu(kind, digits, tmp_path):
     pretrain(digits, tmp_path / "p")
-    more = ["data.augmentation=rand_augment", "data.random_erasing=0.25", "data.labels_a_class=100"]
+    more = ["data.augmentation=rand_augment", "data.random_erasing=0.25", "data.labels_per_class=100"]
     metrics = train(
         ["finetune", f"{kind}/demo", "--weights", str(tmp_path / "p")],
         digits,

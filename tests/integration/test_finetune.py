@@ -126,7 +126,7 @@ def test_a_224_style_model_goes_on_at_double_resolution(tmp_path, digits, mae_sc
 
 
 def test_nearest_neighbours_are_the_same_on_two_ranks(tmp_path, digits, mae_scale, pretrained):
-    command = ["knn", "probe/demo", "--weights", pretrained, *few(digits, "data.labels_a_class=20")]
+    command = ["knn", "probe/demo", "--weights", pretrained, *few(digits, "data.labels_per_class=20")]
     for name, way in {"one": [], "two": ["--nproc", 2, "engine.micro_batch=30"]}.items():
         done = mae_scale(*command, *way, "--json", tmp_path / name, "--figure", tmp_path / f"{name}.png")
         assert done.returncode == 0, done.stderr
@@ -187,14 +187,18 @@ WRONG = {
         ["engine.micro_batch=6"],
         "drop engine.micro",
     ),
-    "more labels than images": (["finetune", "scratch/demo"], ["data.labels_a_class=200"], "choose at most"),
+    "more labels than images": (["finetune", "scratch/demo"], ["data.labels_per_class=200"], "choose at most"),
     "LARS under ZeRO": (["probe", "probe/demo", "--weights", "{run}"], ["engine.zero_stage=1"], "zero_stage=0"),
     "another size": (
         ["finetune", "finetune/demo", "--weights", "{run}"],
         ["model.width=64"],
         "patch 4 px, width 32, 2 blocks",
     ),
-    "labels missing": (["finetune", "scratch/demo"], ["data.root={flat}", "data.labels_a_class=null"], "have no label"),
+    "labels missing": (
+        ["finetune", "scratch/demo"],
+        ["data.root={flat}", "data.labels_per_class=null"],
+        "have no label",
+    ),
     "classes that training lacks": (["finetune", "scratch/demo"], ["data.val_root={more}"], "zebra"),
     "a head of other classes": (
         ["finetune", "finetune/demo", "--weights", "{tuned}"],

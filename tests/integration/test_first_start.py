@@ -58,7 +58,7 @@ def test_what_is_wrong_is_refused_before_anything_is_written_and_the_right_comma
     def words(weights: str, val_root: str, *more: str) -> list:
         recipe = [word for word in arguments(digits, *QUICK) if "decoder" not in word]
         command = ["finetune", "finetune/demo", "--weights", places[weights], "--out", out, "--tracking-uri", "off"]
-        return [*command, *recipe, "data.labels_a_class=null", f"data.val_root={places[val_root]}", *more]
+        return [*command, *recipe, "data.labels_per_class=null", f"data.val_root={places[val_root]}", *more]
 
     for weights, val_root, more, said in WRONG:
         code, _, error = call(*words(weights, val_root, *more), "--nproc", 2)

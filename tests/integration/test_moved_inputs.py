@@ -13,8 +13,8 @@ from data_pipeline.index import load_index
 from mae_scale.checkpoints.shards import digest_of
 from mae_scale.checkpoints.store import read_manifest, write_manifest
 from mae_scale.config.load import load_recipe
-from mae_scale.tasks.classification.task import Finetuning
-from mae_scale.tasks.mae.task import Pretraining
+from mae_scale.tasks.registry import task_of
+from mae_scale.training.preflight import check, check_images, prepare
 from tests.tiny import arguments, losses
 
 pytestmark = pytest.mark.timeout(600)
@@ -27,7 +27,7 @@ QUICK = [
     "checkpoint.every_steps=2",
     f"schedule.stop_after_steps={STEPS}",
 ]
-FEW = ["data.global_batch=24", "data.labels_a_class=10"]
+FEW = ["data.global_batch=24", "data.labels_per_class=10"]
 COMMANDS = {"pretrain": ["pretrain", "demo"], "finetune": ["finetune", "partial/demo", *FEW]}
 
 
@@ -108,11 +108,11 @@ def test_one_folder_may_be_written_in_any_way(killed, digits, monkeypatch, tmp_p
     monkeypatch.chdir(tmp_path)
     for root in ("digits", "./digits", tmp_path / "digits", "link"):
         recipe = load_recipe("demo", words_of("pretrain", out, Path(root))[6:])
-        job = Pretraining(recipe, out)
-        job.check(2)
-        job.prepare()
+        task = task_of(recipe, out)
+        check(task, 2)
+        prepare(task)
     assert "link" in (out / "recipe.yaml").read_text()
-    assert all(images.is_kept for images in job.check_inputs().values())
+    assert all(images.is_kept for images in check_images(task).values())
 
 
 def other_images(root: Path) -> Path:
@@ -183,9 +183,9 @@ def test_an_image_that_has_turned_bad_in_a_copy_is_no_other_image(kind, nproc, k
     image.write_bytes(image.read_bytes()[:100])
     _, name, *words = words_of(kind, out, tmp_path / "digits")
     recipe = load_recipe(name, words[4:])
-    job = (Pretraining if kind == "pretrain" else Finetuning)(recipe, out)
-    job.check(nproc)
-    assert job.check_inputs()["index.npz"].index.digest() == kept.digest()
+    task = task_of(recipe, out)
+    check(task, nproc)
+    assert check_images(task)["index.npz"].index.digest() == kept.digest()
 
 
 def test_a_file_of_other_weights_is_refused_and_none_is_needed(killed, digits, weights, call, tmp_path):

@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 
 from mae_scale.config.load import load_recipe, packaged_recipes
-from mae_scale.config.schema import Recipe, differing_keys
+from mae_scale.config.schema import differing_keys
 from mae_scale.engines.deepspeed_config import batch_layout, deepspeed_config
 from mae_scale.engines.policy import refuse_wrong_combinations
 from mae_scale.errors import UsageError
 from mae_scale.planning.hardware import peak_flops_per_s
-from mae_scale.tasks.classification.task import Finetuning
-from mae_scale.tasks.mae.task import Pretraining
-from mae_scale.training.run import Job
+from mae_scale.tasks.registry import task_of
+from mae_scale.training.preflight import training_augmentation
 
 IMAGENET = 1_281_167  # training images
 
@@ -35,10 +34,6 @@ def command_of(name: str) -> str:
 def ranks_of(command: str) -> int:
     """How many ranks a command starts."""
     return prod(map(int, re.findall(r"--(?:nnodes|nproc-per-node|nproc)[ =](\d+)", command)))
-
-
-def job_of(recipe: Recipe) -> Job:
-    return (Pretraining if recipe.classifier is None else Finetuning)(recipe, Path())
 
 
 @pytest.mark.parametrize("size", ["base", "large", "huge"])
@@ -119,9 +114,9 @@ def test_a_packaged_recipe_has_a_header_with_result_cost_and_command_and_runs_on
     gpu = "H100" in head
     refuse_wrong_combinations(recipe, gpu=gpu)
     deepspeed_config(recipe, layout, gpu=gpu)
-    job = job_of(recipe)
-    job.refuse(layout)
-    job.augmentation()
+    task = task_of(recipe, Path())
+    task.check(layout)
+    training_augmentation(recipe)
 
 
 @pytest.mark.parametrize("name", [name for name in packaged_recipes() if "H100" in header(name)])
@@ -129,7 +124,7 @@ def test_the_cost_that_a_header_names_is_that_of_its_images(name):
     """Every training image in every epoch, forward and backward; hours at 40 % of the peak in bf16."""
     flops, hours = re.search(r"Cost: (\S+) FLOPs of matrix products, about (\S+) H100 hours", header(name)).groups()
     recipe = load_recipe(name)
-    expected = job_of(recipe).training_flops() * IMAGENET * recipe.schedule.epochs
+    expected = task_of(recipe, Path()).training_flops() * IMAGENET * recipe.schedule.epochs
     assert float(flops) == pytest.approx(expected, rel=0.1)
     assert float(hours) == pytest.approx(expected / (0.4 * peak_flops_per_s("H100", "bf16")) / 3600, rel=0.1)
 

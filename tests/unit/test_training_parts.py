@@ -18,8 +18,8 @@ from mae_scale.errors import UsageError
 from mae_scale.models.mae import build_mae
 from mae_scale.packaged import packaged
 from mae_scale.tasks.mae.objective import Reconstruct
-from mae_scale.training.loop import _Clock
 from mae_scale.training.schedule import learning_rate
+from mae_scale.training.step_metrics import StepClock
 
 STEPS_PER_EPOCH = 1_281_167 // 4096
 
@@ -210,7 +210,7 @@ def test_communication_overlaps_the_backward_pass_only_where_there_is_some():
 
 
 def test_images_that_were_replaced_before_a_save_are_in_the_next_log_line():
-    clock = _Clock(None)
+    clock = StepClock(64)
     clock.count(SimpleNamespace(replaced=1, cache_hits=3, positions=range(8)))
     clock.restart(5)
     clock.count(SimpleNamespace(replaced=0, cache_hits=4, positions=range(8)))

@@ -25,8 +25,11 @@ from mae_scale.tasks.classification.measure import measure, report
 
 def check(recipe: Recipe) -> None:
     """What can be refused before a rank is started."""
-    if recipe.classifier is None:
-        raise UsageError("the recipe has no section classifier; give one of finetune/..., probe/..., or a run's recipe")
+    if recipe.task != "classification":
+        raise UsageError(
+            f"the recipe's task is {recipe.task}, expected classification; give one of finetune/..., probe/..., "
+            "or a run's recipe"
+        )
     weights, root = recipe.classifier.weights, recipe.data.val_root
     if weights is None:
         raise UsageError("no weights; add --weights PATH (a run's folder, a checkpoint or a file of weights)")

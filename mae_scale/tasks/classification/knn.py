@@ -69,7 +69,7 @@ def check(recipe: Recipe) -> None:
 def nearest_neighbours(recipe: Recipe, neighbours: int, figure: Path | None) -> dict | None:
     """Top-1 and top-5 of k-NN: data.val_root's images by those of data.root; on rank 0, else None.
 
-    Training images (data.labels_a_class of each class, where set) and validation images are cut as in evaluation.
+    Training images (data.labels_per_class of each class, where set) and validation images are cut as in evaluation.
     {"k": k, "top1": percent, "top5": percent, "images": n, "per_class": [...]}.
     """
     with all_ranks(recipe) as (ranks, device):
@@ -100,8 +100,8 @@ def _opened(recipe: Recipe) -> tuple[Classifier, Index, EvaluationSet]:
     """The model with its weights, the training images and those to be classified."""
     data = recipe.data
     index = open_index(data.root, data.index)
-    if data.labels_a_class is not None:
-        index = index.few(data.labels_a_class, seed=recipe.seed)
+    if data.labels_per_class is not None:
+        index = index.few(data.labels_per_class, seed=recipe.seed)
     one = folder_set(
         open_index(data.val_root, progress=False), num_classes=len(index.classes), class_names=index.classes
     )

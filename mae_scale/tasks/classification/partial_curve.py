@@ -12,7 +12,7 @@ from mae_scale.config.schema import Recipe
 from mae_scale.errors import UsageError
 from mae_scale.models.vit import resolve_size
 from mae_scale.reports.partial_curve import partial_curve_figure
-from mae_scale.tasks.classification.task import EVALUATION
+from mae_scale.tasks.classification.validation import EVALUATION
 from mae_scale.tracking.finished_run import add_artifact
 from mae_scale.tracking.mlflow_uri import tracking_uri
 
@@ -64,7 +64,7 @@ def _recipe(run: Path) -> Recipe:
                 "expected the folder of a finished `mae-scale finetune` or `probe`, with data.val_root"
             )
     recipe = load_recipe(str(run / "recipe.yaml"))
-    if recipe.classifier is None or recipe.classifier.from_scratch:
+    if recipe.task != "classification" or recipe.classifier.from_scratch:
         raise UsageError(f"{run} did not start from pre-trained weights; it has no place in the curve")
     return recipe
 

@@ -1,45 +1,47 @@
-"""Pre-training as a job: a masked autoencoder that reconstructs, drawn now and then; at the end weights."""
+"""Pre-training as a task: a masked autoencoder learns to reconstruct, and is drawn now and then; it leaves weights."""
+
+from typing import ClassVar
 
 import torch
 
 from data_pipeline.index import Index
 from mae_scale.checkpoints.export import checkpoint_model, export_weights
 from mae_scale.checkpoints.store import list_checkpoints
+from mae_scale.engines.base import Engine, Objective
 from mae_scale.engines.deepspeed_config import BatchLayout
-from mae_scale.errors import UsageError
 from mae_scale.models.build import build_model
 from mae_scale.models.vit import patchify
 from mae_scale.planning.flops import mae_forward_flops, training_flops
 from mae_scale.tasks.mae.objective import Reconstruct
-from mae_scale.tasks.mae.reconstructions import Reconstructions
+from mae_scale.tasks.mae.reconstruct import Reconstructions
 from mae_scale.tracking.tracker import Tracking
-from mae_scale.training.loop import Run
-from mae_scale.training.run import Job
+from mae_scale.training.context import RunContext
+from mae_scale.training.preflight import training_augmentation
 from mae_scale.training.shown_images import some_images
+from mae_scale.training.task import FROM_SCRATCH, Origin, Task
 
 PCA_IMAGES = 256
 
 
-class Pretraining(Job):
-    """A masked autoencoder is trained to reconstruct."""
+class MaskedAutoencoding(Task):
+    """A masked autoencoder is trained to reconstruct (He et al., section 3)."""
 
-    def refuse(self, layout: BatchLayout) -> None:
-        if self.recipe.classifier is not None:
-            raise UsageError("the recipe trains a classifier; use `mae-scale finetune` for it")
+    command: ClassVar[str] = "pretrain"
+
+    def check(self, layout: BatchLayout) -> None:
         with torch.device("meta"):
             build_model(self.recipe)
 
-    def check_fit(self, images: Index, validation: Index | None) -> None:
-        """Accept any images: those of data.val_root are reconstructed for pictures only."""
+    def build(self, index: Index) -> Reconstruct:
+        return Reconstruct(build_model(self.recipe), seed=self.recipe.seed)
 
-    def objective(self, index: Index) -> Reconstruct:
-        objective = Reconstruct(build_model(self.recipe), seed=self.recipe.seed)
+    def initialise(self, objective: Objective, index: Index) -> Origin:
+        """Fit the PCA target on the patches of the run's first images: the same on every rank and at every start."""
         if self.recipe.model.target == "pca":
-            # Fitted on the patches of the run's first images; the same on every rank and at every start.
-            images = some_images(index, PCA_IMAGES, self.recipe, self.augmentation())
+            images = some_images(index, PCA_IMAGES, self.recipe, training_augmentation(self.recipe))
             patches = patchify(images, objective.model.patch_size)
             objective.model.target.fit(patches.flatten(0, 1))
-        return objective
+        return FROM_SCRATCH
 
     def training_flops(self) -> int:
         model = self.recipe.model
@@ -57,12 +59,12 @@ class Pretraining(Job):
             )
         )
 
-    def evaluator(self, run: Run, engine, tracking: Tracking) -> Reconstructions:
-        return Reconstructions(run, engine, tracking)
+    def evaluator(self, context: RunContext, engine: Engine, tracking: Tracking) -> Reconstructions:
+        return Reconstructions(context, engine, tracking)
 
-    def finish(self, run: Run, tracking: Tracking) -> str:
-        weights = run.out / "export" / "model.safetensors"
+    def finish(self, context: RunContext, tracking: Tracking) -> str:
+        weights = context.out / "export" / "model.safetensors"
         if not weights.exists():
-            model, _ = checkpoint_model(list_checkpoints(run.checkpoints)[-1][1])
+            model, _ = checkpoint_model(list_checkpoints(context.checkpoints)[-1][1])
             export_weights(model, weights, "official")
         return f"weights in {weights}"

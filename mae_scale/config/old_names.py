@@ -1,0 +1,13 @@
+"""Recipe keys that have a better name now: refused in what a user writes, understood in what a run has stored."""
+
+RENAMED = {"data.labels_a_class": "data.labels_per_class"}
+
+
+def with_new_names(tree: dict) -> dict:
+    """Return a stored recipe's tree with the keys of this version."""
+    tree = {name: dict(section) if isinstance(section, dict) else section for name, section in tree.items()}
+    for old, new in RENAMED.items():
+        section, _, key = old.partition(".")
+        if key in (tree.get(section) or {}):
+            tree[section][new.partition(".")[2]] = tree[section].pop(key)
+    return tree

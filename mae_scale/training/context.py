@@ -1,0 +1,55 @@
+"""What a training run is given; everything else is a function of the step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_pipeline.index import Index
+from mae_scale.checkpoints.save import Saver
+from mae_scale.config.schema import Recipe
+from mae_scale.distributed.heartbeat import Control
+from mae_scale.distributed.ranks import Ranks
+from mae_scale.engines.deepspeed_config import BatchLayout
+from mae_scale.training.event_log import Events
+from mae_scale.training.schedule import Steps, learning_rate, steps_of
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """The recipe, the output folder, this rank and what all stages of a run share."""
+
+    recipe: Recipe
+    out: Path
+    ranks: Ranks
+    device: torch.device
+    layout: BatchLayout
+    index: Index
+    facts: dict
+    """What a checkpoint's manifest says about the run beside the step."""
+    training_flops: int
+    """Per image, forward and backward."""
+    peak_flops_per_s: float | None
+    """Of the device in the run's precision; None where that is not known."""
+    control: Control
+    saver: Saver
+    events: Events
+
+    @property
+    def steps(self) -> Steps:
+        return steps_of(self.recipe, len(self.index))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of update number `step`, from 0."""
+        schedule = self.recipe.schedule
+        return learning_rate(
+            step,
+            peak_lr=self.recipe.lr,
+            steps_per_epoch=self.steps.per_epoch,
+            epochs=schedule.epochs,
+            warmup_epochs=schedule.warmup_epochs,
+        )

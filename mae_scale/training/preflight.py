@@ -1,0 +1,98 @@
+"""All that is checked, and then written into the output folder, before the ranks of a start meet."""
+
+import torch
+
+from data_pipeline.augmentations import Augmentation, augmentation
+from data_pipeline.index import open_index
+from data_pipeline.pipelines import decoding_device
+from mae_scale.config.schema import Recipe
+from mae_scale.engines.deepspeed_config import batch_layout, deepspeed_config
+from mae_scale.engines.policy import refuse_wrong_combinations
+from mae_scale.errors import UsageError
+from mae_scale.tracking.mlflow_uri import tracking_uri
+from mae_scale.training.announcement import plan
+from mae_scale.training.inputs import (
+    IMAGES,
+    RECIPE,
+    VALIDATION,
+    Folder,
+    RunImages,
+    has_step,
+    refuse_other_recipe,
+    remove_leftovers,
+    run_images,
+)
+from mae_scale.training.schedule import steps_of
+from mae_scale.training.task import Task
+
+
+def check(task: Task, world_size: int) -> None:
+    """Raise UsageError for everything that can be refused without reading images; says what to do."""
+    recipe, out = task.recipe, task.out
+    gpu = torch.cuda.is_available()
+    if recipe.data.root is None:
+        raise UsageError("data.root is not set; add data.root=/path/to/train (a folder of images or of tar shards)")
+    refuse_wrong_combinations(recipe, gpu=gpu)
+    layout = batch_layout(recipe, world_size)
+    if recipe.engine.backend == "deepspeed":
+        deepspeed_config(recipe, layout, gpu=gpu)
+    decoding_device(recipe.data.device)
+    tracking_uri(recipe.tracking.uri, out)
+    task.check(layout)
+    training_augmentation(recipe)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file, expected a folder (or a name for a new one)")
+    refuse_other_recipe(recipe, out)
+
+
+def check_images(task: Task, *, keep: bool = True, progress: bool = True) -> dict[str, RunImages]:
+    """Read the indexes of what the run starts from; return the images by the names that their indexes have in --out.
+
+    Nothing is written into --out; with keep the folders' indexes are written beside them, or into data.index. Takes a
+    scan of the folders at a first start, and where they lie elsewhere than at the last one. The images stay those of
+    the first start, in the same order; what has turned bad since is replaced and counted by the loader.
+
+    Raises UsageError when the images, or the task's starting weights, do not fit.
+    """
+    data, how = task.recipe.data, {"keep": keep, "progress": progress}
+    training = Folder("data.root", data.root, lambda: open_index(data.root, data.index, **how))
+    part = data.labels_per_class is not None
+    found = {IMAGES: run_images(task.out / IMAGES, training, task.choose_images, part=part)}
+    steps_of(task.recipe, len(found[IMAGES].index))  # refuses a batch larger than the data
+    if data.val_root is not None:
+        validation = Folder("data.val_root", data.val_root, lambda: open_index(data.val_root, **how))
+        found[VALIDATION] = run_images(task.out / VALIDATION, validation)
+    task.check_fit(found[IMAGES].index, found[VALIDATION].index if VALIDATION in found else None)
+    return found
+
+
+def prepare(task: Task, *, progress: bool = True) -> None:
+    """Check everything, then write what the ranks read into --out. Once per start, before the ranks meet."""
+    recipe, out = task.recipe, task.out
+    inputs = check_images(task, progress=progress)
+    refuse_other_recipe(recipe, out)  # another start may have come in between
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not has_step(out):
+            remove_leftovers(out, recipe)
+        for name, images in inputs.items():
+            if not images.is_kept:
+                images.index.save(out / name)
+        recipe.save(out / RECIPE)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written to: {error.strerror}") from None
+
+
+def dry_run(task: Task, world_size: int, *, progress: bool = True) -> list[str]:
+    """Check everything and return lines on what a start on `world_size` ranks would do; nothing is written."""
+    recipe = task.recipe
+    index = check_images(task, keep=False, progress=progress)[IMAGES].index
+    layout = batch_layout(recipe, world_size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return plan(recipe, task.out, index, layout, device)
+
+
+def training_augmentation(recipe: Recipe) -> Augmentation:
+    """Return the recipe's augmentation. Raises UsageError for settings that it does not have."""
+    data = recipe.data
+    return augmentation(data.augmentation, crop_scale=data.crop_scale, flip=data.flip, erasing=data.random_erasing)

@@ -1,0 +1,82 @@
+"""What training asks of a task. Each kind of training is one folder of mae_scale.tasks that answers it."""
+
+from pathlib import Path
+from typing import ClassVar, NamedTuple, Protocol
+
+from data_pipeline.index import Index
+from mae_scale.config.schema import Recipe
+from mae_scale.engines.base import Engine, Objective
+from mae_scale.engines.deepspeed_config import BatchLayout
+from mae_scale.tracking.tracker import Tracking
+from mae_scale.training.context import RunContext
+
+
+class Origin(NamedTuple):
+    """Where an objective's weights come from."""
+
+    notes: list[str]
+    """Lines for people, printed at the start."""
+    facts: dict
+    """What each checkpoint's manifest says of it."""
+
+
+FROM_SCRATCH = Origin([], {})
+
+
+class Evaluator(Protocol):
+    """Measures or draws beside the loss; the loop knows nothing more of it. All ranks call it."""
+
+    def due(self, done: int) -> bool:
+        """Return whether it is to be called after update `done`."""
+
+    def __call__(self, done: int) -> dict[str, float]:
+        """Return metrics by name, after update `done`."""
+
+
+class Task(Protocol):
+    """One recipe under one task; what is the same for every task lies in mae_scale.training.
+
+    A task inherits from this class, and defines `command`, build(), training_flops() and finish().
+    """
+
+    command: ClassVar[str]
+    """The command that trains it: pretrain or finetune."""
+    recipe: Recipe
+    out: Path
+
+    def __init__(self, recipe: Recipe, out: Path):
+        self.recipe, self.out = recipe, out
+
+    def check(self, layout: BatchLayout) -> None:
+        """Raise UsageError for what this task cannot do, before a rank is started."""
+
+    def choose_images(self, index: Index) -> Index:
+        """Select the training images; raise UsageError if they are unsuitable."""
+        return index
+
+    def check_fit(self, images: Index, validation: Index | None) -> None:
+        """Raise UsageError if validation images or starting weights do not fit the training images and the recipe."""
+
+    def build(self, index: Index) -> Objective:
+        """Return the objective on the host, initialised from torch's generator: the same on every rank."""
+        ...
+
+    def initialise(self, objective: Objective, index: Index) -> Origin:
+        """Load what the run starts from, unless a checkpoint of its own has it. All ranks call it."""
+        return FROM_SCRATCH
+
+    def training_flops(self) -> int:
+        """Return the FLOPs per image, forward and backward."""
+        ...
+
+    def describe(self, objective: Objective) -> list[str]:
+        """Return lines about what is trained, printed at the start."""
+        return []
+
+    def evaluator(self, context: RunContext, engine: Engine, tracking: Tracking) -> Evaluator | None:
+        """Return what is measured or drawn now and then beside the loss."""
+        return None
+
+    def finish(self, context: RunContext, tracking: Tracking) -> str:
+        """Write weights and figures after the whole schedule, on rank 0; return a line that says where they are."""
+        ...
