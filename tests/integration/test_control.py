@@ -32,7 +32,8 @@ stop_requests.listen()
 import torch
 from mae_scale.errors import RunError
 from mae_scale.distributed.heartbeat import Control
-from mae_scale.distributed.collectives import leave, process_group, ranks_from_environment
+from mae_scale.distributed.collectives import process_group
+from mae_scale.distributed.ranks import leave, ranks_from_environment
 ranks = ranks_from_environment()
 rank = ranks.rank
 try:

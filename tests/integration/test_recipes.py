@@ -84,7 +84,7 @@ def test_a_dry_run_says_what_the_first_start_would_do_and_writes_nothing(tmp_pat
     code, said, error = call(*command, "--dry-run", *arguments(digits, *more))
     assert (code, files(tmp_path)) == (0, before), error
     assert "64 images" in said
-    assert "4 steps an epoch, 2 epochs, 8 steps; from the beginning" in said
+    assert "4 steps per epoch, 2 epochs, 8 steps; from the beginning" in said
     assert "deepspeed ZeRO 2, 2 rank(s) on cpu x 8 images x 1 = global batch 16" in said
     assert "rises to 0.000125 over 4 steps and falls to 0 at step 8; checkpoints: every 3 steps, " in said
     assert said.endswith("dry run, nothing was written: it would begin with step 1 and end after step 8\n")
