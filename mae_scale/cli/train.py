@@ -1,7 +1,10 @@
 """The commands that train: `mae-scale pretrain`, `finetune`, `probe`."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -26,6 +29,9 @@ from mae_scale.distributed.ranks import launched, this_rank
 from mae_scale.errors import EXIT_DONE, UsageError
 from mae_scale.tracking.output import Output
 
+if TYPE_CHECKING:
+    from mae_scale.training.task import Task
+
 train_app = typer.Typer()
 
 
@@ -46,8 +52,8 @@ class Start:
 @can_be_stopped
 def pretrain(
     recipe: RecipeName,
+    out: Out,
     overrides: Overrides = None,
-    out: Out = ...,
     nproc: Nproc = 1,
     tracking_uri: TrackingUri = None,
     dry_run: DryRun = False,
@@ -66,8 +72,8 @@ def pretrain(
 @can_be_stopped
 def finetune(
     recipe: RecipeName,
+    out: Out,
     overrides: Overrides = None,
-    out: Out = ...,
     weights: Weights = None,
     nproc: Nproc = 1,
     tracking_uri: TrackingUri = None,
@@ -90,8 +96,8 @@ def finetune(
 @can_be_stopped
 def probe(
     recipe: RecipeName,
+    out: Out,
     overrides: Overrides = None,
-    out: Out = ...,
     weights: Weights = None,
     nproc: Nproc = 1,
     tracking_uri: TrackingUri = None,
@@ -149,7 +155,7 @@ def _train(start: Start) -> int:
         return _train_on_local_ranks(start, task)
 
 
-def _task(start: Start):
+def _task(start: Start) -> Task[Any]:
     """Return the task of the recipe. Raises UsageError when it is not one of the command's."""
     from mae_scale.tasks.classification.task import refuse_more_than_head
     from mae_scale.tasks.registry import task_for
@@ -157,11 +163,11 @@ def _task(start: Start):
     recipe = read_recipe(start.recipe, start.overrides)
     task = task_for("finetune" if start.command == "probe" else start.command, recipe, start.out)
     if start.command == "probe":
-        refuse_more_than_head(task)
+        refuse_more_than_head(recipe)
     return task
 
 
-def _train_on_local_ranks(start: Start, task) -> int:
+def _train_on_local_ranks(start: Start, task: Task[Any]) -> int:
     from mae_scale.launch.local import launch_local_ranks
     from mae_scale.training.inputs import PREPARED
     from mae_scale.training.preflight import prepare

@@ -2,6 +2,8 @@
 
 import difflib
 
+from pydantic_core import ErrorDetails
+
 from mae_scale.config.old_names import RENAMED
 from mae_scale.config.schema import Recipe, keys_of
 
@@ -12,8 +14,8 @@ def contradiction(recipe: Recipe) -> str | None:
     if recipe.data.cache_gib is not None and recipe.data.cache is None:
         return f"data.cache_gib={recipe.data.cache_gib:g} bounds data.cache, which is not set; add data.cache=DIR"
     if (recipe.task == "classification") != (classifier is not None):
-        found = "no section classifier" if classifier is None else "a section classifier"
-        return f"task: {recipe.task}, and {found}; task: classification and the section classifier belong together"
+        section = "no section classifier" if classifier is None else "a section classifier"
+        return f"task: {recipe.task}, and {section}; task: classification and the section classifier belong together"
     if classifier is None:
         for key, found in (
             ("optim.layer_decay", optim.layer_decay != 1),
@@ -32,7 +34,7 @@ def contradiction(recipe: Recipe) -> str | None:
     return None
 
 
-def subject(key: str, error: dict) -> str:
+def subject(key: str, error: ErrorDetails) -> str:
     """Return what an error of pydantic's is about: the key and its value, or the nearest key to one not known."""
     if error["type"] != "extra_forbidden":
         return f"{key}={error['input']!r}: "
@@ -47,6 +49,6 @@ def subject(key: str, error: dict) -> str:
     return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
 
 
-def reason(error: dict) -> str:
+def reason(error: ErrorDetails) -> str:
     """Return what pydantic says is wrong with a value; nothing for a key that is not known."""
     return "" if error["type"] == "extra_forbidden" else error["msg"][0].lower() + error["msg"][1:]

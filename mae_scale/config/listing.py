@@ -75,7 +75,7 @@ def annotated(name_or_path: str, overrides: list[str]) -> str:
     Raises UsageError as load_recipe does.
     """
     recipe = load_recipe(name_or_path, overrides)
-    sources: dict = {}
+    sources: dict[str, Any] = {}
     for name, content in layers(name_or_path):
         sources = merged(sources, _labelled(content, name))
     for override in overrides:
@@ -90,7 +90,7 @@ def _labelled(value: Any, label: str) -> Any:
     return {key: _labelled(v, label) for key, v in value.items()} if isinstance(value, dict) else label
 
 
-def _lines(values: dict, sources: dict, indent: str) -> list[str]:
+def _lines(values: dict[str, Any], sources: dict[str, Any], indent: str) -> list[str]:
     lines = []
     for key, value in values.items():
         source = sources.get(key, DEFAULT)

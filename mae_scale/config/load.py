@@ -25,7 +25,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
 
     Raises UsageError for what cannot be found, read or understood, with the nearest known name or key.
     """
-    tree: dict = {}
+    tree: dict[str, Any] = {}
     for _, layer in layers(name_or_path):
         tree = merged(tree, layer)
     for override in overrides:
@@ -33,7 +33,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
     return _validated(tree, name_or_path)
 
 
-def stored_recipe(tree: dict, source: str) -> Recipe:
+def stored_recipe(tree: dict[str, Any], source: str) -> Recipe:
     """Return a recipe as a run has stored it, with this version of the schema or an older one.
 
     Raises UsageError when it is neither.
@@ -41,7 +41,7 @@ def stored_recipe(tree: dict, source: str) -> Recipe:
     return _validated(with_new_names(tree), source)
 
 
-def layers(name_or_path: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
+def layers(name_or_path: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
     """The files of a recipe by name, the one that all others extend first; each (name, content).
 
     Raises UsageError for what cannot be found or read.
@@ -84,7 +84,7 @@ def find_recipe(name_or_path: str) -> Path:
     )
 
 
-def merged(base: dict, top: dict) -> dict:
+def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """What a file says, over what the one that it extends says: section by section, key by key."""
     both = dict(base)
     for key, value in top.items():
@@ -110,7 +110,7 @@ def yaml_text(value: Any) -> str:
     return yaml.safe_dump([value], default_flow_style=True, width=10**6).strip()[1:-1]
 
 
-def put(tree: dict, key: list[str], value: Any) -> None:
+def put(tree: dict[str, Any], key: list[str], value: Any) -> None:
     """Set a value in a tree of sections. Raises UsageError when what should hold it is none."""
     *sections, last = key
     for section in sections:
@@ -120,7 +120,7 @@ def put(tree: dict, key: list[str], value: Any) -> None:
     tree[last] = value
 
 
-def _validated(tree: dict, source: str) -> Recipe:
+def _validated(tree: dict[str, Any], source: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:

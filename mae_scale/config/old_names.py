@@ -1,9 +1,11 @@
 """Recipe keys that have a better name now: refused in what a user writes, understood in what a run has stored."""
 
+from typing import Any
+
 RENAMED = {"data.labels_a_class": "data.labels_per_class"}
 
 
-def with_new_names(tree: dict) -> dict:
+def with_new_names(tree: dict[str, Any]) -> dict[str, Any]:
     """Return a stored recipe's tree with the keys of this version."""
     tree = {name: dict(section) if isinstance(section, dict) else section for name, section in tree.items()}
     for old, new in RENAMED.items():

@@ -41,8 +41,8 @@ class ModelSection(Section):
 class DataSection(Section):
     """Where the images are and how a batch is made of them."""
 
-    root: Path | None = None
-    val_root: Path | None = None
+    root: Path | None = Field(None, description="the training images: a folder, a folder per class, or tar shards")
+    val_root: Path | None = Field(None, description="the validation images")
     index: Path | None = Field(None, description="index file; by default beside the data")
     augmentation: Literal[
         "random_resized_crop", "random_resized_crop_color_jitter", "fixed_crop", "none", "rand_augment"
@@ -115,7 +115,7 @@ class EngineSection(Section):
 
     @field_validator("activation_checkpointing")
     @classmethod
-    def _at_least_every_second(cls, value):
+    def _at_least_every_second(cls, value: Any) -> Any:
         if isinstance(value, int) and value < 1:
             raise ValueError("every n-th block needs n of at least 1")
         return value
@@ -152,7 +152,7 @@ class TrackingSection(Section):
 
     @field_validator("uri", mode="before")
     @classmethod
-    def _yaml_off(cls, value):
+    def _yaml_off(cls, value: Any) -> Any:
         return "off" if value is False else value
 
     @field_serializer("uri")
@@ -182,6 +182,13 @@ class Recipe(Section):
         if isinstance(tree, dict) and "task" not in tree and tree.get("classifier") is not None:
             return {**tree, "task": "classification"}
         return tree
+
+    @property
+    def classification(self) -> ClassifierSection:
+        """The section classifier of a recipe whose task is classification, which has one."""
+        if self.classifier is None:
+            raise TypeError(f"a recipe with task: {self.task} has no section classifier")
+        return self.classifier
 
     @property
     def lr(self) -> float:
@@ -229,22 +236,23 @@ def _computed(flat: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in flat.items() if not k.startswith(FREE_SECTIONS) and k not in FREE_KEYS}
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 
 def keys() -> dict[str, FieldInfo]:
-    """{"section.key": its field} of all that a recipe can say."""
-    found = {}
+    """Return {"section.key": its field} for all keys of a recipe."""
+    found: dict[str, FieldInfo] = {}
     for name, field in Recipe.model_fields.items():
         found |= {f"{name}.{key}": inner for key, inner in keys_of(name).items()} or {name: field}
     return found
 
 
 def keys_of(section: str) -> dict[str, FieldInfo]:
+    """Return the keys of a section and their fields; none for what is no section."""
     field = Recipe.model_fields.get(section)
     annotations = (get_args(field.annotation) or (field.annotation,)) if field else ()
     sections = [a for a in annotations if isinstance(a, type) and issubclass(a, Section)]

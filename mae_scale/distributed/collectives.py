@@ -1,11 +1,16 @@
-"""Ranks: who this process is, and the process group."""
+"""The process group of a run, and what its ranks do together."""
 
 import contextlib
 import os
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
 
 from mae_scale.distributed.ranks import VARIABLES, Ranks, free_port
 from mae_scale.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def _tell_libraries(ranks: Ranks) -> None:
@@ -19,7 +24,7 @@ def _tell_libraries(ranks: Ranks) -> None:
 
 
 @contextlib.contextmanager
-def process_group(ranks: Ranks, timeout_s: float):
+def process_group(ranks: Ranks, timeout_s: float) -> "Iterator[torch.device]":
     """The process group of the run (NCCL with a GPU, else Gloo), on this rank's device; yields the torch.device.
 
     Gloo's collectives fail after timeout_s. NCCL's after twice that: the heartbeat asks over Gloo first, and can name
@@ -51,14 +56,18 @@ def process_group(ranks: Ranks, timeout_s: float):
     torch.distributed.destroy_process_group()
 
 
-def first_then_others(work):
-    """Each rank's own result of work(), done by rank 0 first: it may write what the others then find.
+Result = TypeVar("Result")
 
-    What it raises with an explanation, all raise, and rank 0 says it.
+
+def first_then_others(work: Callable[[], Result]) -> Result:
+    """Return each rank's own result of work(), done by rank 0 first: it may write what the others then find.
+
+    A UsageError or RunError of rank 0 is raised on all ranks, and printed by rank 0.
     """
     import torch
 
-    first, answer = torch.distributed.get_rank() == 0, [None]
+    first = torch.distributed.get_rank() == 0
+    answer: list[UsageError | RunError | None] = [None]
     if first:
         try:
             result = work()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ class RunContext:
     device: torch.device
     layout: BatchLayout
     index: Index
-    facts: dict
+    facts: dict[str, Any]
     """What a checkpoint's manifest says about the run beside the step."""
     training_flops: int
     """Per image, forward and backward."""

@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 
@@ -30,13 +31,13 @@ class Events:
         self.path = path
         self._writes = torch.distributed.get_rank() == 0
         self._is_open = False
-        rows = [None]
+        rows: list[list[dict[str, Any]]] = [[]]
         if self._writes:
             rows = [[row for _, row in parse_rows(path.read_bytes()) if row] if path.exists() else []]
         torch.distributed.broadcast_object_list(rows)
         self._rows = rows[0]
 
-    def add(self, event: str, step: int, **facts) -> None:
+    def add(self, event: str, step: int, **facts: Any) -> None:
         """Note an event after `step` updates: start, skipped_step, rollback, stop, end or failure."""
         row = {"step": step, "event": event, "time": round(time.time(), 3), **facts}
         self._rows.append(row)
@@ -70,6 +71,6 @@ class Events:
         )
 
 
-def _ends_with_newline(file) -> bool:
+def _ends_with_newline(file: BinaryIO) -> bool:
     file.seek(-1, os.SEEK_END)
     return file.read(1) == b"\n"

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.index import DamagedIndex, Index, check_data, load_index, most_are_there
 from data_pipeline.same_images import differing_images
@@ -139,7 +140,7 @@ def refuse_other_recipe(recipe: Recipe, out: Path) -> None:
         )
 
 
-def started_from(out: Path, source: Path | None) -> dict | None:
+def started_from(out: Path, source: Path | None) -> dict[str, Any] | None:
     """Return what a checkpoint's manifest says of the starting weights: their place and digest; None when not known.
 
     source: the file or checkpoint that this start has read; None where it goes on from a checkpoint of its own.
@@ -167,7 +168,7 @@ def refuse_other_weights(path: Path, out: Path) -> None:
         )
 
 
-def _recorded(out: Path, fact: str):
+def _recorded(out: Path, fact: str) -> Any:
     """Return a fact of the newest readable manifest of a run; None when there is none."""
     for _, folder in reversed(list_checkpoints(out / "checkpoints")):
         with contextlib.suppress(Damaged):

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -140,7 +141,7 @@ class Loop:
         while is_end and not saver.wait():
             saver.save(self.engine.state(), self._facts(done))
 
-    def _facts(self, done: int) -> dict:
+    def _facts(self, done: int) -> dict[str, Any]:
         """Return what a checkpoint's manifest says; loss is the mean over the logged steps since the one before."""
         finite = [loss for loss in self._losses if math.isfinite(loss)]
         return {
@@ -204,4 +205,4 @@ def _first_sentences(error: torch.OutOfMemoryError) -> str:
 
 
 def _due(done: int, every: int | None) -> bool:
-    return bool(every) and done % every == 0
+    return every is not None and done % every == 0

@@ -1,10 +1,14 @@
 """All that is checked, and then written into the output folder, before the ranks of a start meet."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from data_pipeline.augmentations import Augmentation, augmentation
 from data_pipeline.index import open_index
 from data_pipeline.pipelines import decoding_device
+from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.deepspeed_config import batch_layout, deepspeed_config
 from mae_scale.engines.policy import refuse_wrong_combinations
@@ -26,12 +30,11 @@ from mae_scale.training.schedule import steps_of
 from mae_scale.training.task import Task
 
 
-def check(task: Task, world_size: int) -> None:
+def check(task: Task[Any], world_size: int) -> None:
     """Raise UsageError for everything that can be refused without reading images; says what to do."""
     recipe, out = task.recipe, task.out
     gpu = torch.cuda.is_available()
-    if recipe.data.root is None:
-        raise UsageError("data.root is not set; add data.root=/path/to/train (a folder of images or of tar shards)")
+    training_root(recipe)
     refuse_wrong_combinations(recipe, gpu=gpu)
     layout = batch_layout(recipe, world_size)
     if recipe.engine.backend == "deepspeed":
@@ -45,7 +48,7 @@ def check(task: Task, world_size: int) -> None:
     refuse_other_recipe(recipe, out)
 
 
-def check_images(task: Task, *, keep: bool = True, progress: bool = True) -> dict[str, RunImages]:
+def check_images(task: Task[Any], *, keep: bool = True, progress: bool = True) -> dict[str, RunImages]:
     """Read the indexes of what the run starts from; return the images by the names that their indexes have in --out.
 
     Nothing is written into --out; with keep the folders' indexes are written beside them, or into data.index. Takes a
@@ -54,19 +57,19 @@ def check_images(task: Task, *, keep: bool = True, progress: bool = True) -> dic
 
     Raises UsageError when the images, or the task's starting weights, do not fit.
     """
-    data, how = task.recipe.data, {"keep": keep, "progress": progress}
-    training = Folder("data.root", data.root, lambda: open_index(data.root, data.index, **how))
+    data, root, val_root = task.recipe.data, training_root(task.recipe), task.recipe.data.val_root
     part = data.labels_per_class is not None
+    training = Folder("data.root", root, lambda: open_index(root, data.index, keep=keep, progress=progress))
     found = {IMAGES: run_images(task.out / IMAGES, training, task.choose_images, part=part)}
     steps_of(task.recipe, len(found[IMAGES].index))  # refuses a batch larger than the data
-    if data.val_root is not None:
-        validation = Folder("data.val_root", data.val_root, lambda: open_index(data.val_root, **how))
+    if val_root is not None:
+        validation = Folder("data.val_root", val_root, lambda: open_index(val_root, keep=keep, progress=progress))
         found[VALIDATION] = run_images(task.out / VALIDATION, validation)
     task.check_fit(found[IMAGES].index, found[VALIDATION].index if VALIDATION in found else None)
     return found
 
 
-def prepare(task: Task, *, progress: bool = True) -> None:
+def prepare(task: Task[Any], *, progress: bool = True) -> None:
     """Check everything, then write what the ranks read into --out. Once per start, before the ranks meet."""
     recipe, out = task.recipe, task.out
     inputs = check_images(task, progress=progress)
@@ -83,13 +86,18 @@ def prepare(task: Task, *, progress: bool = True) -> None:
         raise UsageError(f"--out {out} cannot be written to: {error.strerror}") from None
 
 
-def dry_run(task: Task, world_size: int, *, progress: bool = True) -> list[str]:
+def dry_run(task: Task[Any], world_size: int, *, progress: bool = True) -> list[str]:
     """Check everything and return lines on what a start on `world_size` ranks would do; nothing is written."""
     recipe = task.recipe
     index = check_images(task, keep=False, progress=progress)[IMAGES].index
     layout = batch_layout(recipe, world_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return plan(recipe, task.out, index, layout, device)
+
+
+def training_root(recipe: Recipe) -> Path:
+    """Return data.root. Raises UsageError when it is not set."""
+    return required(recipe.data.root, "data.root", "add data.root=/path/to/train (a folder of images or of tar shards)")
 
 
 def training_augmentation(recipe: Recipe) -> Augmentation:

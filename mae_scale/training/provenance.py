@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,8 @@ import mae_scale
 from data_pipeline.pipelines import decoding_device
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.deepspeed_config import BatchLayout
-from mae_scale.engines.policy import compiles, precision_of, zero_stage_of
+from mae_scale.engines.deepspeed_templates import zero_stage_of
+from mae_scale.engines.policy import compiles, precision_of
 
 
 def settings_used(recipe: Recipe, layout: BatchLayout, device: torch.device) -> dict[str, str | int | bool]:
@@ -29,7 +31,7 @@ def settings_used(recipe: Recipe, layout: BatchLayout, device: torch.device) -> 
     }
 
 
-def describe_settings(used: dict) -> str:
+def describe_settings(used: dict[str, Any]) -> str:
     """Return them for people, without what the headline says anyway."""
     compiled = "compiled" if used["engine.compile"] else "not compiled"
     return f"{used['engine.precision']}, blocks {compiled}, images decoded on the {used['data.device'].upper()}"
@@ -37,7 +39,7 @@ def describe_settings(used: dict) -> str:
 
 def versions() -> dict[str, str | None]:
     """Return the version of the code that runs and of each library that computes; None for what is not installed."""
-    found = {"mae-scale": mae_scale.__version__}
+    found: dict[str, str | None] = {"mae-scale": mae_scale.__version__}
     for name in ("torch", "deepspeed", "fairscale"):
         try:
             found[name] = version(name)
@@ -63,7 +65,7 @@ def git_commit(file: Path = Path(mae_scale.__file__)) -> str | None:
     return asked.stdout.strip()
 
 
-def start_tags(facts: dict, device: torch.device, unreadable: int) -> dict[str, str | int | None]:
+def start_tags(facts: dict[str, Any], device: torch.device, unreadable: int) -> dict[str, str | int | None]:
     """Return the MLflow tags of a start. facts: what its checkpoints say; unreadable: images left out of its index."""
     engine, slurm = facts["engine"], os.environ
     return {

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ Guard = Callable[[], None]
 """Ends this process when another start has taken the run's folder over; called before something is written."""
 
 
-def run(task: Task, output: Output) -> int:
+def run(task: Task[Any], output: Output) -> int:
     """Run the task as this process's rank, from where its output folder stands to the end; return the exit code.
 
     EXIT_DONE, or EXIT_STOPPED after SIGTERM, SIGUSR1 or Ctrl-C to any rank, when a checkpoint was written.
@@ -92,14 +93,14 @@ class _FailureNote:
     def __enter__(self) -> "_FailureNote":
         return self
 
-    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None and self.events is not None:
             rows = read_metrics(self._metrics)
             self.events.fail(rows[-1]["step"] if rows else 0, error)
 
 
 def _context(
-    task: Task,
+    task: Task[Any],
     control: Control,
     index: Index,
     engine: Engine,
@@ -127,7 +128,7 @@ def _context(
     )
 
 
-def _facts(recipe: Recipe, engine: Engine, index: Index, world_size: int) -> dict:
+def _facts(recipe: Recipe, engine: Engine, index: Index, world_size: int) -> dict[str, Any]:
     """Return what a checkpoint's manifest says about the run."""
     return {
         "world_size": world_size,
@@ -177,7 +178,7 @@ def _begin(context: RunContext, engine: Engine, tracking: Tracking, start: int, 
 
 
 def _train(
-    task: Task, context: RunContext, engine: Engine, objective: Objective, *, tracking: Tracking, start: int
+    task: Task[Any], context: RunContext, engine: Engine, objective: Objective, *, tracking: Tracking, start: int
 ) -> str | None:
     """Train from step `start` on; return the signal that asked to stop, or None at the end."""
     if start >= context.steps.last:
@@ -213,7 +214,7 @@ def _open_loader(context: RunContext, objective: Objective, start: int) -> Image
     )
 
 
-def _conclude(task: Task, context: RunContext, tracking: Tracking, start: int, stopped: str | None) -> None:
+def _conclude(task: Task[Any], context: RunContext, tracking: Tracking, start: int, stopped: str | None) -> None:
     """Leave what a start leaves, and print its last line."""
     if stopped:
         again = "goes on from the last checkpoint" if list_checkpoints(context.checkpoints) else "begins again"
@@ -225,7 +226,7 @@ def _conclude(task: Task, context: RunContext, tracking: Tracking, start: int, s
     tracking.console.conclude(last)
 
 
-def _end(task: Task, context: RunContext, tracking: Tracking, start: int) -> tuple[str, str]:
+def _end(task: Task[Any], context: RunContext, tracking: Tracking, start: int) -> tuple[str, str]:
     """Draw the loss curve, and when the schedule is done let the task finish; return how it ended, and a line."""
     figures, steps = context.out / "figures", context.steps
     loss_curve_figure(read_metrics(context.out / "metrics.jsonl"), figures / "loss_curve.png")

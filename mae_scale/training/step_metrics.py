@@ -62,7 +62,7 @@ def step_metrics(
     world_size = context.ranks.world_size
     if bad_images > loader.allowed_bad_images:
         # Each rank has counted its own, and one may be another's too: look at the names.
-        found = [None] * world_size
+        found: list[dict[str, str]] = [{} for _ in range(world_size)]
         torch.distributed.all_gather_object(found, loader.bad_images)
         loader.check_bad_images({name: reason for part in found for name, reason in part.items()})
     rates = clock.rates(done)

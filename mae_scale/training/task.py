@@ -1,7 +1,7 @@
 """What training asks of a task. Each kind of training is one folder of mae_scale.tasks that answers it."""
 
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from data_pipeline.index import Index
 from mae_scale.config.schema import Recipe
@@ -16,7 +16,7 @@ class Origin(NamedTuple):
 
     notes: list[str]
     """Lines for people, printed at the start."""
-    facts: dict
+    facts: dict[str, Any]
     """What each checkpoint's manifest says of it."""
 
 
@@ -33,7 +33,10 @@ class Evaluator(Protocol):
         """Return metrics by name, after update `done`."""
 
 
-class Task(Protocol):
+ObjectiveT = TypeVar("ObjectiveT", bound=Objective)
+
+
+class Task(Protocol[ObjectiveT]):
     """One recipe under one task; what is the same for every task lies in mae_scale.training.
 
     A task inherits from this class, and defines `command`, build(), training_flops() and finish().
@@ -57,11 +60,11 @@ class Task(Protocol):
     def check_fit(self, images: Index, validation: Index | None) -> None:
         """Raise UsageError if validation images or starting weights do not fit the training images and the recipe."""
 
-    def build(self, index: Index) -> Objective:
+    def build(self, index: Index) -> ObjectiveT:
         """Return the objective on the host, initialised from torch's generator: the same on every rank."""
         ...
 
-    def initialise(self, objective: Objective, index: Index) -> Origin:
+    def initialise(self, objective: ObjectiveT, index: Index) -> Origin:
         """Load what the run starts from, unless a checkpoint of its own has it. All ranks call it."""
         return FROM_SCRATCH
 
@@ -69,7 +72,7 @@ class Task(Protocol):
         """Return the FLOPs per image, forward and backward."""
         ...
 
-    def describe(self, objective: Objective) -> list[str]:
+    def describe(self, objective: ObjectiveT) -> list[str]:
         """Return lines about what is trained, printed at the start."""
         return []
 

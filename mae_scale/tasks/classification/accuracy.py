@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ class Accuracy:
         """
         if not (dist.is_initialized() and dist.get_world_size() > 1):
             return
-        parts = [None] * dist.get_world_size()
+        parts: list[tuple[dict[tuple[int, int], int], int, float]] = [({}, 0, 0.0)] * dist.get_world_size()
         dist.all_gather_object(parts, (dict(self.pairs), self.top5_hits, self.loss_sum))
         self.pairs, self.top5_hits, self.loss_sum = Counter(), 0, 0.0
         for pairs, top5_hits, loss_sum in parts:
@@ -98,7 +99,7 @@ class Accuracy:
             self.top5_hits += top5_hits
             self.loss_sum += loss_sum
 
-    def results(self) -> dict:
+    def results(self) -> dict[str, Any]:
         """top1 and top5 (percent), loss (nats, mean), images; non_finite: how many had no finite logits.
 
         Percentages and loss are NaN when no image was counted.

@@ -16,6 +16,7 @@ import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -98,7 +99,7 @@ def folder_set(index: Index, *, num_classes: int, class_names: list[str] | None)
     return EvaluationSet("", index, _folder_classes(index, num_classes, class_names), None, "evaluation")
 
 
-def corruption_summary(errors: dict[str, float]) -> dict:
+def corruption_summary(errors: dict[str, float]) -> dict[str, Any]:
     """ImageNet-C in numbers, from top-1 errors in percent by set name ("gaussian_noise/3").
 
     {"mCE": percent, "corruptions": {"gaussian_noise": {"error": percent, "CE": percent}, ...}}. `error` is the mean
@@ -120,7 +121,7 @@ def corruption_summary(errors: dict[str, float]) -> dict:
 @functools.cache
 def imagenet_wnids(name: str = "imagenet") -> list[str]:
     """The sorted wnids of "imagenet" (ImageNet-1K), "imagenet_a" or "imagenet_r", from timm's lists."""
-    return resources.files("timm").joinpath("data", "_info", f"{name}_synsets.txt").read_text().split()
+    return (resources.files("timm") / "data" / "_info" / f"{name}_synsets.txt").read_text().split()
 
 
 def _open_labelled(root: Path) -> Index:
@@ -204,7 +205,8 @@ def _corruptions(root: Path) -> dict[str, Path]:
     """ImageNet-C's folders by set name; UsageError names all that are missing."""
     places = [root, *(root / group for group in CORRUPTION_GROUPS if group in _folders(root))]
     at = {corruption: place / corruption for place in reversed(places) for corruption in _folders(place)}
-    folders, missing = {}, []
+    folders: dict[str, Path] = {}
+    missing: list[str] = []
     for corruption in (*ALEXNET_ERROR, *(corruption for corruption in EXTRA_CORRUPTIONS if corruption in at)):
         found = _folders(at[corruption]) if corruption in at else set()
         lacking = [str(severity) for severity in SEVERITIES if str(severity) not in found]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mae_scale.checkpoints.export import find_checkpoint, starting_weights
 from mae_scale.checkpoints.store import read_manifest
+from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others, process_group
 from mae_scale.distributed.heartbeat import Control
@@ -24,22 +26,31 @@ from mae_scale.tasks.classification.measure import measure, report
 
 
 def check(recipe: Recipe) -> None:
-    """What can be refused before a rank is started."""
+    """Raise UsageError for what can be refused before a rank is started."""
     if recipe.task != "classification":
         raise UsageError(
             f"the recipe's task is {recipe.task}, expected classification; give one of finetune/..., probe/..., "
             "or a run's recipe"
         )
-    weights, root = recipe.classifier.weights, recipe.data.val_root
-    if weights is None:
-        raise UsageError("no weights; add --weights PATH (a run's folder, a checkpoint or a file of weights)")
+    weights_path(recipe)
+    validation_root(recipe)
+
+
+def weights_path(recipe: Recipe) -> Path:
+    """Return classifier.weights. Raises UsageError when it is not set, or does not exist."""
+    advice = "add --weights PATH (a run's folder, a checkpoint or a file of weights)"
+    weights = required(recipe.classification.weights, "classifier.weights", advice)
     if not weights.exists():
         raise UsageError(f"classifier.weights={weights} (--weights) does not exist; give a folder or a file of weights")
-    if root is None:
-        raise UsageError("data.val_root is not set; add data.val_root=/path/to/images (a folder a class)")
+    return weights
 
 
-def evaluate(recipe: Recipe, kind: str) -> dict | None:
+def validation_root(recipe: Recipe) -> Path:
+    """Return data.val_root. Raises UsageError when it is not set."""
+    return required(recipe.data.val_root, "data.val_root", "add data.val_root=/path/to/images (a folder per class)")
+
+
+def evaluate(recipe: Recipe, kind: str) -> dict[str, Any] | None:
     """The results of the recipe's weights on data.val_root, a set of that kind; on rank 0, else None.
 
     {"set": kind, "top1": percent, "top5": percent, "loss": nats, "images": n, "per_class": [...]}; imagenet-c:
@@ -63,7 +74,7 @@ def evaluate(recipe: Recipe, kind: str) -> dict | None:
 
 def _opened(recipe: Recipe, kind: str) -> tuple[Classifier, list[str] | None, list[EvaluationSet]]:
     model, names = trained_classifier(recipe)
-    return model, names, open_sets(kind, recipe.data.val_root, num_classes=model.classes, class_names=names)
+    return model, names, open_sets(kind, validation_root(recipe), num_classes=model.classes, class_names=names)
 
 
 def trained_classifier(recipe: Recipe) -> tuple[Classifier, list[str] | None]:
@@ -71,7 +82,7 @@ def trained_classifier(recipe: Recipe) -> tuple[Classifier, list[str] | None]:
 
     Raises UsageError when the weights have no head, or do not fit.
     """
-    path = recipe.classifier.weights
+    path = weights_path(recipe)
     state = starting_weights(path)
     classes = classes_in(state)
     if classes is None:
@@ -84,8 +95,12 @@ def trained_classifier(recipe: Recipe) -> tuple[Classifier, list[str] | None]:
     return model.eval(), names
 
 
-def predictor(model: torch.nn.Module, recipe: Recipe, device: torch.device):
-    """images [B, 3, S, S] -> what the model gives, float32, on the device; in the recipe's precision by autocast."""
+Predict = Callable[[torch.Tensor], torch.Tensor]
+"""Images [B, 3, S, S] to what a model gives, float32, on the device."""
+
+
+def predictor(model: torch.nn.Module, recipe: Recipe, device: torch.device) -> Predict:
+    """Return the model on the device as a function of images, in the recipe's precision by autocast."""
     precision = precision_of(recipe, gpu=device.type == "cuda")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     model.to(device)
@@ -114,7 +129,7 @@ def _names_of(one: EvaluationSet, classes: int) -> list[str]:
     return names
 
 
-def describe(results: dict, root: Path) -> str:
+def describe(results: dict[str, Any], root: Path) -> str:
     """Lines for people."""
     if "mCE" in results:
         rows = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional
 from data_pipeline.index import Index, open_index
 from data_pipeline.loader import EvaluationLoader
 from mae_scale.checkpoints.export import starting_weights
+from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others
 from mae_scale.distributed.ranks import Ranks
@@ -28,7 +30,7 @@ from mae_scale.reports.classification import neighbours_figure
 from mae_scale.tasks.classification import evaluate
 from mae_scale.tasks.classification.accuracy import Accuracy
 from mae_scale.tasks.classification.datasets import EvaluationSet, folder_set
-from mae_scale.tasks.classification.evaluate import all_ranks, predictor
+from mae_scale.tasks.classification.evaluate import Predict, all_ranks, predictor
 from mae_scale.tasks.classification.measure import evaluation_loader, report
 from mae_scale.tracking.finished_run import add_artifact
 from mae_scale.tracking.mlflow_uri import tracking_uri
@@ -62,11 +64,16 @@ class FeaturesOf(torch.nn.Module):
 def check(recipe: Recipe) -> None:
     """What can be refused before a rank is started."""
     evaluate.check(recipe)
-    if recipe.data.root is None:
-        raise UsageError("data.root is not set; add data.root=/path/to/train, whose images vote (a folder a class)")
+    known_root(recipe)
 
 
-def nearest_neighbours(recipe: Recipe, neighbours: int, figure: Path | None) -> dict | None:
+def known_root(recipe: Recipe) -> Path:
+    """Return data.root. Raises UsageError when it is not set."""
+    advice = "add data.root=/path/to/train, whose images vote (a folder per class)"
+    return required(recipe.data.root, "data.root", advice)
+
+
+def nearest_neighbours(recipe: Recipe, neighbours: int, figure: Path | None) -> dict[str, Any] | None:
     """Top-1 and top-5 of k-NN: data.val_root's images by those of data.root; on rank 0, else None.
 
     Training images (data.labels_per_class of each class, where set) and validation images are cut as in evaluation.
@@ -99,19 +106,21 @@ def nearest_neighbours(recipe: Recipe, neighbours: int, figure: Path | None) -> 
 def _opened(recipe: Recipe) -> tuple[Classifier, Index, EvaluationSet]:
     """The model with its weights, the training images and those to be classified."""
     data = recipe.data
-    index = open_index(data.root, data.index)
+    index = open_index(known_root(recipe), data.index)
     if data.labels_per_class is not None:
         index = index.few(data.labels_per_class, seed=recipe.seed)
     one = folder_set(
-        open_index(data.val_root, progress=False), num_classes=len(index.classes), class_names=index.classes
+        open_index(evaluate.validation_root(recipe), progress=False),
+        num_classes=len(index.classes),
+        class_names=index.classes,
     )
-    state = starting_weights(recipe.classifier.weights)
+    state = starting_weights(evaluate.weights_path(recipe))
     model = build_classifier_of(recipe, classes_in(state) or len(index.classes))
     load_classifier(model, state)
     return model.eval(), index, one
 
 
-def features(predict, index: Index, recipe: Recipe, ranks: Ranks, device: torch.device) -> Features:
+def features(predict: Predict, index: Index, recipe: Recipe, ranks: Ranks, device: torch.device) -> Features:
     """This rank's part of the images of an index."""
     vectors, labels, images = [], [], []
     with evaluation_loader(recipe, index, "evaluation", ranks) as loader:
@@ -169,14 +178,14 @@ def _draw(asked: Features, known: Features, validation: Index, index: Index, rec
     _, nearest = search(asked.vectors[rows], known.vectors, NEAREST_SHOWN)
     near = nearest.flatten()
     queries = _images(validation, asked.images[rows], recipe)
-    neighbours = _images(index, known.images[near], recipe).unflatten(0, tuple(nearest.shape))
-    labels = known.labels[near].unflatten(0, tuple(nearest.shape))
+    neighbours = _images(index, known.images[near], recipe).reshape(*nearest.shape, 3, *2 * [recipe.model.image_size])
+    labels = known.labels[near].reshape(nearest.shape)
     neighbours_figure(queries, neighbours, asked.labels[rows].cpu(), labels.cpu(), index.classes, path)
 
 
 def _to_mlflow(recipe: Recipe, figure: Path) -> None:
     """Where the weights are those of a tracked run, the picture goes to it."""
-    weights = recipe.classifier.weights
+    weights = evaluate.weights_path(recipe)
     uri = tracking_uri(recipe.tracking.uri, weights)
     if uri is not None:
         add_artifact(weights, uri, figure, "figures")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ BATCH_SIZE = 64
 CONFUSIONS_SHOWN = 3
 
 
-def evaluation_loader(recipe: Recipe, index, augmentation: str, ranks: Ranks) -> EvaluationLoader:
+def evaluation_loader(recipe: Recipe, index: Index, augmentation: str, ranks: Ranks) -> EvaluationLoader:
     """This rank's part of each image once, cut as the recipe's model takes them."""
     data = recipe.data
     return EvaluationLoader(
@@ -60,7 +61,7 @@ def measure(
     return accuracy
 
 
-def report(accuracy: Accuracy, names: list[str] | None, index: Index) -> dict:
+def report(accuracy: Accuracy, names: list[str] | None, index: Index) -> dict[str, Any]:
     """What goes into a JSON file: the results, and for each class its accuracy and what it is taken for most.
 
     left_out: images of the index's folder that were not counted, for they cannot be read.

@@ -40,7 +40,8 @@ def draw_mix(*, mixup: float, cutmix: float, image_size: int, seed: int, step: i
     for row in range(0, len(positions), 2):
         random = generator(seed, "mix", step, int(positions[row]) // 2)
         cut = bool(cutmix) and (not mixup or random.random() < 0.5)
-        kept = random.beta(*2 * [cutmix if cut else mixup])
+        alpha = cutmix if cut else mixup
+        kept = random.beta(alpha, alpha)
         if cut:
             side = int(image_size * np.sqrt(1 - kept))
             y, x = random.integers(0, image_size, 2)
@@ -80,4 +81,4 @@ def soft_targets(labels: Tensor, classes: int, *, label_smoothing: float, share:
 
 def _neighbours(rows: Tensor) -> Tensor:
     """[n, ...] with rows 2j and 2j + 1 changed for each other."""
-    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return rows.reshape(-1, 2, *rows.shape[1:]).flip(1).flatten(0, 1)

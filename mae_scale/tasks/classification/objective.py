@@ -53,13 +53,19 @@ class Classify(nn.Module):
         Pure functions of (seed, step, position in the global batch); the loader calls this in its own thread.
         """
         section, rates = self.section, self.model.encoder.drop_path_rates
-        where = {"seed": self.seed, "step": step, "positions": positions}
         drawn = []
         if self.mixes:
-            mix = draw_mix(mixup=section.mixup, cutmix=section.cutmix, image_size=self.model.image_size, **where)
+            mix = draw_mix(
+                mixup=section.mixup,
+                cutmix=section.cutmix,
+                image_size=self.model.image_size,
+                seed=self.seed,
+                step=step,
+                positions=positions,
+            )
             drawn += [torch.from_numpy(mix.share), torch.from_numpy(mix.box)]
         if any(rates):
-            scales = draw_branch_scales(rates, **where)
+            scales = draw_branch_scales(rates, seed=self.seed, step=step, positions=positions)
             scales[:, : self.model.frozen_blocks] = 1  # what is not trained is as in evaluation
             if self.model.trained_blocks and self.model.trained_blocks % 1:
                 scales[:, self.model.frozen_blocks, 0] = 1

@@ -6,6 +6,7 @@ import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from mae_scale.config.load import load_recipe
 from mae_scale.config.schema import Recipe
@@ -17,7 +18,7 @@ from mae_scale.tracking.finished_run import add_artifact
 from mae_scale.tracking.mlflow_uri import tracking_uri
 
 
-def partial_curve(runs: list[Path], picture: Path) -> list[dict]:
+def partial_curve(runs: list[Path], picture: Path) -> list[dict[str, Any]]:
     """The curve of some runs' folders, drawn as a PNG that is also given to their MLflow runs.
 
     [{"trained_blocks": k, "top1": mean percent, "std": of several runs or None, "runs": n}, ...], by k.
@@ -32,10 +33,10 @@ def partial_curve(runs: list[Path], picture: Path) -> list[dict]:
         )
     depth = depths.pop()
     for run, recipe in recipes.items():
-        blocks = recipe.classifier.trained_blocks
+        blocks = recipe.classification.trained_blocks
         top1 = json.loads((run / EVALUATION).read_text(encoding="utf-8"))["top1"]
         measured[depth if blocks is None else blocks].append(top1)
-    points = [
+    points: list[dict[str, Any]] = [
         {
             "trained_blocks": blocks,
             "top1": statistics.mean(values),
@@ -64,7 +65,7 @@ def _recipe(run: Path) -> Recipe:
                 "expected the folder of a finished `mae-scale finetune` or `probe`, with data.val_root"
             )
     recipe = load_recipe(str(run / "recipe.yaml"))
-    if recipe.task != "classification" or recipe.classifier.from_scratch:
+    if recipe.task != "classification" or recipe.classification.from_scratch:
         raise UsageError(f"{run} did not start from pre-trained weights; it has no place in the curve")
     return recipe
 

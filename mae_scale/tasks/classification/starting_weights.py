@@ -25,9 +25,10 @@ def initialise(model: Classifier, recipe: Recipe, out: Path, *, classes: list[st
     With a frozen part: what is not trained is written into `out` once, and every rank and every start reads it there.
     Raises UsageError when weights are lost or do not fit, RunError when the frozen part is damaged.
     """
-    weights, notes = recipe.classifier.weights, []
+    weights = recipe.classification.weights
+    notes: list[str] = []
     source: Path | None = None  # what this start has read its weights from
-    begun, is_frozen = has_checkpoint(out), recipe.classifier.trained_blocks is not None
+    begun, is_frozen = has_checkpoint(out), recipe.classification.trained_blocks is not None
     if weights is not None and not begun:
         source, notes = first_then_others(lambda: _load(model, weights))
     if is_frozen:
@@ -72,7 +73,7 @@ def _keep_frozen(model: Classifier, recipe: Recipe, out: Path, begun: bool) -> t
     if file.exists() and (begun or torch.distributed.get_rank() > 0):
         return None
     if begun:  # lost: what is read anew must have the digest that the checkpoints know
-        weights = recipe.classifier.weights
+        weights = recipe.classification.weights
         if weights is None or not weights.exists():
             raise UsageError(
                 f"{file}, the weights that the run does not train, is lost; restore it, or add --weights PATH with "

@@ -1,7 +1,7 @@
 """Classification as a task: fine-tuning, partial fine-tuning, linear probing, supervised from scratch."""
 
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from data_pipeline.index import Index, load_index
 from mae_scale.checkpoints.export import checkpoint_model, export_weights, starting_point
 from mae_scale.checkpoints.store import list_checkpoints
+from mae_scale.config.schema import Recipe
 from mae_scale.engines.base import Engine
 from mae_scale.engines.deepspeed_config import BatchLayout
 from mae_scale.engines.optimizers import parameter_groups
@@ -35,13 +36,13 @@ from mae_scale.training.task import Origin, Task
 FIGURE_IMAGES = 8
 
 
-class Classification(Task):
+class Classification(Task[Classify]):
     """A classifier is trained on labels, all of it or a part."""
 
     command: ClassVar[str] = "finetune"
 
     def check(self, layout: BatchLayout) -> None:
-        section = self.recipe.classifier
+        section = self.recipe.classification
         with torch.device("meta"):
             build_classifier_of(self.recipe, 2)
         begun = has_checkpoint(self.out)  # then the weights that it started from are not needed
@@ -79,7 +80,7 @@ class Classification(Task):
     def check_fit(self, images: Index, validation: Index | None) -> None:
         if validation is not None:
             folder_set(validation, num_classes=len(images.classes), class_names=images.classes)
-        path = self.recipe.classifier.weights
+        path = self.recipe.classification.weights
         if path is None:
             return
         if has_checkpoint(self.out):
@@ -91,21 +92,27 @@ class Classification(Task):
 
     def build(self, index: Index) -> Classify:
         model = build_classifier_of(self.recipe, len(index.classes))
-        return Classify(model, self.recipe.classifier, seed=self.recipe.seed)
+        return Classify(model, self.recipe.classification, seed=self.recipe.seed)
 
     def initialise(self, objective: Classify, index: Index) -> Origin:
         return initialise(objective.model, self.recipe, self.out, classes=index.classes)
 
     def training_flops(self) -> int:
         """Return the FLOPs per image; a frozen part has no backward pass (He et al., partial fine-tuning)."""
-        model, trained = self.recipe.model, self.recipe.classifier.trained_blocks
-        sizes = {"image_size": model.image_size, "patch_size": model.patch_size, "width": model.width}
-        whole = vit_forward_macs(model.name, depth=model.depth, **sizes)
+        model, trained = self.recipe.model, self.recipe.classification.trained_blocks
+        macs = partial(
+            vit_forward_macs,
+            model.name,
+            image_size=model.image_size,
+            patch_size=model.patch_size,
+            width=model.width,
+        )
+        whole = macs(depth=model.depth)
         if trained is None:
             return 2 * 3 * whole
         with torch.device("meta"):
             depth = len(build_classifier_of(self.recipe, 2).encoder.blocks)
-        none = vit_forward_macs(model.name, depth=0, **sizes)
+        none = macs(depth=0)
         return int(2 * (whole + 2 * (whole - none) * trained / depth))
 
     def describe(self, objective: Classify) -> list[str]:
@@ -131,7 +138,7 @@ class Classification(Task):
 
     def finish(self, context: RunContext, tracking: Tracking) -> str:
         weights = context.out / "export" / "model.safetensors"
-        trained = cache(lambda: checkpoint_model(list_checkpoints(context.checkpoints)[-1][1])[0])
+        trained = cache(lambda: _trained_classifier(context))
         if not weights.exists():
             for picture in draw_figures(trained(), context):
                 tracking.artifact(picture, "figures")
@@ -151,9 +158,15 @@ class Classification(Task):
         return said
 
 
-def refuse_more_than_head(task: Classification) -> None:
+def _trained_classifier(context: RunContext) -> Classifier:
+    model, _ = checkpoint_model(list_checkpoints(context.checkpoints)[-1][1])
+    assert isinstance(model, Classifier)
+    return model
+
+
+def refuse_more_than_head(recipe: Recipe) -> None:
     """Raise UsageError when a recipe for linear probing trains more than the head."""
-    if task.recipe.classifier.trained_blocks != 0:
+    if recipe.classification.trained_blocks != 0:
         raise UsageError(
             "linear probing trains the head alone (classifier.trained_blocks=0), and the recipe trains more; "
             "use a recipe such as probe/vit_large, or `mae-scale finetune`"

@@ -18,7 +18,7 @@ class Validation:
 
     def due(self, done: int) -> bool:
         steps = self._context.steps
-        every = self._context.recipe.classifier.evaluate_every_epochs * steps.per_epoch
+        every = self._context.recipe.classification.evaluate_every_epochs * steps.per_epoch
         return done % every == 0 or done == steps.total
 
     def __call__(self, done: int) -> dict[str, float]:

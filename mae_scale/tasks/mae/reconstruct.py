@@ -10,6 +10,7 @@ import torch
 from data_pipeline.augmentations import augmentation
 from data_pipeline.index import open_index
 from mae_scale.checkpoints.export import checkpoint_model, find_checkpoint
+from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others
 from mae_scale.engines.base import Engine
@@ -46,7 +47,7 @@ class Reconstructions:
             self._noise = fixed_noise(
                 Reconstruct(build_model(context.recipe), seed=context.recipe.seed), len(self._images)
             )
-        self._painter, self._drawing = ThreadPoolExecutor(1, NAME), Future()
+        self._painter, self._drawing = ThreadPoolExecutor(1, NAME), Future[None]()
         self._drawing.set_result(None)
 
     def due(self, done: int) -> bool:
@@ -112,16 +113,15 @@ def reconstruct(recipe: Recipe, weights: Path, picture: Path) -> None:
     """
     if recipe.task != "mae":
         raise UsageError(f"the recipe's task is {recipe.task}, which reconstructs nothing; give a pretrain/... recipe")
-    root = recipe.data.val_root
-    if root is None:
-        raise UsageError("data.val_root is not set; add data.val_root=/path/to/images")
+    root = required(recipe.data.val_root, "data.val_root", "add data.val_root=/path/to/images")
     if picture.suffix != ".png":
         raise UsageError(f"--out {picture}: expected a name that ends in .png")
     model = build_model(recipe)
     if weights.is_dir():
-        model, recipe = checkpoint_model(find_checkpoint(weights))
-        if not isinstance(model, MaskedAutoencoder):
+        found, recipe = checkpoint_model(find_checkpoint(weights))
+        if not isinstance(found, MaskedAutoencoder):
             raise UsageError(f"--weights {weights} is a classifier's run; give one of pre-training, with a decoder")
+        model = found
     else:
         state = read_weights(weights)
         load = load_hf if any(key.startswith("vit.") for key in state) else load_official

@@ -7,9 +7,10 @@ import torch
 from data_pipeline.index import Index
 from mae_scale.checkpoints.export import checkpoint_model, export_weights
 from mae_scale.checkpoints.store import list_checkpoints
-from mae_scale.engines.base import Engine, Objective
+from mae_scale.engines.base import Engine
 from mae_scale.engines.deepspeed_config import BatchLayout
 from mae_scale.models.build import build_model
+from mae_scale.models.targets import PcaCoefficients
 from mae_scale.models.vit import patchify
 from mae_scale.planning.flops import mae_forward_flops, training_flops
 from mae_scale.tasks.mae.objective import Reconstruct
@@ -23,7 +24,7 @@ from mae_scale.training.task import FROM_SCRATCH, Origin, Task
 PCA_IMAGES = 256
 
 
-class MaskedAutoencoding(Task):
+class MaskedAutoencoding(Task[Reconstruct]):
     """A masked autoencoder is trained to reconstruct (He et al., section 3)."""
 
     command: ClassVar[str] = "pretrain"
@@ -35,12 +36,14 @@ class MaskedAutoencoding(Task):
     def build(self, index: Index) -> Reconstruct:
         return Reconstruct(build_model(self.recipe), seed=self.recipe.seed)
 
-    def initialise(self, objective: Objective, index: Index) -> Origin:
+    def initialise(self, objective: Reconstruct, index: Index) -> Origin:
         """Fit the PCA target on the patches of the run's first images: the same on every rank and at every start."""
         if self.recipe.model.target == "pca":
             images = some_images(index, PCA_IMAGES, self.recipe, training_augmentation(self.recipe))
             patches = patchify(images, objective.model.patch_size)
-            objective.model.target.fit(patches.flatten(0, 1))
+            target = objective.model.target
+            assert isinstance(target, PcaCoefficients)
+            target.fit(patches.flatten(0, 1))
         return FROM_SCRATCH
 
     def training_flops(self) -> int:
