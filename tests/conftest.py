@@ -10,6 +10,7 @@ import pytest
 from data_pipeline.samples import write_digits
 from mae_scale.cli.main import main
 from mae_scale.distributed import stop_requests
+from tests import warm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -24,16 +25,15 @@ def digits(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def mae_scale():
-    """Call `mae-scale ARGUMENTS`; the finished process, with text output."""
+    """Call `mae-scale ARGUMENTS`; the finished process, with text output. cold: all is imported anew, as for a user."""
 
-    def call(*arguments, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
+    def call(*arguments, timeout: float = 240, cold: bool = False, **environment: str) -> subprocess.CompletedProcess:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MLFLOW_", "RANK"))}
-        return subprocess.run(
+        return warm.run(
             [sys.executable, "-m", "mae_scale", *map(str, arguments)],
             env={**clean, "COLUMNS": "120", **environment},
-            capture_output=True,
-            text=True,
             timeout=timeout,
+            cold=cold,
         )
 
     return call

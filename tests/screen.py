@@ -6,11 +6,12 @@ import os
 import pty
 import re
 import struct
-import subprocess
 import sys
 import termios
 import time
 from pathlib import Path
+
+from tests import warm
 
 TOKEN = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])|([\r\n])|([^\x1b\r\n]+)")
 
@@ -62,7 +63,7 @@ def in_terminal(arguments: list, columns: int, cwd: Path, timeout: float = 240) 
     fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 60, columns, 0, 0))
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MLFLOW_", "RANK", "COLUMNS", "LINES"))}
     command = [sys.executable, "-m", "mae_scale", *map(str, arguments)]
-    process = subprocess.Popen(
+    process = warm.Popen(
         command, stdin=inside, stdout=inside, stderr=inside, env={**clean, "TERM": "xterm-256color"}, cwd=cwd
     )
     os.close(inside)

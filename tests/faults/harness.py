@@ -12,23 +12,35 @@ from pathlib import Path
 import psutil
 
 from mae_scale.checkpoints.store import Damaged, list_checkpoints, verify
+from tests import warm
 
 
 class Command:
-    """`mae-scale ARGUMENTS`, running, all it says in a file; a context manager that leaves no process behind."""
+    """`mae-scale ARGUMENTS`, running, all it says in a file; a context manager that leaves no process behind.
 
-    def __init__(self, log: Path, *arguments: object, program: tuple[str, ...] = ("-m", "mae_scale"), **environment):
+    cold: it and its ranks import everything themselves, as they do for a user.
+    """
+
+    def __init__(
+        self,
+        log: Path,
+        *arguments: object,
+        program: tuple[str, ...] = ("-m", "mae_scale"),
+        cold: bool = False,
+        **environment: str,
+    ):
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MLFLOW_", "RANK"))}
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log_path = log
         self._log = open(log, "wb")  # noqa: SIM115  (closed by __exit__)
-        self.process = subprocess.Popen(
+        self.process = warm.Popen(
             [sys.executable, *program, *map(str, arguments)],
             env={**clean, "COLUMNS": "120", **environment},
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_minds_ctrl_c,
+            minds_ctrl_c=True,
+            cold=cold,
         )
 
     def ranks(self) -> dict[int, psutil.Process]:
@@ -80,7 +92,8 @@ class Command:
 
     def left_behind(self) -> list[int]:
         """Processes of the command's session that still live."""
-        return [p for p in psutil.pids() if _session(p) == self.process.pid and psutil.Process(p).status() != "zombie"]
+        left = [pid for pid in psutil.pids() if _session(pid) == self.process.pid]
+        return [pid for pid in left if _comm(pid) not in ("", warm.NAME) and psutil.Process(pid).status() != "zombie"]
 
     def __enter__(self) -> "Command":
         return self
@@ -127,9 +140,11 @@ def is_loading(rank: psutil.Process) -> bool:
         return False
 
 
-def _minds_ctrl_c() -> None:
-    """Undo what a shell does for a command in the background, such as these tests may be."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def _comm(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _session(pid: int) -> int | None:

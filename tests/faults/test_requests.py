@@ -12,6 +12,7 @@ import pytest
 
 from mae_scale.distributed.stop_requests import INTERRUPTED
 from mae_scale.tracking.metrics_log import read_metrics
+from tests import warm
 from tests.faults.harness import Command, Training, newest_whole_step
 from tests.tiny import TINY, arguments, losses
 
@@ -86,7 +87,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on_as_if_it_had_not_been(np
 def test_ctrl_c_under_torchrun_writes_a_checkpoint_too(tmp_path, digits):
     """Its agent hands on to the ranks what they have had from the terminal already."""
     out = tmp_path / "run"
-    with Training(out, *command(digits), program=TORCHRUN, GLOO_SOCKET_IFNAME="lo") as training:
+    with Training(out, *command(digits), program=TORCHRUN, cold=True, GLOO_SOCKET_IFNAME="lo") as training:
         training.wait_until(lambda: steps_done(out) >= 3)
         training.ctrl_c()
         training.wait(60)  # its agent says with 1 what the ranks say with 75
@@ -116,7 +117,7 @@ def test_a_second_ctrl_c_ends_at_once_even_when_a_rank_hangs(tmp_path, digits):
 def test_ctrl_c_while_a_run_starts_ends_it_soon_and_leaves_nothing_half_written(nproc, tmp_path, digits):
     """Within the imports of the ranks, or of the only process."""
     out = tmp_path / "run"
-    with Training(out, *command(digits, "--nproc", nproc)) as training:
+    with Training(out, *command(digits, "--nproc", nproc), cold=True) as training:
         if nproc == 2:
             wait_for_listeners(training, 2)
         else:
@@ -164,7 +165,7 @@ def measured(digits: Path) -> list[str]:
 )
 def test_what_measures_ends_at_a_request_and_with_its_parent_too(name, how, tmp_path, digits, weights):
     recipe = [name, "finetune/demo", "--weights", weights, "--nproc", 2, "--json", tmp_path / "x.json"]
-    with Command(tmp_path / "log", *recipe, *measured(digits)) as measuring:
+    with Command(tmp_path / "log", *recipe, *measured(digits), cold=how == "parent killed") as measuring:
         ranks = wait_for_listeners(measuring, 2)
         if how == "parent killed":
             measuring.process.kill()
@@ -202,7 +203,7 @@ def test_ctrl_c_ends_the_workers_of_a_data_command_with_one_line(verb, tmp_path,
             target = root / file.parent.name / f"{copy}_{file.name}"
             target.parent.mkdir(parents=True, exist_ok=True)
             os.link(file, target)
-    with Command(tmp_path / "log", "data", *verb.split(), root) as running:
+    with Command(tmp_path / "log", "data", *verb.split(), root, cold=True) as running:
         running.wait_until(lambda: len(psutil.Process(running.process.pid).children()) >= 2, pause_s=0)
         running.ctrl_c()
         assert running.wait(30) == 130, running.text()
@@ -211,7 +212,9 @@ def test_ctrl_c_ends_the_workers_of_a_data_command_with_one_line(verb, tmp_path,
     assert [path.name for path in root.iterdir() if not path.is_dir()] in ([], [".mae_scale_index.npz"])
 
 
-def as_srun_starts_them(ranks: int, per_node: int, *arguments: object, **environment: str) -> list[tuple[int, str]]:
+def as_srun_starts_them(
+    ranks: int, per_node: int, *arguments: object, cold: bool = False, **environment: str
+) -> list[tuple[int, str]]:
     """Exit codes and all output of `srun mae-scale ARGUMENTS`, where nothing ends the others when one fails."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MLFLOW_", "RANK", "MASTER_"))}
     slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": str(ranks), **environment}
@@ -219,9 +222,10 @@ def as_srun_starts_them(ranks: int, per_node: int, *arguments: object, **environ
     for rank in range(ranks):
         place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % per_node)}
         processes.append(
-            subprocess.Popen(
+            warm.Popen(
                 [sys.executable, "-m", "mae_scale", *map(str, arguments)],
                 env={**clean, **slurm, **place, "COLUMNS": "200"},
+                cold=cold,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -240,7 +244,8 @@ def as_srun_starts_them(ranks: int, per_node: int, *arguments: object, **environ
     ],
 )
 def test_an_error_under_srun_is_said_once(wrong, said, tmp_path):
-    (code, first), (other_code, other) = as_srun_starts_them(2, 2, "pretrain", "demo", "--out", tmp_path / "x", *wrong)
+    command, is_deep = ["pretrain", "demo", "--out", tmp_path / "x", *wrong], wrong == ["data.root=x"]
+    (code, first), (other_code, other) = as_srun_starts_them(2, 2, *command, cold=is_deep)
     assert (code, other_code) == (2, 2)
     assert said in first
     assert other == ""

@@ -11,6 +11,7 @@ def test_a_first_start_on_a_cpu_compiles_nothing(engine, mae_scale, digits, tmp_
     (tmp_path / "built").mkdir()
     done = mae_scale(
         *("pretrain", "demo", "--nproc", 2, "--out", tmp_path / "run", *recipe),
+        cold=True,
         TORCH_EXTENSIONS_DIR=str(tmp_path / "built"),
     )
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ import torch
 from mae_scale.distributed.heartbeat import Control
 from mae_scale.distributed.ranks import Ranks
 from mae_scale.errors import RunError
+from tests import warm
 
 TIMEOUT_S = 2.0
 LAUNCHER = """
@@ -53,11 +54,9 @@ except Exception:
 
 def run(world_size: int, code: str, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess:
     """Ranks that run `code` inside Control, under the launcher; fails when one outlives it."""
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "-c", LAUNCHER, str(world_size), code, str(timeout_s)],
         env={**os.environ, "WORKER": WORKER, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
         timeout=60,
     )
     assert not [p.pid for p in psutil.process_iter(["cmdline"]) if code in (p.info["cmdline"] or [])]

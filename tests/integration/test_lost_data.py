@@ -8,6 +8,7 @@ import time
 import pytest
 
 from data_pipeline.index import INDEX_NAME, load_index
+from tests import warm
 from tests.image_types import encoded, photo
 from tests.tiny import TINY, losses
 
@@ -119,7 +120,7 @@ def test_a_data_folder_gone_between_two_starts_is_said(images, tmp_path, mae_sca
 def test_a_data_folder_gone_while_a_run_reads_it_is_said_and_no_image_is_blamed(images, tmp_path, how):
     many = [*arguments(images), "schedule.epochs=4000", "checkpoint.every_steps=5", "checkpoint.every_epochs=null"]
     command = [sys.executable, "-m", "mae_scale", "pretrain", "demo", "--out", str(tmp_path / "run"), *many]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+    with warm.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
         try:
             deadline = time.monotonic() + 200
             while not list((tmp_path / "run" / "checkpoints").glob("step_*")) and time.monotonic() < deadline:
