@@ -28,10 +28,12 @@ from loops import engine_loop
 from report import machine, show
 from sizes import SIZES
 
-from data_pipeline import pipelines
-from data_pipeline.index import Index, build_index
+from data_pipeline import dali_graph
+from data_pipeline.dali_graph import decoding_device
+from data_pipeline.index import Index
+from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
-from data_pipeline.pipelines import IMAGENET_STD, decoding_device
+from data_pipeline.normalisation import IMAGENET_STD
 from data_pipeline.samples import write_photos
 from mae_scale.distributed.collectives import process_group
 from mae_scale.distributed.ranks import ranks_from_environment
@@ -43,13 +45,13 @@ COMPARED = 64  # images whose pixels are compared
 @contextlib.contextmanager
 def decoder_options(**options) -> Iterator[None]:
     """Let decoders that are built inside use these options on a GPU."""
-    before = dict(pipelines.MIXED_DECODER)
-    pipelines.MIXED_DECODER.update(options)
+    before = dict(dali_graph.MIXED_DECODER)
+    dali_graph.MIXED_DECODER.update(options)
     try:
         yield
     finally:
-        pipelines.MIXED_DECODER.clear()
-        pipelines.MIXED_DECODER.update(before)
+        dali_graph.MIXED_DECODER.clear()
+        dali_graph.MIXED_DECODER.update(before)
 
 
 def images_per_s(loader: ImageLoader, device: torch.device, step: Callable[[], object] | None = None) -> float:

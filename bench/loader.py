@@ -25,9 +25,11 @@ from PIL import Image
 from torchvision import io as tvio
 from torchvision.transforms import InterpolationMode, v2
 
-from data_pipeline.index import Index, build_index
+from data_pipeline.dali_graph import decoding_device
+from data_pipeline.index import Index
+from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
-from data_pipeline.pipelines import IMAGENET_MEAN, IMAGENET_STD, decoding_device
+from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from data_pipeline.samples import write_photos
 
 BATCH = 32

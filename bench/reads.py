@@ -21,11 +21,12 @@ import time
 from functools import partial
 from pathlib import Path
 
-from data_pipeline import loading
-from data_pipeline.index import Index, build_index
+from data_pipeline import batches
+from data_pipeline.byte_reader import ByteReader
+from data_pipeline.index import Index
+from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
 from data_pipeline.read_ahead import ReadAhead
-from data_pipeline.reading import ByteReader
 from data_pipeline.samples import write_digits
 
 WAYS = {"fixed: 4": partial(ReadAhead, least=4, most=4), "found from latency": ReadAhead}
@@ -44,7 +45,7 @@ class SlowReader(ByteReader):
 
 def one_round(loader: ImageLoader, read_ms: float, way: str) -> dict[str, float]:
     """One epoch: images a second, CPU milliseconds an image, reading threads at its end."""
-    loading.ByteReader, loading.ReadAhead = SlowReader, WAYS[way]
+    batches.ByteReader, batches.ReadAhead = SlowReader, WAYS[way]
     SlowReader.sleep_s = read_ms / 1e3
     count = threads = 0
     cpu, wall = time.process_time(), time.perf_counter()

@@ -26,14 +26,14 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.index import Index
-from data_pipeline.order import generator
+from data_pipeline.rng import generator
 
 FREE_SHARE = 0.1  # of the disk, never filled
 BLOCK_BYTES = 4096
 CHECKSUM_BYTES = 4
 FOLDERS = 256
 
-log = logging.getLogger("mae_scale.data")
+log = logging.getLogger("data_pipeline")
 
 
 class ImageCache:

@@ -1,270 +1,252 @@
-"""Building the index of a data folder, and opening it again: what is new or changed is read, the rest is kept."""
+"""The index of a data folder: a table of its images, and the file it is kept in.
+
+Columns of NumPy arrays, about 100 bytes per image, so that 15 million images fit; kept in one file (NumPy's
+npz) beside the data or elsewhere. Images are in the order of their relative paths as bytes, so that the same
+folder gives the same index on every machine and with any number of processes. Heights and widths are those of
+the stored pixels, as the paper's code takes them; `turned` gives those of the pixels turned by EXIF.
+"""
 
 from __future__ import annotations
 
-import logging
+import hashlib
+import json
 import os
-from bisect import bisect_left
-from collections.abc import Callable
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from data_pipeline.index_table import DamagedIndex, Index, Remarks, load_index
-from data_pipeline.listing import Listing, folder_problem, list_folder
-from data_pipeline.pack_manifest import packed_classes
-from data_pipeline.scanning import (
-    ONE_PROCESS_IMAGES,
-    ONE_PROCESS_SHARDS,
-    Progress,
-    Rows,
-    run_tasks,
-    same_file,
-    scan_names,
-    scan_shard,
-)
-from mae_scale.errors import UsageError
-
-__all__ = ["INDEX_NAME", "DamagedIndex", "Index", "build_index", "load_index", "open_index"]
+from data_pipeline.errors import UsageError
+from data_pipeline.files import whole_file
+from data_pipeline.index_rows import COLUMNS, Bad, Rows
+from data_pipeline.rng import generator
 
 INDEX_NAME = ".mae_scale_index.npz"
-SAMPLED_NAMES = 64
-NAMES_SHOWN = 5
+FORMAT = 1
+KINDS_SHOWN = 8
+_NOT_IN_DIGEST = ("mtime_ns", "orientation")
 
-log = logging.getLogger("mae_scale.data")
+
+class DamagedIndex(UsageError):
+    """An index file that is no whole index of today's format."""
 
 
-def build_index(root: str | os.PathLike[str], *, workers: int | None = None, progress: Progress = True) -> Index:
-    """Index every image under `root` (an image folder, flat or with a folder a class, or tar shards).
+@dataclass(frozen=True)
+class Remarks:
+    """What else a user should know of a data folder.
 
-    Where the first level holds only folders of folders, as in iNaturalist and Places, these inner ones are classes.
-
-    `workers` processes read the headers (default: one a core); `progress` shows a bar, or is called with
-    (done, total). Raises UsageError when the folder is missing, empty or cannot be listed, or no image is
-    readable.
+    `left_out` says how many files of which suffix are no images for us, by shard ("" for a folder); `lines` are
+    sentences for people.
     """
-    return _scan(Path(root), None, workers, progress)
+
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+    def sentences(self) -> list[str]:
+        """Return all of it, one line per subject."""
+        counts: dict[str, int] = {}
+        for found in self.left_out.values():
+            for suffix, count in found.items():
+                counts[suffix] = counts.get(suffix, 0) + count
+        if not counts:
+            return self.lines
+        kinds = sorted(counts, key=lambda suffix: (-counts[suffix], suffix))
+        shown = [f"{counts[suffix]:,} {suffix}" for suffix in kinds[:KINDS_SHOWN]]
+        if rest := sum(counts[suffix] for suffix in kinds[KINDS_SHOWN:]):
+            shown.append(f"{rest:,} others")
+        return [f"left out: {', '.join(shown)}", *self.lines]
 
 
-def open_index(
-    root: str | os.PathLike[str],
-    path: str | os.PathLike[str] | None = None,
-    *,
-    refresh: bool = True,
-    workers: int | None = None,
-    progress: Progress = True,
-    keep: bool = True,
-) -> Index:
-    """The index of `root`, from `path` (default: root/.mae_scale_index.npz), built and written when absent.
+class Index:
+    """The readable images of a data folder, as columns; image i is row i.
 
-    With `refresh`, files that are new or changed (by size and modification time) are read again and files
-    that are gone are dropped; a damaged index is built again, with a warning. A run that resumes uses
-    `refresh=False`, so that its order stays what it was. Without `keep` nothing is written.
-    Raises UsageError when the index is of other data, `path` is a file of another kind or cannot be written, or a
-    shard has shrunk.
+    `label` int32 [n] (-1: none), `height` and `width` int32 [n] (pixels as stored), `num_bytes`, `mtime_ns`
+    and `offset` int64 [n] (offset into the shard, 0 for a file), `shard` int32 [n] (-1 for a file), `orientation`
+    uint8 [n] (EXIF's, 1 to 8; 0: not known, of an older index); `classes` the class names by label; `shard_names` and
+    `shard_bytes`; `bad` the unreadable files, which have no row; `remarks` what else the folder holds.
     """
-    root = Path(root)
-    file = Path(path) if path else root / INDEX_NAME
-    if not os.path.exists(file):
-        index = build_index(root, workers=workers, progress=progress)
-        if keep:
-            _write(index, file, given=path is not None)
-        return index
-    try:
-        index = load_index(file, root)
-    except DamagedIndex:
-        if not refresh or not _may_be_an_index(file):
-            raise
-        log.warning("index %s is damaged or of another format; it is built again", file)
-        index = build_index(root, workers=workers, progress=progress)
-        if keep:
-            _write(index, file, given=path is not None)
-        return index
-    if not refresh:
-        check_data(index)
-        if not most_are_there(index):
-            raise _other_data(index, file)
-        return index
-    fresh = _scan(root, index, workers, progress, file)
-    same = fresh.digest() == index.digest() and fresh.unreadable == index.unreadable and fresh.remarks == index.remarks
-    if keep and (fresh.rows.read or not same):
-        _write(fresh, file, given=path is not None)
-    return fresh
 
+    def __init__(
+        self,
+        root: Path,
+        rows: Rows,
+        classes: list[str],
+        shard_names: list[str] | None = None,
+        *,
+        shard_bytes: list[int] | None = None,
+        remarks: Remarks | None = None,
+    ) -> None:
+        self.root = Path(root)
+        self.rows = rows
+        self.classes = classes
+        self.shard_names = shard_names or []
+        self.shard_bytes = shard_bytes or []
+        self.label, self.height, self.width = (rows.columns[name] for name in ("label", "height", "width"))
+        self.num_bytes, self.mtime_ns = rows.columns["num_bytes"], rows.columns["mtime_ns"]
+        self.offset, self.shard = rows.columns["offset"], rows.columns["shard"]
+        self.orientation = rows.columns["orientation"]
+        self.remarks = remarks or Remarks()
 
-def check_data(index: Index) -> None:
-    """Raise UsageError when the data folder is gone, or a shard is missing or smaller than when it was indexed."""
-    if problem := folder_problem(index.root):
-        raise UsageError(f"{problem}; mount or restore it, or give data.root where the data lie now")
-    for name, expected in zip(index.shard_names, index.shard_bytes, strict=True):
-        try:
-            found = os.stat(index.root / name).st_size
-        except OSError as error:
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"Index({str(self.root)!r}, {self.summary()})"
+
+    @property
+    def kind(self) -> str:
+        """ "folder" or "shards"."""
+        return "shards" if self.shard_names else "folder"
+
+    @property
+    def bad(self) -> list[Bad]:
+        return self.rows.bad
+
+    @property
+    def unreadable(self) -> list[tuple[str, str]]:
+        """(name, reason) of the files that were left out."""
+        return [(bad.name, bad.reason) for bad in self.bad]
+
+    def name(self, image: int) -> str:
+        """Return the path relative to the folder, or shard/member."""
+        return self.rows.shard_name(self.shard_names, int(image))
+
+    def path(self, image: int) -> Path:
+        """Return the file that holds image `image`: itself, or its shard."""
+        shard = int(self.shard[image])
+        inside = os.fsdecode(self.rows.name(int(image))) if shard < 0 else self.shard_names[shard]
+        return self.root / inside
+
+    def take(self, images: np.ndarray) -> Index:
+        """Return an index of these images, int [n], in this order."""
+        return self._of(self.rows.take(images))
+
+    def turned(self) -> Index:
+        """Return an index with the heights and widths that the images have when they are turned by EXIF's orientation.
+
+        Raises UsageError when an orientation is not known.
+        """
+        if not self.orientation.all():
             raise UsageError(
-                f"shard {index.root / name}: {error.strerror}; restore it or index the folder again"
-            ) from None
-        if found < expected:
-            raise UsageError(
-                f"shard {index.root / name} has shrunk: {found:,} bytes, {expected:,} when it was indexed; "
-                "copy it again, or delete the index if this is meant"
+                f"the index of {self.root} is of an older version and does not know EXIF's orientations; write it anew "
+                "with `mae-scale data index`, or drop data.exif_orientation"
+            )
+        lying = self.orientation >= 5
+        columns = dict(self.rows.columns)
+        columns["height"] = np.where(lying, self.width, self.height)
+        columns["width"] = np.where(lying, self.height, self.width)
+        return self._of(Rows(self.rows.names, self.rows.ends, columns, self.rows.bad))
+
+    def at(self, root: Path) -> Index:
+        """Return the same index of a folder that lies at `root` now."""
+        return self._of(self.rows, root)
+
+    def _of(self, rows: Rows, root: Path | None = None) -> Index:
+        about = {"shard_bytes": self.shard_bytes, "remarks": self.remarks}
+        return Index(root or self.root, rows, self.classes, self.shard_names, **about)
+
+    def few(self, count: int, *, seed: int) -> Index:
+        """Return an index of `count` images of each class, drawn by the seed, in the order of this one.
+
+        Raises UsageError when a class has fewer.
+        """
+        chosen = []
+        for label in np.unique(self.label):
+            images = np.flatnonzero(self.label == label)
+            if len(images) < count:
+                name = self.classes[label] if self.classes else str(label)
+                raise UsageError(
+                    f"data.labels_a_class={count}: class {name} has {len(images)} images; choose at most that many"
+                )
+            draws = generator(seed, "few", int(label)).bit_generator.random_raw(len(images))
+            chosen.append(images[np.argsort(draws, kind="stable")[:count]])
+        return self.take(np.sort(np.concatenate(chosen)))
+
+    def summary(self) -> str:
+        """Return one line for people."""
+        mib = self.num_bytes.sum() / 2**20
+        parts = [f"{len(self):,} images", f"{mib / 1024:.2f} GiB" if mib >= 1024 else f"{mib:.2f} MiB"]
+        if self.classes:
+            nested = next((f" such as {name}" for name in self.classes if "/" in name), "")
+            parts.append(f"{len(self.classes)} classes{nested}")
+        if self.shard_names:
+            parts.append(f"{len(self.shard_names)} shards")
+        if self.bad:
+            parts.append(f"{len(self.bad):,} unreadable files left out")
+        return ", ".join(parts)
+
+    def digest(self) -> str:
+        """Return 32 hex digits that change with any image, its order, size or label; not with times or the root."""
+        state = hashlib.blake2b(digest_size=16)
+        state.update(json.dumps([self.classes, self.shard_names]).encode())
+        for column in (self.rows.names, self.rows.ends):
+            state.update(np.ascontiguousarray(column))
+        for name in COLUMNS:
+            if name not in _NOT_IN_DIGEST:
+                state.update(np.ascontiguousarray(self.rows.columns[name]))
+        return state.hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the index to `path`: whole, or not at all. Raises OSError."""
+        path = Path(path)
+        about = {
+            "format": FORMAT,
+            "root": str(self.root),
+            "classes": self.classes,
+            "shard_names": self.shard_names,
+            "shard_bytes": self.shard_bytes,
+            "bad": [[bad.name, bad.reason, bad.num_bytes, bad.mtime_ns] for bad in self.bad],
+            "remarks": asdict(self.remarks),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            np.savez(
+                file,
+                about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+                names=self.rows.names,
+                ends=self.rows.ends,
+                **self.rows.columns,
             )
 
 
-def _may_be_an_index(file: Path) -> bool:
-    """Return whether a file that is no index may be written over: it is named as one, begins as one or is empty."""
-    with open(file, "rb") as opened:
-        return file.suffix == ".npz" or opened.read(4) in (b"", b"PK\3\4")
+def load_index(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Index:
+    """Read an index file; `root` is where the data lie now (default: where they lay when it was written).
 
-
-def _write(index: Index, file: Path, given: bool) -> None:
+    Raises UsageError when there is no such file or it cannot be read, DamagedIndex when it is no whole index.
+    """
+    path = Path(path)
     try:
-        index.save(file)
+        with np.load(path, allow_pickle=False) as file:
+            about = json.loads(file["about"].tobytes())
+            if about["format"] != FORMAT:
+                raise DamagedIndex(
+                    f"index {path} is of format {about['format']}, not {FORMAT}; delete it to build it again"
+                )
+            count = len(file["ends"])
+            older = {"orientation": np.zeros(count)}  # written before there was such a column
+            columns = {
+                name: (file[name] if name in file else older[name]).astype(dtype, copy=False)
+                for name, dtype in COLUMNS.items()
+            }
+            rows = Rows(file["names"], file["ends"], columns, [Bad(*bad) for bad in about["bad"]])
+            remarks = Remarks(**about.get("remarks", {}))
+            root = Path(root or about["root"])
+            index = Index(
+                root,
+                rows,
+                about["classes"],
+                about["shard_names"],
+                shard_bytes=about["shard_bytes"],
+                remarks=remarks,
+            )
+        if any(len(column) != count for column in columns.values()):
+            raise ValueError("columns of several lengths")
+    except FileNotFoundError:
+        raise UsageError(f"no index at {path}; write it with `mae-scale data index`") from None
     except OSError as error:
-        if given:
-            raise UsageError(f"cannot write the index {file}: {error.strerror or error}") from None
-        log.warning("the index is not kept: %s (%s); give data.index a path that can be written", file, error.strerror)
-
-
-def _scan(root: Path, known: Index | None, workers: int | None, progress: Progress, file: Path | None = None) -> Index:
-    listing = list_folder(root)
-    if known is not None and (known.kind == "shards") != bool(listing.shards):
-        raise _other_data(known, file)
-    scan = _scan_shards if listing.shards else _scan_images
-    index = scan(listing, known, workers, progress, file)
-    lines = [*_without_images(index), *listing.loops, *index.remarks.lines]
-    index.remarks = Remarks(index.remarks.left_out, lines)
-    if not len(index):
-        shown = "; ".join(f"{name}: {reason}" for name, reason in index.unreadable[:5])
-        raise UsageError(f"no readable image in {root}: {len(index.bad):,} files are bad ({shown})")
-    if index.rows.read and index.bad:
-        name, reason = index.unreadable[0]
-        log.warning("%s: %d unreadable files are left out, such as %s (%s)", root, len(index.bad), name, reason)
+        raise UsageError(f"index {path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error):
+        raise DamagedIndex(f"{path} is damaged, or no index at all; delete it, it is built again") from None
     return index
-
-
-def _scan_images(
-    listing: Listing, known: Index | None, workers: int | None, progress: Progress, file: Path | None
-) -> Index:
-    tasks: list[tuple[Any, ...]] = []
-    bad_before = sorted(known.bad, key=lambda bad: os.fsencode(bad.name)) if known else []
-    for label, names in listing.chunks:
-        rows, bad = None, []
-        if known:
-            first, last = names.split(b"\0", 1)[0], names.rsplit(b"\0", 1)[-1]
-            rows = known.rows.slice(*_range(len(known), known.rows.name, first, last))
-            low, high = _range(len(bad_before), lambda k: os.fsencode(bad_before[k].name), first, last)
-            bad = bad_before[low:high]
-        tasks.append((str(listing.root), label, names, rows, bad))
-    counts = [names.count(b"\0") + 1 for _, names in listing.chunks]
-    if workers is None and sum(counts) <= ONE_PROCESS_IMAGES:
-        workers = 1
-    parts = run_tasks("indexing images", scan_names, tasks, counts, workers, progress)
-    rows = Rows.joined(parts)
-    remarks = Remarks({"": listing.left_out} if listing.left_out else {}, _named_twice(rows))
-    fresh = Index(listing.root, rows, listing.classes, [], [], remarks)
-    if known and 2 * fresh.rows.same < len(known):
-        raise _other_data(known, file)
-    return fresh
-
-
-def _range(count: int, name: Callable[[int], bytes], first: bytes, last: bytes) -> tuple[int, int]:
-    """Rows whose sorted names lie from `first` to `last`."""
-    rows = range(count)
-    return bisect_left(rows, first, key=name), bisect_left(rows, last + b"\0", key=name)
-
-
-def _scan_shards(
-    listing: Listing, known: Index | None, workers: int | None, progress: Progress, file: Path | None
-) -> Index:
-    classes = packed_classes(listing.root)
-    if known:
-        if not set(known.shard_names) & set(listing.shards):
-            raise _other_data(known, file)
-        check_data(known)
-    statuses = [os.stat(listing.root / name) for name in listing.shards]
-    parts: dict[int, Rows] = {}
-    left_out: dict[str, dict[str, int]] = {}
-    tasks = []
-    for shard, (name, status) in enumerate(zip(listing.shards, statuses, strict=True)):
-        rows = _rows_before(known, name, status) if known else None
-        if rows is None:
-            tasks.append((str(listing.root), shard, name))
-        else:
-            rows.columns["shard"] = np.full(len(rows), shard, np.int32)
-            parts[shard], left_out[name] = rows, known.remarks.left_out.get(name, {})
-    if workers is None and len(tasks) <= ONE_PROCESS_SHARDS:
-        workers = 1
-    scanned = run_tasks("indexing shards", scan_shard, tasks, [1] * len(tasks), workers, progress)
-    for (_, shard, name), (rows, counts) in zip(tasks, scanned, strict=True):
-        parts[shard], left_out[name] = rows, counts
-    rows = Rows.joined([parts[shard] for shard in range(len(listing.shards))])
-    files = np.array([same_file(status, name) for status, name in zip(statuses, listing.shards, strict=True)], np.int64)
-    twice = _twice(files, listing.shards.__getitem__, "shards")
-    sizes = [status.st_size for status in statuses]
-    highest = int(rows.columns["label"].max(initial=-1))
-    if highest >= len(classes):
-        classes = [str(label) for label in range(highest + 1)]
-    left_out = {name: left_out[name] for name in listing.shards if left_out[name]}
-    if listing.left_out:
-        left_out[""] = listing.left_out
-    return Index(listing.root, rows, classes, listing.shards, sizes, Remarks(left_out, twice))
-
-
-def _rows_before(known: Index, name: str, status: os.stat_result) -> Rows | None:
-    """A shard's rows in an earlier index, None when it is new or changed, or its orientations are not known."""
-    if name not in known.shard_names:
-        return None
-    number = known.shard_names.index(name)
-    first, last = np.searchsorted(known.shard, [number, number + 1]).tolist()
-    rows = known.rows.slice(first, last)
-    is_same = known.shard_bytes[number] == status.st_size and len(rows) > 0
-    if not is_same or rows.columns["mtime_ns"][0] != status.st_mtime_ns or not rows.columns["orientation"][0]:
-        return None
-    rows.bad = [bad for bad in known.bad if bad.name == name or bad.name.startswith(name + "/")]
-    return rows
-
-
-def _without_images(index: Index) -> list[str]:
-    """Say which classes have no readable image."""
-    held = np.bincount(index.label[index.label >= 0], minlength=len(index.classes))
-    empty = [index.classes[label] for label in np.flatnonzero(held == 0)]
-    if not empty:
-        return []
-    names = ", ".join(empty[:NAMES_SHOWN]) + (", ..." if len(empty) > NAMES_SHOWN else "")
-    return [f"classes without an image, which count all the same: {len(empty):,} ({names})"]
-
-
-def _named_twice(rows: Rows) -> list[str]:
-    """A line on the images that are one file under several names, through symbolic or hard links."""
-    return _twice(rows.files, lambda row: os.fsdecode(rows.name(row)), "images")
-
-
-def _twice(files: np.ndarray, name: Callable[[int], str], what: str) -> list[str]:
-    order = np.argsort(files, kind="stable")
-    again = np.flatnonzero(np.diff(files[order]) == 0)
-    if not len(again):
-        return []
-    first = again[np.argmin(order[again])]
-    example = f"{name(int(order[first]))} and {name(int(order[first + 1]))} are one file"
-    return [f"{what} under a second name through links, used as often as they are named: {len(again):,} ({example})"]
-
-
-def most_are_there(index: Index) -> bool:
-    """Whether at least half of some images spread over an index lie where it says, with the size that it says."""
-    images = np.unique(np.linspace(0, len(index) - 1, SAMPLED_NAMES).astype(int))
-    found = 0
-    for image in images:
-        try:
-            size = os.stat(index.path(image)).st_size
-        except OSError:
-            continue
-        found += int(index.kind == "shards" or size == index.num_bytes[image])
-    return 2 * found >= len(images)
-
-
-def _other_data(index: Index, file: Path | None) -> UsageError:
-    return UsageError(
-        f"index {file} is of other data than {index.root} holds: of its {len(index):,} images, such as "
-        f"{index.name(0)}, fewer than half are there; give the right index, or delete it to build it again"
-    )

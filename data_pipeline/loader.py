@@ -13,15 +13,16 @@ from typing import Literal
 import numpy as np
 import torch
 
-from data_pipeline.augmentations import Augmentation, augmentation
+from data_pipeline.augment.kinds import Augmentation, augmentation
+from data_pipeline.batches import Batch, Loading
 from data_pipeline.cache import ImageCache
-from data_pipeline.index import Index, check_data
-from data_pipeline.loading import Batch, Loading, Stream
-from data_pipeline.order import BatchPlan, plan_batch, plan_evaluation, steps_per_epoch
-from data_pipeline.pipelines import Decoder, decoding_device
-from mae_scale.errors import UsageError
-
-__all__ = ["Batch", "EvaluationLoader", "ImageLoader"]
+from data_pipeline.dali_graph import Decoding
+from data_pipeline.decoder import Decoder
+from data_pipeline.errors import UsageError
+from data_pipeline.index import Index
+from data_pipeline.index_build import check_data
+from data_pipeline.plan import BatchPlan, plan_batch, plan_evaluation, steps_per_epoch
+from data_pipeline.prefetch import Stream
 
 
 class _Loader:
@@ -60,15 +61,15 @@ class _Loader:
         self.seed, self.global_batch = seed, global_batch
         self.augmentation = augmentation(kind) if isinstance(kind, str) else kind
         self.rank, self.world_size, self._prefetch = rank, world_size, prefetch
-        decoder = Decoder(
+        decoding = Decoding(
             self.augmentation,
             image_size,
-            max_batch,
-            device=decoding_device(device),
+            device=device,
             device_id=device_id,
             threads=threads,
             exif_orientation=exif_orientation,
         )
+        decoder = Decoder(decoding, max_batch)
         self.device = decoder.device
         self._loading = Loading(
             index,
@@ -131,11 +132,11 @@ class _Replan:
         self._index, self._kind = index, kind
         self._rest = {"seed": seed, "global_batch": global_batch, "image_size": image_size}
 
-    def __call__(self, step: int, position: int, sample_id: int) -> BatchPlan:
+    def __call__(self, number: int, position: int, sample_id: int) -> BatchPlan:
         return plan_batch(
             self._index,
             self._kind,
-            step=step,
+            number=number,
             positions=np.array([position]),
             sample_ids=np.array([sample_id]),
             **self._rest,
@@ -154,7 +155,7 @@ class ImageLoader(_Loader):
     from how long they take (`read_ahead`). What `cache` holds is not read from the source. With `exif_orientation` each
     image is turned as its EXIF says before it is cut.
 
-    An image that turns bad after indexing is named once in a warning (logger mae_scale.data), replaced by the
+    An image that turns bad after indexing is named once in a warning (logger data_pipeline), replaced by the
     next readable image of the index, and counted in `Batch.replaced` and `bad_images`; above
     `bad_image_limit` (share of the index; one is always allowed), or with on_bad_image="stop", iterating
     raises RunError with the list; so it does when the data folder is gone. An image that is damaged, yet decoded, is
@@ -240,7 +241,7 @@ def _training_plans(
     step = start
     while stop is None or step < stop:
         batch = batch_of(step)
-        plan = plan_batch(index, kind, step=batch, **rest)
+        plan = plan_batch(index, kind, number=batch, **rest)
         for first in range(0, len(plan), micro_batch):
             yield batch, plan[first : first + micro_batch]
         step += 1
@@ -323,7 +324,7 @@ class EvaluationLoader(_Loader):
                 plan_evaluation(
                     self.index,
                     self.augmentation,
-                    batch=batch,
+                    number=batch,
                     global_batch=self.global_batch,
                     positions=positions,
                     image_size=self.image_size,

@@ -1,4 +1,4 @@
-"""What a folder of packed shards says of itself: pack.json, and whether the shards still are what it says.
+"""Read what a folder of packed shards says of itself, pack.json, and check that the shards are what it says.
 
 pack.json is written last: {"format", "source" (digest of the index that was packed), "options", "classes" (names by
 label), "images", "unreadable" ([name, reason]), "shards" ([{"name", "images", "bytes", "sha256", "left_out"}])}.
@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.scanning import Progress, reason_of, run_tasks
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError, reason_of
+from data_pipeline.process_pool import Progress, run_tasks
 
 PACK_NAME = "pack.json"
 UNFINISHED_NAME = "pack.json.unfinished"
@@ -55,7 +55,8 @@ def verify_pack(folder: Path, *, workers: int | None = None, progress: Progress 
         return None
     shards = manifest["shards"]
     tasks = [(str(folder / shard["name"]), shard) for shard in shards]
-    reasons = run_tasks("verifying shards", damage, tasks, [1] * len(tasks), workers, progress)
+    counts = [1] * len(tasks)
+    reasons = run_tasks("verifying shards", damage, tasks, counts, workers=workers, progress=progress)
     found = [(shard["name"], reason) for shard, reason in zip(shards, reasons, strict=True) if reason]
     unknown = {path.name for path in folder.glob("*.tar")} - {shard["name"] for shard in shards}
     return found + [(name, f"not in {PACK_NAME}") for name in sorted(unknown)]

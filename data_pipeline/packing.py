@@ -1,4 +1,4 @@
-"""An image folder as WebDataset tar shards that train to the last bit as the folder does.
+"""Pack an image folder as WebDataset tar shards that train to the last bit as the folder does.
 
 The images are cut into shards in the order of the index, so that the index of the shards lists the same images in
 the same order, with the same labels, classes and sizes: plans, crops and pixels are equal. What a shard holds depends
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
-import json
 import os
 import tarfile
 from collections import Counter
@@ -24,28 +22,17 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.headers import BadImage
-from data_pipeline.index import Index, open_index
+from data_pipeline.byte_reader import ByteReader
+from data_pipeline.errors import BadImage, RunError, UsageError
+from data_pipeline.files import TEMPORARY, whole_file, write_json
+from data_pipeline.index import Index
+from data_pipeline.index_build import open_index
 from data_pipeline.pack_manifest import PACK_FORMAT, PACK_NAME, UNFINISHED_NAME, damage, read_manifest
-from data_pipeline.reading import ByteReader
-from data_pipeline.scanning import Progress, reason_of, run_tasks
-from data_pipeline.whole_file import TEMPORARY, whole_file
-from mae_scale.errors import RunError, UsageError
+from data_pipeline.process_pool import Progress, run_tasks
+from data_pipeline.shrink_image import JPEG_SUFFIXES, Shrinking, shrunk
 
 SHARD_MIB = 256
-QUALITY = 92
 BLOCK = tarfile.BLOCKSIZE
-JPEG_SUFFIXES = (b"jpg", b"jpeg", b"jpe", b"jfif")
-ORIENTATION = 0x0112  # EXIF's tag
-EIGHT_BIT = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}  # Pillow's modes that a JPEG can hold
-
-
-@dataclass(frozen=True)
-class Shrinking:
-    """Re-encode images whose shorter side is above `shorter_side` pixels, as JPEGs of this quality."""
-
-    shorter_side: int
-    quality: int
 
 
 @dataclass(frozen=True)
@@ -83,14 +70,14 @@ def pack(
     with _begun(target, header) as records:
         suffix = _suffix(index)
         tasks = [
-            ShardTask(part, target, name, suffix, shrinking, records.get(name))
+            ShardTask(part, target, name, suffix, shrinking=shrinking, record=records.get(name))
             for name, part in _shards(index, shrinking, shard_mib * 2**20)
         ]
         counts = [len(task.images) for task in tasks]
-        written = run_tasks("packing images", write_shard, tasks, counts, workers, progress)
+        written = run_tasks("packing images", write_shard, tasks, counts, workers=workers, progress=progress)
         shards = [{key: value for key, value in record.items() if key != "format"} for record in written]
         try:
-            _write_json(target / PACK_NAME, {**header, "unreadable": index.unreadable, "shards": shards})
+            write_json(target / PACK_NAME, {**header, "unreadable": index.unreadable, "shards": shards})
             (target / UNFINISHED_NAME).unlink(missing_ok=True)
             for task in tasks:
                 _record_path(target / task.name).unlink(missing_ok=True)
@@ -148,7 +135,7 @@ def _begun(target: Path, header: dict[str, Any]) -> Iterator[dict[str, dict[str,
             path.unlink(missing_ok=True)
         if before is None:
             try:
-                _write_json(target / UNFINISHED_NAME, header)
+                write_json(target / UNFINISHED_NAME, header)
             except PermissionError as error:
                 raise UsageError(f"{target} cannot be written to: {error.strerror}; give another folder") from None
             except OSError as error:
@@ -193,7 +180,7 @@ def _shards(index: Index, shrinking: Shrinking | None, shard_bytes: int) -> Iter
     bounds = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(index)]
     for number, (first, last) in enumerate(pairwise(bounds)):
         rows = index.rows.slice(first, last)
-        yield f"{number:06d}.tar", Index(index.root, rows, [], index.shard_names, index.shard_bytes)
+        yield f"{number:06d}.tar", Index(index.root, rows, [], index.shard_names, shard_bytes=index.shard_bytes)
 
 
 def _suffix(index: Index) -> bytes:
@@ -245,7 +232,7 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
             "sha256": digest.hexdigest(),
             "left_out": left_out,
         }
-        _write_json(_record_path(path), record)
+        write_json(_record_path(path), record)
     except OSError as error:
         raise _unwritten(path, error) from None
     return record
@@ -286,49 +273,8 @@ def _member(name: bytes, data: bytes) -> bytes:
     return header.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape") + data + bytes(-len(data) % BLOCK)
 
 
-def shrunk(data: bytes, shrinking: Shrinking, orientation: int = 1) -> bytes | None:
-    """Return the image in `data` as a JPEG with that shorter side; None when it stays as it is.
-
-    It does when its pixels do not fit into 8 bits, and when it is a TIFF with an orientation.
-
-    Bicubic with antialiasing, as in training. Grey stays grey, CMYK becomes RGB, alpha is dropped; a JPEG keeps its
-    colour sub-sampling. The pixels stay as stored, and EXIF's `orientation` beside them; other metadata are not kept.
-    Raises BadImage when it cannot be decoded.
-    """
-    from PIL import Image, JpegImagePlugin
-
-    Image.MAX_IMAGE_PIXELS = None  # large photographs are what is made smaller here
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode not in EIGHT_BIT or (image.format == "TIFF" and orientation != 1):  # Pillow would turn it
-                return None
-            sampling = max(0, JpegImagePlugin.get_sampling(image)) if image.format == "JPEG" else 0  # 0: 4:4:4
-            grey = image.mode in ("1", "L", "LA")
-            pixels = image.convert("RGBA") if image.mode in ("P", "PA") else image
-            pixels = pixels.convert("L" if grey else "RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and others on damaged data
-        raise BadImage(f"cannot be decoded: {reason_of(error)}") from None
-    shorter = min(pixels.size)
-    size = tuple((2 * side * shrinking.shorter_side + shorter) // (2 * shorter) for side in pixels.size)
-    pixels = pixels.resize(size, Image.Resampling.BICUBIC)
-    pixels.info.clear()
-    file = io.BytesIO()
-    exif = Image.Exif()
-    if orientation != 1:
-        exif[ORIENTATION] = orientation
-    pixels.save(file, "JPEG", quality=shrinking.quality, subsampling=sampling, exif=exif)
-    return file.getvalue()
-
-
 def _record_path(shard: Path) -> Path:
     return shard.with_name(f".{shard.name}.json")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with whole_file(path) as file:
-        file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
 def _unwritten(path: Path, error: OSError) -> RunError:

@@ -1,4 +1,4 @@
-"""scikit-learn's real images, written as image folders: for the demo, the tests and the benchmark."""
+"""Write scikit-learn's real images as image folders: for the demo, the tests and the benchmarks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError
+from data_pipeline.files import write_json
 
 DIGIT_SIZE = 32  # pixels; scikit-learn's are 8 x 8
 PHOTO_SIZE = (500, 375)  # width and height, those of an average ImageNet photograph
@@ -16,7 +17,7 @@ MARK = ".mae_scale_sample.json"
 
 
 def write_digits(root: str | os.PathLike[str]) -> Path:
-    """scikit-learn's 1,797 handwritten digits as grey 32 x 32 JPEGs: root/train/<digit>/ and
+    """Write scikit-learn's 1,797 handwritten digits as grey 32 x 32 JPEGs: root/train/<digit>/ and
     root/val/<digit>/.
 
     Every fifth image of each digit is held out. The same bytes each time; a folder that holds them already is
@@ -43,7 +44,7 @@ def write_digits(root: str | os.PathLike[str]) -> Path:
 
 
 def write_photos(root: str | os.PathLike[str], count: int) -> Path:
-    """`count` random crops of scikit-learn's two photographs as 500 x 375 JPEGs, flat in `root`.
+    """Write `count` random crops of scikit-learn's two photographs as 500 x 375 JPEGs, flat in `root`.
 
     The same bytes each time; a folder that holds them already is left as it is. Raises UsageError when `root`
     holds something else.
@@ -70,7 +71,7 @@ def write_photos(root: str | os.PathLike[str], count: int) -> Path:
 
 
 def _begin(root: Path, content: dict[str, int]) -> bool:
-    """Make `root`; False when it holds `content` already. What an interrupted call left is written over."""
+    """Make `root`; return False when it holds `content` already. What an interrupted call left is written over."""
     mark, unfinished = root / MARK, root / (MARK + ".unfinished")
     if mark.is_file() and json.loads(mark.read_text()) == content:
         return False
@@ -81,12 +82,12 @@ def _begin(root: Path, content: dict[str, int]) -> bool:
         raise UsageError(f"{root} is not empty and holds other files; give a new folder for the sample images")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(content))
+        write_json(unfinished, content)
     except OSError as error:
         raise UsageError(f"{root} cannot be written to: {error.strerror}; give another folder") from None
     return True
 
 
 def _finish(root: Path, content: dict[str, int]) -> None:
-    (root / MARK).write_text(json.dumps(content))
+    write_json(root / MARK, content)
     (root / (MARK + ".unfinished")).unlink()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
 
+from data_pipeline.errors import RunError, UsageError
+from data_pipeline.files import whole_file
 from mae_scale.checkpoints.shards import EMA, ShardReader, digest_of
 from mae_scale.checkpoints.store import Damaged, list_checkpoints, newest_whole, read_manifest, verify
 from mae_scale.config.load import stored_recipe
 from mae_scale.config.schema import Recipe
-from mae_scale.errors import RunError, UsageError
 from mae_scale.models.build import build_classifier_of, build_model
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.mae import MaskedAutoencoder
@@ -126,16 +126,12 @@ def export_weights(model: MaskedAutoencoder | Classifier, path: Path, layout: st
     if path.suffix not in SUFFIXES:
         raise UsageError(f"{path}: expected a name that ends in .safetensors or .pth")
     state = {name: tensor.detach().float().contiguous() for name, tensor in weights_in(model, layout).items()}
-    beside = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
+        with whole_file(path) as file:
             if path.suffix == ".pth":
                 torch.save({"model": state}, file)
             else:
                 file.write(save(state, metadata={"format": "pt", "layout": layout}))
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None

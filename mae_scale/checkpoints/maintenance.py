@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from data_pipeline.errors import UsageError
 from mae_scale.checkpoints.store import (
     Damaged,
     Retention,
@@ -19,7 +20,6 @@ from mae_scale.checkpoints.store import (
     size_of,
     verify,
 )
-from mae_scale.errors import UsageError
 from mae_scale.human_units import duration
 
 

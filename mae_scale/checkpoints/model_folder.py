@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import save
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from data_pipeline.augmentations import EVALUATION_CROP
-from mae_scale.errors import UsageError
-from mae_scale.files import write_atomically, write_json
+from data_pipeline.augment.crop import EVALUATION_CROP
+from data_pipeline.errors import UsageError
+from data_pipeline.files import write_atomically, write_json
+from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.mae import MaskedAutoencoder
 from mae_scale.models.targets import NormalisedPixels, Pixels
@@ -134,8 +134,8 @@ def _preprocessor(image_size: int) -> dict:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(IMAGENET_DEFAULT_MEAN),
-        "image_std": list(IMAGENET_DEFAULT_STD),
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
     }
 
 
@@ -175,8 +175,8 @@ def _for_timm(
             "interpolation": "bicubic",
             "crop_pct": EVALUATION_CROP,
             "crop_mode": "center",
-            "mean": list(IMAGENET_DEFAULT_MEAN),
-            "std": list(IMAGENET_DEFAULT_STD),
+            "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD),
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.errors import RunError, UsageError
 from mae_scale.checkpoints.shards import ShardReader
 from mae_scale.checkpoints.store import (
     Damaged,
@@ -22,7 +23,6 @@ from mae_scale.checkpoints.store import (
     set_aside,
     verify,
 )
-from mae_scale.errors import RunError, UsageError
 
 log = logging.getLogger("mae_scale")
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.errors import RunError
+from data_pipeline.files import sync
 from mae_scale.checkpoints.shards import EngineState, Piece, write_shard
 from mae_scale.checkpoints.store import (
     Retention,
@@ -26,10 +28,8 @@ from mae_scale.checkpoints.store import (
     partial_folder_of,
     partial_folders,
     remove,
-    sync,
     write_manifest,
 )
-from mae_scale.errors import RunError
 
 log = logging.getLogger("mae_scale")
 

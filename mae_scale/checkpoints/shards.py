@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mae_scale.errors import RunError
+from data_pipeline.errors import RunError
 
 DTYPES = {
     torch.float64: "F64",

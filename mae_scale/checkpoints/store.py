@@ -13,13 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.errors import RunError
+from data_pipeline.files import sync, write_json
 from mae_scale.checkpoints.shards import digest_of
-from mae_scale.errors import RunError
 
 log = logging.getLogger("mae_scale")
 
@@ -62,10 +62,7 @@ def write_manifest(folder: Path, facts: dict, files: dict[str, dict]) -> None:
     """The last file of a checkpoint: the facts, each file's {"bytes", "sha256"}, and a digest of itself."""
     content = {**facts, "files": files}
     content["manifest_sha256"] = _digest_of_manifest(content)
-    path = folder / MANIFEST
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    sync(path)
-    sync(folder)
+    write_json(folder / MANIFEST, content)
 
 
 def read_manifest(folder: Path) -> dict:
@@ -174,15 +171,6 @@ def newest_whole(checkpoints: Path) -> tuple[Path, dict]:
 def size_of(folder: Path) -> int:
     """Bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest_of_manifest(content: dict) -> str:

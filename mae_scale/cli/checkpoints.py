@@ -5,7 +5,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from mae_scale.errors import EXIT_FAILED
+from data_pipeline.errors import EXIT_FAILED
 
 checkpoints_app = typer.Typer(help="The checkpoints of a run: which there are, and whether they are whole.")
 Run = Annotated[Path, typer.Argument(metavar="DIR", help="The --out of a run, or its folder checkpoints.")]

@@ -5,7 +5,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from mae_scale.errors import EXIT_FAILED, UsageError
+from data_pipeline.errors import EXIT_FAILED, UsageError
 
 data_app = typer.Typer(help="What images there are, and whether they can be read.")
 
@@ -26,7 +26,7 @@ def data_index(
 
     Example: `mae-scale data index /data/imagenet/train`
     """
-    from data_pipeline.index import open_index
+    from data_pipeline.index_build import open_index
 
     found = open_index(root, index, workers=workers)
     typer.echo("\n".join([found.summary(), *found.remarks.sentences()]))
@@ -45,9 +45,9 @@ def data_verify(
 
     Example: `mae-scale data verify --deep /data/imagenet/train`
     """
-    from data_pipeline.index import open_index
+    from data_pipeline.index_build import open_index
     from data_pipeline.pack_manifest import verify_pack
-    from data_pipeline.verifying import verify
+    from data_pipeline.verify_images import verify
 
     damaged = verify_pack(root)
     if damaged:
@@ -97,7 +97,8 @@ def data_pack(
 
     Example: `mae-scale data pack /data/imagenet/train /data/imagenet_shards/train --shorter-side 512 --quality 92`
     """
-    from data_pipeline.packing import QUALITY, Shrinking, pack
+    from data_pipeline.packing import pack
+    from data_pipeline.shrink_image import QUALITY, Shrinking
 
     if quality is not None and shorter_side is None:
         raise UsageError("--quality re-encodes nothing without --shorter-side; give both, or none to keep the bytes")

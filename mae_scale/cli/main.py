@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from data_pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RunError, UsageError
 from mae_scale.cli.checkpoints import checkpoints_app
 from mae_scale.cli.completion import complete_chain
 from mae_scale.cli.data import data_app
@@ -22,7 +23,6 @@ from mae_scale.cli.recipes import recipes_app
 from mae_scale.cli.train import train_app
 from mae_scale.distributed.ranks import leave, say_error, this_rank
 from mae_scale.distributed.stop_requests import INTERRUPTED
-from mae_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RunError, UsageError
 
 WRONG_ARGUMENTS = typer.BadParameter.__base__  # click's UsageError, wherever this typer has it from
 

@@ -7,9 +7,9 @@ from typing import Annotated, Optional
 
 import typer
 
+from data_pipeline.errors import UsageError
 from mae_scale.cli.completion import complete_override, complete_recipe
 from mae_scale.distributed import stop_requests
-from mae_scale.errors import UsageError
 
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045  (typer reads it at run time)

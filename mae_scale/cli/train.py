@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from data_pipeline.errors import EXIT_DONE, UsageError
 from mae_scale.cli.options import (
     DryRun,
     Json,
@@ -26,7 +27,6 @@ from mae_scale.cli.options import (
     write_text,
 )
 from mae_scale.distributed.ranks import launched, this_rank
-from mae_scale.errors import EXIT_DONE, UsageError
 from mae_scale.tracking.output import Output
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from data_pipeline.errors import UsageError
 from mae_scale.config.hints import contradiction, reason, subject
 from mae_scale.config.old_names import with_new_names
 from mae_scale.config.schema import Recipe
-from mae_scale.errors import UsageError
 
 
 def packaged_recipes() -> list[str]:

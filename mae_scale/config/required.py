@@ -2,7 +2,7 @@
 
 from typing import TypeVar
 
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError
 
 Value = TypeVar("Value")
 

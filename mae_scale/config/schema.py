@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from mae_scale.files import write_atomically
+from data_pipeline.files import write_atomically
 from mae_scale.passwords import without_password
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
+from data_pipeline.errors import RunError, UsageError
 from mae_scale.distributed.ranks import VARIABLES, Ranks, free_port
-from mae_scale.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,8 @@ from datetime import timedelta
 
 import torch
 
+from data_pipeline.errors import RunError
 from mae_scale.distributed.ranks import Ranks
-from mae_scale.errors import RunError
 
 SILENCE_INTERVALS = 2.5
 """A heart that does not beat for so long has stopped."""

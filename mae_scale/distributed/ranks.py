@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import NoReturn
 
-from mae_scale.errors import RunError, UsageError
+from data_pipeline.errors import RunError, UsageError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")

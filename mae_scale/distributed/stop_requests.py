@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
+from data_pipeline.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 from mae_scale.distributed.ranks import launched, leave, this_rank
-from mae_scale.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LAUNCHER_VARIABLE = "MAE_SCALE_LAUNCHER_PID"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_pipeline.loader import Batch
+from data_pipeline.batches import Batch
 from mae_scale.checkpoints.shards import EngineState
 
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 from torch import nn
 
+from data_pipeline.errors import UsageError
 from mae_scale.checkpoints.shards import EngineState
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import collective_timeout
@@ -26,7 +27,6 @@ from mae_scale.engines.optimizers import (
     skip_if_not_finite,
 )
 from mae_scale.engines.policy import engine_name
-from mae_scale.errors import UsageError
 
 OLDEST = (0, 19, 7)
 """The first DeepSpeed that has zero_optimization.compute_grad_norm (see ds_config.checks_gradients)."""

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
+from data_pipeline.errors import UsageError
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.deepspeed_templates import read_template
 from mae_scale.engines.policy import precision_of
-from mae_scale.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from data_pipeline.errors import UsageError
 from mae_scale.config.schema import Recipe
-from mae_scale.errors import UsageError
 from mae_scale.packaged import packaged
 
 

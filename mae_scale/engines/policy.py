@@ -1,8 +1,8 @@
 """What an engine does with a recipe: its name, precision, what is compiled; and which combinations are refused."""
 
+from data_pipeline.errors import UsageError
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.deepspeed_templates import zero_stage_of
-from mae_scale.errors import UsageError
 
 
 def engine_name(recipe: Recipe) -> str:

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+from data_pipeline.errors import EXIT_DONE, EXIT_STOPPED, RunError
 from mae_scale.distributed.stop_requests import LAUNCHER_VARIABLE, SIGNALS, insisted, passing_on, requested
-from mae_scale.errors import EXIT_DONE, EXIT_STOPPED, RunError
 from mae_scale.tracking.mlflow_uri import hide_password
 
 GRACE_S = 15.0

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.errors import RunError, UsageError
 from mae_scale.config.load import load_recipe
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.deepspeed_config import batch_layout
 from mae_scale.engines.policy import refuse_wrong_combinations
-from mae_scale.errors import RunError, UsageError
 from mae_scale.launch.slurm_templates import PROLOGUE, ask_for_gpus, find_template, gpus_of, render, sbatch_options
 from mae_scale.models.build import build_classifier_of, build_model
 from mae_scale.models.weights.autoencoder import to_official

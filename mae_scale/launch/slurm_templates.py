@@ -6,9 +6,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from data_pipeline.errors import UsageError
+from data_pipeline.files import write_atomically
 from mae_scale import __version__
-from mae_scale.errors import UsageError
-from mae_scale.files import write_atomically
 from mae_scale.packaged import packaged
 
 PROLOGUE = "environment.sh"

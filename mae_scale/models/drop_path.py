@@ -15,8 +15,8 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from data_pipeline.order import generator
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError
+from data_pipeline.rng import generator
 
 # Images that share a generator: making one takes as long as drawing for about as many.
 _POSITIONS_A_GENERATOR = 64

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError
 from mae_scale.models.masking import check_masking, kept_patches, mask_noise
 from mae_scale.models.targets import Target, make_target
 from mae_scale.models.vit import (

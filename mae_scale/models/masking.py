@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError
 
 KINDS = ("random", "block", "grid")
 

@@ -13,7 +13,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError
 from mae_scale.models.drop_path import DropPathBlock, drop_path_rates
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)

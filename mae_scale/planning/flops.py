@@ -8,7 +8,7 @@ D x D, and attention.
 
 from __future__ import annotations
 
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError
 from mae_scale.models.masking import kept_patches
 from mae_scale.models.vit import grid_of, resolve_size
 

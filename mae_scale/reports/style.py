@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_scale.files import write_atomically
+from data_pipeline.files import write_atomically
+from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
-# ImageNet's, in RGB of [0, 1]: what the images were normalised by.
-MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
-STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
+MEAN, STD = np.float32(IMAGENET_MEAN), np.float32(IMAGENET_STD)
 BLUE, ORANGE, GREY, DARK = "#1f5fa8", "#c0562b", "#8a8a8a", "#222222"
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from data_pipeline.errors import EXIT_STOPPED, RunError
 from data_pipeline.samples import write_digits
 from mae_scale.config.load import load_recipe
 from mae_scale.config.schema import Recipe
-from mae_scale.errors import EXIT_STOPPED, RunError
 from mae_scale.launch.local import launch_local_ranks
 from mae_scale.passwords import without_password
 
@@ -93,7 +93,7 @@ def features(recipe: Recipe, root: Path, weights: Path | None) -> tuple[np.ndarr
     """Mean-pooled encoder features [N, D] float32 and labels [N] int64 of every image below root."""
     import torch
 
-    from data_pipeline.index import open_index
+    from data_pipeline.index_build import open_index
     from data_pipeline.loader import EvaluationLoader
     from mae_scale.models.build import build_model
     from mae_scale.models.weights.autoencoder import load_official, read_weights

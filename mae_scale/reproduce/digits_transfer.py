@@ -12,9 +12,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline.errors import EXIT_STOPPED, RunError, UsageError
 from data_pipeline.samples import write_digits
 from mae_scale.distributed.stop_requests import passing_on
-from mae_scale.errors import EXIT_STOPPED, RunError, UsageError
 from mae_scale.launch.local import launch_local_ranks
 from mae_scale.reproduce.digits import mlflow_page
 from mae_scale.tasks.classification.partial_curve import partial_curve

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.errors import UsageError
 from mae_scale.config.schema import Recipe
-from mae_scale.errors import UsageError
 from mae_scale.tasks.classification.task import Classification
 from mae_scale.tasks.mae.task import MaskedAutoencoding
 from mae_scale.training.task import Task

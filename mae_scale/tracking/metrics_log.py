@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mae_scale.files import write_atomically
+from data_pipeline.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

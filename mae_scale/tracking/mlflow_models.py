@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mae_scale.files import write_json
+from data_pipeline.files import write_json
+from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from mae_scale.models.classifier import Classifier
 from mae_scale.passwords import redacted, without_password
-from mae_scale.reports.style import MEAN, STD
 from mae_scale.tracking.mlflow_tracker import ENVIRONMENT, MlflowTracker, reason
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,8 @@ class ServedClassifier(nn.Module):
     def __init__(self, classifier: Classifier):
         super().__init__()
         self.classifier = classifier
-        self.register_buffer("mean", torch.tensor(255 * MEAN))
-        self.register_buffer("std", torch.tensor(255 * STD))
+        self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN))
+        self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD))
         self.eval().requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> Tensor:

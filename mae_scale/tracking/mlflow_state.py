@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from mae_scale.files import write_json
+from data_pipeline.files import write_json
 
 logger = logging.getLogger(__name__)
 

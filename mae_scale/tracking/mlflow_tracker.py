@@ -19,7 +19,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError
 from mae_scale.passwords import redacted, without_password
 from mae_scale.tracking.metrics_log import parse_rows, read_metrics
 from mae_scale.tracking.mlflow_artifacts import send_artifact

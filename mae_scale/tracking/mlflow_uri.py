@@ -1,14 +1,14 @@
 """Which MLflow store a run is tracked in, and where that store keeps files. Imports nothing of MLflow."""
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError
+from data_pipeline.files import create_whole
 from mae_scale.passwords import redacted, without_password
 
 VARIABLE, OVERRIDE = "MLFLOW_TRACKING_URI", "tracking.uri"
@@ -92,19 +92,10 @@ def new_sqlite_file(uri: str, fill: Callable[[str], object]) -> None:
     path = sqlite_path(uri)
     if path is None or path.exists():
         return
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     with tempfile.TemporaryDirectory(prefix="mlflow-") as folder:
         draft = Path(folder) / "mlflow.db"
         fill(f"sqlite:///{draft}")
-        try:
-            shutil.copyfile(draft, beside)
-            os.link(beside, path)
-        except FileExistsError:  # another run in the same folder was first
-            return
-        except OSError:  # a file system without links
-            beside.rename(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        create_whole(path, draft.read_bytes())  # False: another run in the same folder was first
 
 
 def _is_web_address(uri: str) -> bool:

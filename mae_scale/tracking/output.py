@@ -6,8 +6,8 @@ import traceback
 from pathlib import Path
 from typing import BinaryIO
 
+from data_pipeline.errors import RunError, UsageError
 from mae_scale.distributed.ranks import this_rank
-from mae_scale.errors import RunError, UsageError
 
 log = logging.getLogger("mae_scale")
 

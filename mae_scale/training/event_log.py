@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from mae_scale.errors import RunError, UsageError
+from data_pipeline.errors import RunError, UsageError
 from mae_scale.tracking.metrics_log import parse_rows
 
 log = logging.getLogger("mae_scale")

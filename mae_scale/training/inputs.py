@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.index import DamagedIndex, Index, check_data, load_index, most_are_there
-from data_pipeline.same_images import differing_images
+from data_pipeline.errors import UsageError
+from data_pipeline.index import DamagedIndex, Index, load_index
+from data_pipeline.index_build import check_data, most_are_there
+from data_pipeline.index_diff import differing_images
 from mae_scale.checkpoints.export import FROZEN
 from mae_scale.checkpoints.shards import digest_of
 from mae_scale.checkpoints.store import Damaged, damaged_folders, list_checkpoints, read_manifest
 from mae_scale.config.load import load_recipe
 from mae_scale.config.schema import Recipe, differing_keys
-from mae_scale.errors import UsageError
 from mae_scale.tracking.metrics_log import read_metrics
 
 log = logging.getLogger("mae_scale")
@@ -194,6 +195,4 @@ def is_prepared(out: Path, recipe: Recipe) -> bool:
 
 def _at(root: Path, index: Index) -> Index:
     """Return an index as a run keeps it: with the place of its folder, however `root` is written."""
-    return Index(
-        Path(os.path.realpath(root)), index.rows, index.classes, index.shard_names, index.shard_bytes, index.remarks
-    )
+    return index.at(Path(os.path.realpath(root)))

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from data_pipeline.loader import Batch, ImageLoader
+from data_pipeline.batches import Batch
+from data_pipeline.errors import RunError, UsageError
+from data_pipeline.loader import ImageLoader
 from mae_scale.checkpoints.resume import load_newest
 from mae_scale.distributed import stop_requests
 from mae_scale.engines.base import Engine, StepResult
-from mae_scale.errors import RunError, UsageError
 from mae_scale.tracking.tracker import Tracking
 from mae_scale.training.context import RunContext
 from mae_scale.training.skipped_steps import RollBack, SkippedSteps

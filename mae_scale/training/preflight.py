@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
-from data_pipeline.augmentations import Augmentation, augmentation
-from data_pipeline.index import open_index
-from data_pipeline.pipelines import decoding_device
+from data_pipeline.augment.kinds import Augmentation, augmentation
+from data_pipeline.dali_graph import decoding_device
+from data_pipeline.errors import UsageError
+from data_pipeline.index_build import open_index
 from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.deepspeed_config import batch_layout, deepspeed_config
 from mae_scale.engines.policy import refuse_wrong_combinations
-from mae_scale.errors import UsageError
 from mae_scale.tracking.mlflow_uri import tracking_uri
 from mae_scale.training.announcement import plan
 from mae_scale.training.inputs import (

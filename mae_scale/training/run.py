@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from data_pipeline.cache import ImageCache
+from data_pipeline.errors import EXIT_DONE, EXIT_STOPPED
+from data_pipeline.files import write_json
 from data_pipeline.index import Index, load_index
 from data_pipeline.loader import ImageLoader
 from mae_scale.checkpoints.save import Saver
@@ -22,8 +24,6 @@ from mae_scale.engines.deepspeed_config import batch_layout
 from mae_scale.engines.deepspeed_templates import zero_stage_of
 from mae_scale.engines.policy import precision_of
 from mae_scale.engines.select import scale_out
-from mae_scale.errors import EXIT_DONE, EXIT_STOPPED
-from mae_scale.files import write_json
 from mae_scale.planning.hardware import peak_flops_per_s
 from mae_scale.reports.pretraining import loss_curve_figure
 from mae_scale.tracking.metrics_log import read_metrics

@@ -21,10 +21,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data_pipeline.errors import EXIT_FAILED, UsageError
+from data_pipeline.files import create_whole, write_atomically
 from mae_scale.distributed.ranks import leave
 from mae_scale.distributed.stop_requests import before_the_end
-from mae_scale.errors import EXIT_FAILED, UsageError
-from mae_scale.files import write_atomically
 
 log = logging.getLogger("mae_scale")
 
@@ -177,20 +177,8 @@ def read_owner(path: Path) -> Owner | None:
 
 
 def _create(path: Path, owner: Owner) -> bool:
-    """Write the lock if it is not there, in whole; False when it is."""
-    beside = path.with_name(f".{path.name}.{owner.token}")
-    write_atomically(beside, _text(owner))
-    try:
-        os.link(beside, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without links
-        if path.exists():
-            return False
-        beside.rename(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return True
+    """Write the lock if it is not there; return False when it is."""
+    return create_whole(path, _text(owner))
 
 
 def _take_over(path: Path, holder: Owner, owner: Owner) -> bool:

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from data_pipeline.order import steps_per_epoch
+from data_pipeline.plan import steps_per_epoch
 from mae_scale.config.schema import Recipe
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from data_pipeline.augmentations import Augmentation, augmentation
+from data_pipeline.augment.kinds import Augmentation, augmentation
 from data_pipeline.index import Index, load_index
 from data_pipeline.loader import ImageLoader
 from mae_scale.config.schema import Recipe

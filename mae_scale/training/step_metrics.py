@@ -5,7 +5,8 @@ import time
 
 import torch
 
-from data_pipeline.loader import Batch, ImageLoader
+from data_pipeline.batches import Batch
+from data_pipeline.loader import ImageLoader
 from mae_scale.engines.base import StepResult
 from mae_scale.planning.flops import mfu
 from mae_scale.training.context import RunContext

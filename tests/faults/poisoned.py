@@ -13,7 +13,7 @@ whole = Reconstruct.tensors
 
 def poisoned(self, batch, device):
     images, *rest = whole(self, batch, device)
-    return (torch.full_like(images, torch.nan) if FIRST <= batch.step < LAST else images, *rest)
+    return (torch.full_like(images, torch.nan) if FIRST <= batch.number < LAST else images, *rest)
 
 
 Reconstruct.tensors = poisoned

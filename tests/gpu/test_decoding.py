@@ -7,13 +7,15 @@ import torch
 pytest.importorskip("nvidia.dali")
 pytest.importorskip("sklearn")
 
-from data_pipeline import pipelines
-from data_pipeline.augmentations import augmentation
-from data_pipeline.index import build_index
+from data_pipeline import dali_graph
+from data_pipeline.augment.kinds import augmentation
+from data_pipeline.byte_reader import ByteReader
+from data_pipeline.dali_graph import Decoding, decoding_device
+from data_pipeline.decoder import Decoder
+from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
-from data_pipeline.order import plan_batch
-from data_pipeline.pipelines import IMAGENET_MEAN, IMAGENET_STD, Decoder, decoding_device
-from data_pipeline.reading import ByteReader
+from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from data_pipeline.plan import plan_batch
 from data_pipeline.samples import write_photos
 
 pytestmark = pytest.mark.timeout(300)
@@ -46,10 +48,10 @@ def decoded(index, kind, device, size=224, micro_batch=None, order=1):
     """Pixels of every image, decoded `micro_batch` at a time (all), in the order of the index or backwards (-1)."""
     kind = augmentation(kind)
     ids = np.arange(len(index))
-    plan = plan_batch(index, kind, seed=0, step=1, global_batch=len(index), sample_ids=ids, image_size=size)
+    plan = plan_batch(index, kind, seed=0, number=1, global_batch=len(index), sample_ids=ids, image_size=size)
     reader = ByteReader(index)
     micro_batch = micro_batch or len(index)
-    decoder = Decoder(kind, size, micro_batch, device=device, device_id=0)
+    decoder = Decoder(Decoding(kind, size, device=device, device_id=0), micro_batch)
     found = []
     for first in range(0, len(index), micro_batch):
         rows = ids[::order][first : first + micro_batch]
@@ -81,7 +83,7 @@ def test_pixels_are_the_cpus(index, kind):
 @pytest.mark.parametrize("fancy", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_pixels_depend_neither_on_the_micro_batch_nor_on_the_images_beside(index, kind, fancy, monkeypatch):
-    monkeypatch.setitem(pipelines.MIXED_DECODER, "jpeg_fancy_upsampling", fancy)
+    monkeypatch.setitem(dali_graph.MIXED_DECODER, "jpeg_fancy_upsampling", fancy)
     whole = decoded(index, kind, "mixed", micro_batch=16)
     for micro_batch in (1, 2, 8):
         assert np.array_equal(decoded(index, kind, "mixed", micro_batch=micro_batch), whole), micro_batch
@@ -95,7 +97,7 @@ def test_fancy_up_sampling_brings_420_images_closer_to_the_cpus(index, monkeypat
     on_cpu = decoded(photos, "random_resized_crop", "cpu")
     error = {}
     for fancy in (True, False):
-        monkeypatch.setitem(pipelines.MIXED_DECODER, "jpeg_fancy_upsampling", fancy)
+        monkeypatch.setitem(dali_graph.MIXED_DECODER, "jpeg_fancy_upsampling", fancy)
         error[fancy] = np.abs(decoded(photos, "random_resized_crop", "mixed") - on_cpu).mean(axis=(1, 2, 3))
     assert error[True].max() < 0.5
     assert (error[True] < error[False]).all()
@@ -155,10 +157,11 @@ def test_other_image_types_and_turned_images_are_the_cpus(tmp_path, exif_orienta
     index = build_index(tmp_path, progress=False)
     index = index.turned() if exif_orientation else index
     kind, ids = augmentation("random_resized_crop"), np.arange(len(index))
-    plan = plan_batch(index, kind, seed=0, step=1, global_batch=len(ids), sample_ids=ids, image_size=64)
+    plan = plan_batch(index, kind, seed=0, number=1, global_batch=len(ids), sample_ids=ids, image_size=64)
     found = []
     for device in ("cpu", "mixed"):
-        decoder = Decoder(kind, 64, len(ids), device=device, device_id=0, exif_orientation=exif_orientation)
+        decoding = Decoding(kind, 64, device=device, device_id=0, exif_orientation=exif_orientation)
+        decoder = Decoder(decoding, len(ids))
         images = decoder.decode([ByteReader(index).read(i) for i in ids], plan)
         images = images.as_cpu() if device == "mixed" else images
         found.append(levels(torch.from_numpy(np.array(images.as_array()))))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_pipeline.loader import Batch
+from data_pipeline.batches import Batch
 from mae_scale.checkpoints.resume import load_newest
 from mae_scale.checkpoints.save import Saver
 from mae_scale.checkpoints.store import Retention

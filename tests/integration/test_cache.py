@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from data_pipeline import cache as cache_module
+from data_pipeline.byte_reader import ByteReader
 from data_pipeline.cache import FREE_SHARE, ImageCache
-from data_pipeline.headers import BadImage
-from data_pipeline.index import build_index
+from data_pipeline.errors import BadImage
+from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
-from data_pipeline.reading import ByteReader
 
 STEPS, BATCH = 5, 71  # 355 images: an epoch without a remainder
 EPOCH = {"image_size": 16, "seed": 5, "device": "cpu", "global_batch": BATCH, "micro_batch": BATCH}
@@ -92,7 +92,7 @@ def test_another_index_has_its_own_images(index, folder):
 FILLING = """
 import sys, time
 from data_pipeline import cache
-from data_pipeline.index import build_index
+from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
 root, folder, pause_s, rounds = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
 checksum = cache._checksum

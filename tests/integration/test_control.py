@@ -9,15 +9,15 @@ import psutil
 import pytest
 import torch
 
+from data_pipeline.errors import RunError
 from mae_scale.distributed.heartbeat import Control
 from mae_scale.distributed.ranks import Ranks
-from mae_scale.errors import RunError
 from tests import warm
 
 TIMEOUT_S = 2.0
 LAUNCHER = """
 import os, sys
-from mae_scale.errors import RunError
+from data_pipeline.errors import RunError
 from mae_scale.launch import local
 local.GRACE_S = 3.0  # timeouts are shorter here, too
 try:
@@ -31,7 +31,7 @@ import os, signal, sys, time, traceback
 from mae_scale.distributed import stop_requests
 stop_requests.listen()
 import torch
-from mae_scale.errors import RunError
+from data_pipeline.errors import RunError
 from mae_scale.distributed.heartbeat import Control
 from mae_scale.distributed.collectives import process_group
 from mae_scale.distributed.ranks import leave, ranks_from_environment

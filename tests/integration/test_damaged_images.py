@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from data_pipeline.loading import _damaged
-from data_pipeline.pipelines import Decoder
+from data_pipeline.batches import _damaged
+from data_pipeline.dali_graph import Decoding
+from data_pipeline.decoder import Decoder
 from tests.image_types import DEEP, READ, encoded, write_all
 from tests.tiny import TINY, losses
 
@@ -142,16 +143,16 @@ def test_what_else_is_written_to_the_standard_error_while_images_are_decoded_com
     """C's stderr is another file meanwhile: a library's lines are passed on, Python's go straight through."""
     import ctypes
 
-    from data_pipeline.augmentations import augmentation
-    from data_pipeline.index import build_index
-    from data_pipeline.order import plan_batch
-    from data_pipeline.reading import ByteReader
+    from data_pipeline.augment.kinds import augmentation
+    from data_pipeline.byte_reader import ByteReader
+    from data_pipeline.index_build import build_index
+    from data_pipeline.plan import plan_batch
 
     (tmp_path / "half.jpg").write_bytes(damaged(kinds_of_jpeg()["plain"], "half", 0))
     index = build_index(tmp_path, progress=False)
     kind = augmentation("none")
-    plan = plan_batch(index, kind, seed=0, step=0, global_batch=1, sample_ids=np.array([0]), image_size=32)
-    decoder = Decoder(kind, 32, 1)
+    plan = plan_batch(index, kind, seed=0, number=0, global_batch=1, sample_ids=np.array([0]), image_size=32)
+    decoder = Decoder(Decoding(kind, 32, device="cpu"), 1)
     libc = ctypes.CDLL(None)
     libc.fputs.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     build = decoder._build

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.augmentations import augmentation
-from data_pipeline.headers import BadImage
-from data_pipeline.index import build_index
+from data_pipeline.augment.kinds import augmentation
+from data_pipeline.byte_reader import ByteReader
+from data_pipeline.dali_graph import Decoding
+from data_pipeline.decoder import Decoder
+from data_pipeline.errors import BadImage, RunError
+from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
-from data_pipeline.order import plan_batch
-from data_pipeline.pipelines import Decoder
-from data_pipeline.reading import ByteReader
-from mae_scale.errors import RunError
+from data_pipeline.plan import plan_batch
 
 FRAME = """Critical error in pipeline:
 Error in {kind} operator `nvidia.dali.fn.decoders.image_slice`,
@@ -74,9 +74,9 @@ def setting(index, count=4):
     """A decoder, the bytes of the first images, and the plan for them."""
     kind = augmentation("evaluation")
     rows = np.arange(count)
-    plan = plan_batch(index, kind, seed=0, step=0, global_batch=count, sample_ids=rows, image_size=32)
+    plan = plan_batch(index, kind, seed=0, number=0, global_batch=count, sample_ids=rows, image_size=32)
     reader = ByteReader(index)
-    return Decoder(kind, 32, 4), [reader.read(int(row)) for row in rows], plan
+    return Decoder(Decoding(kind, 32, device="cpu"), 4), [reader.read(int(row)) for row in rows], plan
 
 
 class Failing:
@@ -122,7 +122,7 @@ def test_a_refused_image_is_bad_only_when_a_sound_one_of_its_size_can_be_decoded
     monkeypatch.setattr(decoder, "_build", lambda: Failing(text))
     with pytest.raises(RunError, match="for lack of memory"):
         decoder.decode(encoded, plan)
-    from data_pipeline.decoding_failures import control_image
+    from data_pipeline.dali_errors import control_image
 
     control = control_image(encoded[0])
     assert Image.open(io.BytesIO(control.tobytes())).size == (400, 300)
@@ -181,9 +181,9 @@ def test_a_loader_replaces_a_bad_image_and_stops_for_lack_of_memory(index, tmp_p
 LIMITED = """
 import resource, sys
 import PIL.Image
-from data_pipeline.index import build_index
+from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
-from mae_scale.errors import RunError
+from data_pipeline.errors import RunError
 
 PIL.Image.init()
 index = build_index(sys.argv[1], workers=1, progress=False)

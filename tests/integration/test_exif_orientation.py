@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from data_pipeline.augmentations import augmentation
-from data_pipeline.index import build_index, load_index, open_index
+from data_pipeline.augment.kinds import augmentation
+from data_pipeline.byte_reader import ByteReader
+from data_pipeline.dali_graph import Decoding
+from data_pipeline.decoder import Decoder
+from data_pipeline.errors import UsageError
+from data_pipeline.index import load_index
+from data_pipeline.index_build import build_index, open_index
 from data_pipeline.loader import EvaluationLoader, ImageLoader
-from data_pipeline.order import plan_batch
-from data_pipeline.pipelines import Decoder
-from data_pipeline.reading import ByteReader
-from mae_scale.errors import UsageError
+from data_pipeline.plan import plan_batch
 from tests.image_types import photo
 from tests.integration.test_image_types import pixels
 from tests.tiny import TINY, losses
@@ -60,9 +62,9 @@ def test_crops_are_pillows_of_the_image_turned_or_as_stored(folder, exif_orienta
         assert (index.width[i], index.height[i]) == wanted(index.path(i)).size, index.name(i)
     kind = augmentation("random_resized_crop", flip=0.0)
     plan = plan_batch(
-        *(index, kind), seed=0, step=0, global_batch=len(index), sample_ids=np.arange(len(index)), image_size=SIDE
+        *(index, kind), seed=0, number=0, global_batch=len(index), sample_ids=np.arange(len(index)), image_size=SIDE
     )
-    decoder = Decoder(kind, SIDE, len(index), exif_orientation=exif_orientation)
+    decoder = Decoder(Decoding(kind, SIDE, device="cpu", exif_orientation=exif_orientation), len(index))
     reader = ByteReader(index)
     ours = pixels(decoder.decode([reader.read(i) for i in range(len(index))], plan).as_array())
     for i, image in enumerate(ours):

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from data_pipeline.cache import ImageCache
-from data_pipeline.index import build_index
+from data_pipeline.index_build import build_index
 from data_pipeline.loader import EvaluationLoader, ImageLoader
-from data_pipeline.pipelines import IMAGENET_MEAN, IMAGENET_STD
+from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from tests.image_types import DEEP, READ, REFUSED, encoded, photo, sixteen_bits, write_all
 from tests.tiny import TINY, losses
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mae_scale.errors import RunError
+from data_pipeline.errors import RunError
 from mae_scale.launch import local
 from mae_scale.launch.local import launch_local_ranks
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.index import build_index
+from data_pipeline.errors import RunError, UsageError
+from data_pipeline.index_build import build_index
 from data_pipeline.loader import EvaluationLoader, ImageLoader
 from data_pipeline.samples import write_digits
-from mae_scale.errors import RunError, UsageError
 
 COMMON = {"image_size": 32, "seed": 11, "device": "cpu"}
 
@@ -53,7 +53,7 @@ def collect(index, world_size=1, steps=(0, 4), **options):
         settings |= COMMON | options
         with ImageLoader(index, rank=rank, world_size=world_size, **settings) as loader:
             for batch in loader:
-                parts[batch.step].append(batch)
+                parts[batch.number].append(batch)
     return {
         step: (
             torch.cat([b.images for b in batches]),
@@ -217,7 +217,7 @@ def test_an_image_that_turns_bad_is_replaced_by_the_same_neighbour_on_any_ranks(
     row = 13
     bad = int(reference[1][2][row])
     damage(copy.path(bad))
-    with caplog.at_level(logging.WARNING, "mae_scale.data"):
+    with caplog.at_level(logging.WARNING, "data_pipeline"):
         one = collect(copy)
     assert caplog.text.count("bad image") == 1
     assert copy.name(bad) in caplog.text
@@ -314,13 +314,13 @@ def loader_threads() -> list[str]:
 def test_leaving_early_ends_the_threads_at_once(index):
     loader = ImageLoader(index, global_batch=24, micro_batch=24, **COMMON)
     for batch in loader:
-        if batch.step == 3:
+        if batch.number == 3:
             break
     start = time.monotonic()
     loader.close()
     assert time.monotonic() - start < 2
     iterator = iter(loader)
-    assert next(iterator).step == 0
+    assert next(iterator).number == 0
     del loader, iterator
     for _ in range(50):
         if not loader_threads():
@@ -333,7 +333,7 @@ def test_an_error_in_the_thread_reaches_the_consumer(index, monkeypatch):
     def fail(*_, **__):
         raise ZeroDivisionError("of the thread")
 
-    monkeypatch.setattr("data_pipeline.loading.to_torch", fail)
+    monkeypatch.setattr("data_pipeline.batches.to_torch", fail)
     with pytest.raises(ZeroDivisionError, match="of the thread"):
         collect(index)
     assert loader_threads() == []
@@ -342,7 +342,7 @@ def test_an_error_in_the_thread_reaches_the_consumer(index, monkeypatch):
 @pytest.mark.parametrize("end", ["pass", "raise SystemExit(0)", "loader.close()"])
 def test_the_interpreter_ends_while_a_loader_runs(digits, end):
     code = (
-        "from data_pipeline.index import build_index\n"
+        "from data_pipeline.index_build import build_index\n"
         "from data_pipeline.loader import ImageLoader\n"
         f"index = build_index({str(digits)!r}, progress=False)\n"
         "loader = ImageLoader(index, image_size=32, global_batch=24, micro_batch=4, device='cpu')\n"
@@ -378,4 +378,4 @@ def test_what_an_objective_draws_comes_with_the_batch_and_is_drawn_in_the_backgr
     assert seen == [(step, list(range(first, first + 8))) for step in (6, 7) for first in (0, 8, 16)]
     for batch in batches:
         (numbers,) = batch.drawn
-        assert np.array_equal(numbers.numpy(), batch.positions + 100 * batch.step)
+        assert np.array_equal(numbers.numpy(), batch.positions + 100 * batch.number)

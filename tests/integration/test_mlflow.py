@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError
 from mae_scale.tracking import mlflow_tracker
 from mae_scale.tracking.metrics_log import MetricsLog
 from mae_scale.tracking.mlflow_tracker import MlflowTracker

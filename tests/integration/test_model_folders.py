@@ -10,8 +10,8 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
-from data_pipeline.augmentations import augmentation
-from data_pipeline.index import open_index
+from data_pipeline.augment.kinds import augmentation
+from data_pipeline.index_build import open_index
 from mae_scale.checkpoints import model_folder
 from mae_scale.checkpoints.export import EMA
 from mae_scale.checkpoints.shards import Piece, write_shard

@@ -17,7 +17,7 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
-from data_pipeline.index import open_index
+from data_pipeline.index_build import open_index
 from data_pipeline.loader import EvaluationLoader
 from mae_scale.checkpoints.export import checkpoint_model
 from mae_scale.checkpoints.store import list_checkpoints

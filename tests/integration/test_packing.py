@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from data_pipeline import packing
-from data_pipeline.index import build_index, load_index
+from data_pipeline.index import load_index
+from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
 from tests.pictures import picture, put
 from tests.tiny import arguments, losses

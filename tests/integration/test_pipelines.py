@@ -15,15 +15,16 @@ import torch
 import torchvision.transforms.functional as F
 from PIL import Image, ImageOps
 
-from data_pipeline import pipelines
-from data_pipeline.augmentations import Augmentation, augmentation
-from data_pipeline.headers import BadImage
-from data_pipeline.index import build_index
-from data_pipeline.order import plan_batch
-from data_pipeline.pipelines import IMAGENET_MEAN, IMAGENET_STD, MIXED_DECODER, Decoder, decoding_device
-from data_pipeline.reading import ByteReader
+from data_pipeline import dali_graph
+from data_pipeline.augment.kinds import Augmentation, augmentation
+from data_pipeline.byte_reader import ByteReader
+from data_pipeline.dali_graph import MIXED_DECODER, Decoding, decoding_device
+from data_pipeline.decoder import Decoder
+from data_pipeline.errors import BadImage, UsageError
+from data_pipeline.index_build import build_index
+from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from data_pipeline.plan import plan_batch
 from data_pipeline.samples import write_photos
-from mae_scale.errors import UsageError
 
 COUNT = 8
 BICUBIC = F.InterpolationMode.BICUBIC
@@ -53,13 +54,13 @@ def decoded(index, kind, size, device="cpu", seed=0):
         index,
         kind,
         seed=seed,
-        step=1,
+        number=1,
         global_batch=len(index),
         sample_ids=np.arange(len(index)),
         image_size=size,
     )
     reader = ByteReader(index)
-    decoder = Decoder(kind, size, len(index), device=device)
+    decoder = Decoder(Decoding(kind, size, device=device), len(index))
     return plan, pixels(decoder.decode([reader.read(i) for i in range(len(index))], plan))
 
 
@@ -154,9 +155,9 @@ def test_an_image_turned_by_exif_is_cropped_as_stored(tmp_path, index):
     assert ImageOps.exif_transpose(Image.open(tmp_path / "turned.jpg")).size == (375, 500)
     turned = build_index(tmp_path, progress=False)
     kind = augmentation("evaluation")
-    plan = plan_batch(turned, kind, seed=0, step=0, global_batch=2, sample_ids=np.array([0, 1]), image_size=64)
+    plan = plan_batch(turned, kind, seed=0, number=0, global_batch=2, sample_ids=np.array([0, 1]), image_size=64)
     reader = ByteReader(turned)
-    images = pixels(Decoder(kind, 64, 2).decode([reader.read(0), reader.read(1)], plan))
+    images = pixels(Decoder(Decoding(kind, 64, device="cpu"), 2).decode([reader.read(0), reader.read(1)], plan))
     assert np.array_equal(images[0], images[1])
 
 
@@ -169,9 +170,9 @@ def test_grey_images_have_three_equal_channels(index):
 
 def test_decoding_goes_on_after_an_image_that_cannot_be_decoded(index):
     kind = augmentation("evaluation")
-    plan = plan_batch(index, kind, seed=0, step=0, global_batch=2, sample_ids=np.array([0, 1]), image_size=64)
+    plan = plan_batch(index, kind, seed=0, number=0, global_batch=2, sample_ids=np.array([0, 1]), image_size=64)
     reader = ByteReader(index)
-    decoder = Decoder(kind, 64, 2)
+    decoder = Decoder(Decoding(kind, 64, device="cpu"), 2)
     good = [reader.read(0), reader.read(1)]
     before = pixels(decoder.decode(good, plan))
     with pytest.raises(BadImage, match="cannot be decoded") as error:
@@ -184,10 +185,10 @@ def test_outputs_stay_what_they_are_while_more_is_decoded(index):
     kind = augmentation("random_resized_crop")
     reader = ByteReader(index)
     encoded = [reader.read(i) for i in range(8)]
-    decoder = Decoder(kind, 64, 8)
+    decoder = Decoder(Decoding(kind, 64, device="cpu"), 8)
     kept, copies = [], []
     for step in range(6):
-        plan = plan_batch(index, kind, seed=0, step=step, global_batch=8, sample_ids=np.arange(8), image_size=64)
+        plan = plan_batch(index, kind, seed=0, number=step, global_batch=8, sample_ids=np.arange(8), image_size=64)
         kept.append(torch.from_dlpack(decoder.decode(encoded, plan).as_tensor()))
         copies.append(kept[-1].clone())
     decoder.close()
@@ -212,9 +213,9 @@ def test_options_of_the_gpu_are_known_to_dali_and_leave_the_cpu_as_it_is(index, 
 
 
 def test_options_of_the_gpu_are_read_when_the_graph_is_built(index, monkeypatch):
-    monkeypatch.setitem(pipelines.MIXED_DECODER, "no_such_option", 1)
+    monkeypatch.setitem(dali_graph.MIXED_DECODER, "no_such_option", 1)
     decoded(index, "evaluation", 64)
-    decoder = Decoder(augmentation("evaluation"), 64, 2)
+    decoder = Decoder(Decoding(augmentation("evaluation"), 64, device="cpu"), 2)
     decoder.device = "mixed"  # the graph is defined before DALI misses the GPU
     with pytest.raises(KeyError, match="no_such_option"):
         decoder._build()
@@ -235,9 +236,9 @@ def test_device_is_the_gpu_when_there_is_one_and_the_cpu_otherwise():
 def test_without_dali_the_error_names_what_to_install():
     code = (
         "import sys; sys.modules['nvidia.dali'] = None\n"
-        "import data_pipeline.loader, data_pipeline.augmentations\n"
-        "from mae_scale.errors import UsageError\n"
-        "from data_pipeline.pipelines import decoding_device\n"
+        "import data_pipeline.loader, data_pipeline.augment.kinds\n"
+        "from data_pipeline.errors import UsageError\n"
+        "from data_pipeline.dali_graph import decoding_device\n"
         "try: decoding_device('auto')\n"
         "except UsageError as error: print(error)\n"
     )

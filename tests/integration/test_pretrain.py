@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from PIL import Image
 from safetensors import safe_open
 
-from data_pipeline.order import epoch_permutation
+from data_pipeline.plan import epoch_permutation
 from mae_scale.checkpoints.export import checkpoint_model
 from mae_scale.checkpoints.store import list_checkpoints, verify
 from mae_scale.cli.main import main

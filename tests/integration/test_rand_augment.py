@@ -15,12 +15,15 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from timm.data import auto_augment
 
-from data_pipeline.augmentations import augmentation
-from data_pipeline.index import build_index
-from data_pipeline.order import erasing_noise, plan_batch
-from data_pipeline.pipelines import IMAGENET_MEAN, IMAGENET_STD, Decoder
-from data_pipeline.rand_augment import FILL, ROTATE, TRANSLATE_X, apply_operations, to_arguments, to_matrices
-from data_pipeline.reading import ByteReader
+from data_pipeline.augment.kinds import augmentation
+from data_pipeline.augment.rand_augment import FILL, ROTATE, TRANSLATE_X, apply_operations, to_arguments, to_matrices
+from data_pipeline.augment.random_erasing import erasing_noise
+from data_pipeline.byte_reader import ByteReader
+from data_pipeline.dali_graph import Decoding
+from data_pipeline.decoder import Decoder
+from data_pipeline.index_build import build_index
+from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from data_pipeline.plan import plan_batch
 from data_pipeline.samples import write_digits, write_photos
 from tests.integration.test_loader import COMMON, collect, same
 from tests.unit.test_rand_augment import TIMM
@@ -158,7 +161,7 @@ def decoded(index, **changes) -> np.ndarray:
     """The first image of the index, whole and still unflipped, with `changes` of its plan: float [SIZE, SIZE, 3]."""
     kind = augmentation("rand_augment")
     height, width = int(index.height[0]), int(index.width[0])
-    plan = plan_batch(index, kind, seed=0, step=0, global_batch=1, sample_ids=np.array([0]), image_size=SIZE)
+    plan = plan_batch(index, kind, seed=0, number=0, global_batch=1, sample_ids=np.array([0]), image_size=SIZE)
     columns = {
         "crops": np.array([[0, 0, height, width]], np.int32),
         "regions": np.array([[0, 0, height, width]], np.float32),
@@ -166,7 +169,7 @@ def decoded(index, **changes) -> np.ndarray:
         "operations": np.full((1, 2), -1, np.int32),
         "arguments": np.zeros((1, 2), np.float32),
     }
-    decoder = Decoder(kind, SIZE, 1)
+    decoder = Decoder(Decoding(kind, SIZE, device="cpu"), 1)
     images = decoder.decode([ByteReader(index).read(0)], replace(plan, **columns | changes)).as_array()
     return (images[0].transpose(1, 2, 0) * np.array(IMAGENET_STD) + np.array(IMAGENET_MEAN)) * 255
 
@@ -214,7 +217,7 @@ def test_the_augmented_batch_has_the_same_bytes(index, reference, options):
 
 def plan_of(index, step: int, **changes):
     common = {"seed": COMMON["seed"], "image_size": COMMON["image_size"], "global_batch": 24}
-    return plan_batch(index, ERASING, step=step, **common, **changes)
+    return plan_batch(index, ERASING, number=step, **common, **changes)
 
 
 def test_boxes_are_filled_with_noise_and_nothing_else_is_touched(index, reference):
@@ -222,7 +225,8 @@ def test_boxes_are_filled_with_noise_and_nothing_else_is_touched(index, referenc
     changed = 0
     for step, (images, *_) in reference.items():
         expected = whole[step][0].clone()
-        for place, noise in erasing_noise(plan_of(index, step), seed=COMMON["seed"], step=step):
+        plan = plan_of(index, step)
+        for place, noise in erasing_noise(plan.erase, plan.positions, seed=COMMON["seed"], number=step):
             expected[place] = torch.from_numpy(noise)
             changed += 1
         assert torch.equal(images, expected)

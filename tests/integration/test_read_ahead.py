@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline import reading
-from data_pipeline.headers import BadImage
-from data_pipeline.index import Index, build_index
+from data_pipeline import byte_reader
+from data_pipeline.byte_reader import ByteReader
+from data_pipeline.errors import BadImage
+from data_pipeline.index import Index
+from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
 from data_pipeline.read_ahead import MOST_IN_FLIGHT, ReadAhead
-from data_pipeline.reading import ByteReader
 
 SLOW_S = 0.005
 
@@ -77,7 +78,7 @@ def test_a_loader_with_slow_reads_gives_the_same_batches_at_two_thousand_images_
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.labels, other.labels)
         assert np.array_equal(one.sample_ids, other.sample_ids)
-        assert one.step == other.step
+        assert one.number == other.number
 
 
 def test_fast_reads_use_few_threads_and_slow_ones_at_most_the_bound():
@@ -193,14 +194,14 @@ def test_shards_are_opened_side_by_side(digits, tmp_path, monkeypatch):
         with tarfile.open(tmp_path / f"{number:02d}.tar", "w") as archive:
             archive.add(file, file.name)
     shards = build_index(tmp_path, progress=False)
-    monkeypatch.setattr(reading, "OPEN_SHARDS", 4)
-    opened = reading._Descriptor.__init__
+    monkeypatch.setattr(byte_reader, "OPEN_SHARDS", 4)
+    opened = byte_reader._Descriptor.__init__
 
     def slow(self, path):
         time.sleep(0.1)
         opened(self, path)
 
-    monkeypatch.setattr(reading._Descriptor, "__init__", slow)
+    monkeypatch.setattr(byte_reader._Descriptor, "__init__", slow)
     reader = ByteReader(shards)
     with ReadAhead(reader.read, least=24, most=24) as ahead:
         began = time.perf_counter()

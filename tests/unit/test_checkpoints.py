@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from data_pipeline.errors import RunError
 from mae_scale.checkpoints.shards import Piece, ShardReader, digest_of, share_of, write_shard
 from mae_scale.checkpoints.store import (
     Damaged,
@@ -24,7 +25,6 @@ from mae_scale.checkpoints.store import (
     verify,
     write_manifest,
 )
-from mae_scale.errors import RunError
 
 
 def state(sizes: list[int]) -> list[Piece]:

@@ -7,10 +7,10 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from data_pipeline.loader import Batch
+from data_pipeline.batches import Batch
+from data_pipeline.errors import UsageError
 from mae_scale.config.load import load_recipe
 from mae_scale.engines.optimizers import parameter_groups
-from mae_scale.errors import UsageError
 from mae_scale.models.classifier import GlobalBatchNorm, build_classifier
 from mae_scale.models.weights.classifier import classifier_to_timm
 from mae_scale.tasks.classification.objective import Classify

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError
 from mae_scale.models.classifier import build_classifier
 from mae_scale.models.mae import build_mae
 from mae_scale.models.vit import parameter_count

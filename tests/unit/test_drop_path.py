@@ -8,10 +8,10 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from data_pipeline.errors import UsageError
 from mae_scale.config.load import load_recipe
 from mae_scale.engines.activation_checkpointing import checkpoint_activations
 from mae_scale.engines.compilation import compile_blocks
-from mae_scale.errors import UsageError
 from mae_scale.models.drop_path import DropPathBlock, draw_branch_scales, drop_path_rates
 from mae_scale.models.mae import build_mae
 from mae_scale.models.vit import layer_norm, patchify

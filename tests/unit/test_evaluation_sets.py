@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from timm.data import ImageNetInfo
 
+from data_pipeline.errors import UsageError
 from data_pipeline.index import INDEX_NAME, Index
-from mae_scale.errors import UsageError
 from mae_scale.tasks.classification.datasets import (
     ALEXNET_ERROR,
     EXTRA_CORRUPTIONS,

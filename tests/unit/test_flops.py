@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError
 from mae_scale.models.mae import build_mae
 from mae_scale.planning.flops import mae_forward_flops, mfu, training_flops, vit_forward_macs
 from mae_scale.planning.hardware import peak_flops_per_s

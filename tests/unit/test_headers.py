@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.headers import BadImage, check_whole, read_header
+from data_pipeline.errors import BadImage
+from data_pipeline.image_header.read import check_whole, read_header
 from tests.image_types import DEEP, READ, REFUSED, photo
 
 

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.headers import BadImage, read_header
-from data_pipeline.index import INDEX_NAME, DamagedIndex, build_index, load_index, open_index
-from data_pipeline.listing import list_folder
-from data_pipeline.reading import ByteReader
-from data_pipeline.verifying import verify
-from mae_scale.errors import UsageError
+from data_pipeline.byte_reader import ByteReader
+from data_pipeline.errors import BadImage, UsageError
+from data_pipeline.folder_listing import list_folder
+from data_pipeline.image_header.read import read_header
+from data_pipeline.index import INDEX_NAME, DamagedIndex, load_index
+from data_pipeline.index_build import build_index, open_index
+from data_pipeline.verify_images import verify
 
 
 def picture(height=40, width=60, kind="JPEG", mode="RGB", **options) -> bytes:
@@ -379,7 +380,7 @@ def test_verify_names_what_changed_and_deep_decodes_every_image(folder):
 
 def test_index_and_order_need_neither_torch_nor_dali():
     code = (
-        "import sys, data_pipeline.index, data_pipeline.order, data_pipeline.pipelines;"
+        "import sys, data_pipeline.index_build, data_pipeline.plan, data_pipeline.decoder;"
         "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'nvidia')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError
 from mae_scale.models.mae import build_mae
 from mae_scale.models.targets import NormalisedPixels
 from mae_scale.models.vit import parameter_count, patchify, unpatchify

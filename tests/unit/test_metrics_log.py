@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from mae_scale.files import write_atomically
+from data_pipeline.files import write_atomically
 from mae_scale.tracking.metrics_log import MetricsLog, read_metrics
 
 

@@ -12,18 +12,13 @@ from scipy.stats import ks_2samp
 from timm.data import random_erasing
 from torchvision.transforms import RandomResizedCrop
 
-from data_pipeline.augmentations import augmentation, jitter_slots
-from data_pipeline.order import (
-    epoch_permutation,
-    erasing_boxes,
-    erasing_noise,
-    generator,
-    plan_batch,
-    plan_evaluation,
-    random_resized_crops,
-    steps_per_epoch,
-)
-from mae_scale.errors import UsageError
+from data_pipeline.augment.colour_jitter import jitter_slots
+from data_pipeline.augment.crop import random_resized_crops
+from data_pipeline.augment.kinds import augmentation
+from data_pipeline.augment.random_erasing import erasing_boxes, erasing_noise
+from data_pipeline.errors import UsageError
+from data_pipeline.plan import epoch_permutation, plan_batch, plan_evaluation, steps_per_epoch
+from data_pipeline.rng import generator
 
 RANDOM_RESIZED = augmentation("random_resized_crop")
 PERMUTATION = [1, 0, 4, 9, 8, 7, 3, 2, 5, 6]
@@ -74,11 +69,11 @@ def test_generator_depends_on_every_part_of_its_key_and_on_nothing_else():
 def test_order_and_crops_are_the_same_in_every_version():
     """Saved runs rely on these numbers: a change here breaks resuming."""
     assert epoch_permutation(0, 0, 10).tolist() == PERMUTATION
-    plan = plan_batch(Sizes(), RANDOM_RESIZED, seed=7, step=40, global_batch=4)
+    plan = plan_batch(Sizes(), RANDOM_RESIZED, seed=7, number=40, global_batch=4)
     assert plan.sample_ids.tolist() == SAMPLE_IDS
     assert plan.crops.tolist() == CROPS
     assert plan.flips.tolist() == FLIPS
-    plan = plan_batch(Sizes(), augmentation("rand_augment", erasing=0.5), seed=7, step=40, global_batch=4)
+    plan = plan_batch(Sizes(), augmentation("rand_augment", erasing=0.5), seed=7, number=40, global_batch=4)
     assert plan.flips.tolist() == FLIPS
     assert plan.operations.tolist() == OPERATIONS
     assert plan.arguments.tolist() == pytest.approx(np.array(ARGUMENTS), abs=1e-5)
@@ -89,7 +84,7 @@ def test_order_and_crops_are_the_same_in_every_version():
 def test_plans_are_what_they_were_before_rand_augment(name):
     digest = hashlib.blake2b(digest_size=8)
     for seed, step in ((0, 0), (7, 40), (3, 10**6)):
-        plan = plan_batch(Sizes(), augmentation(name), seed=seed, step=step, global_batch=24)
+        plan = plan_batch(Sizes(), augmentation(name), seed=seed, number=step, global_batch=24)
         for column in DIGESTED:
             digest.update(np.ascontiguousarray(getattr(plan, column)).tobytes())
         assert (plan.operations == -1).all()
@@ -105,7 +100,7 @@ def test_every_image_is_seen_exactly_once_an_epoch_but_for_the_remainder():
     for epoch in range(3):
         seen = np.concatenate(
             [
-                plan_batch(index, RANDOM_RESIZED, seed=5, step=epoch * steps + k, global_batch=16).sample_ids
+                plan_batch(index, RANDOM_RESIZED, seed=5, number=epoch * steps + k, global_batch=16).sample_ids
                 for k in range(steps)
             ]
         )
@@ -129,7 +124,7 @@ def test_too_few_images_for_one_global_batch_is_a_clear_error():
 def test_any_part_of_a_global_batch_is_the_part_of_the_whole(name):
     index = Sizes()
     kind = augmentation(name, erasing=0.5)
-    common = {"seed": 3, "step": 17, "global_batch": 24}
+    common = {"seed": 3, "number": 17, "global_batch": 24}
     whole = plan_batch(index, kind, **common)
     assert len({tuple(box) for box in whole.erase}) > 4
     for positions in (slice(0, 12), slice(12, 24), slice(7, 8), np.array([20, 3])):
@@ -139,7 +134,7 @@ def test_any_part_of_a_global_batch_is_the_part_of_the_whole(name):
 def test_the_same_image_at_another_step_or_position_is_cropped_anew():
     index = Sizes(64, 300, 400)
     plans = [
-        plan_batch(index, RANDOM_RESIZED, seed=0, step=step, global_batch=32, sample_ids=np.zeros(32, int))
+        plan_batch(index, RANDOM_RESIZED, seed=0, number=step, global_batch=32, sample_ids=np.zeros(32, int))
         for step in range(4)
     ]
     crops = np.concatenate([plan.crops for plan in plans])
@@ -218,9 +213,9 @@ def test_erased_boxes_are_distributed_as_timms(monkeypatch, size):
 
 
 def test_noise_is_standard_normal_and_belongs_to_its_position():
-    common = {"seed": 1, "step": 5, "global_batch": 16}
+    common = {"seed": 1, "number": 5, "global_batch": 16}
     plan = plan_batch(Sizes(), augmentation("none", erasing=1.0), **common)
-    patches = erasing_noise(plan, seed=1, step=5)
+    patches = erasing_noise(plan.erase, plan.positions, seed=1, number=5)
     assert [place[0] for place, _ in patches] == list(range(16))
     for (row, channels, *place), noise in patches:
         y, x, height, width = plan.erase[row]
@@ -231,11 +226,12 @@ def test_noise_is_standard_normal_and_belongs_to_its_position():
     assert abs(values.std() - 1) < 0.01
     assert abs((np.abs(values) < 1).mean() - 0.6827) < 0.01
     assert len({noise[0, 0, 0] for _, noise in patches}) == 16
-    (place, noise), _ = erasing_noise(plan[np.array([9, 2])], seed=1, step=5)
+    (place, noise), _ = erasing_noise(plan.erase[[9, 2]], plan.positions[[9, 2]], seed=1, number=5)
     assert place[0] == 0
     assert np.array_equal(noise, patches[9][1])
-    for seed, step in ((2, 5), (1, 6)):
-        assert not np.array_equal(erasing_noise(plan, seed=seed, step=step)[9][1], noise)
+    for seed, number in ((2, 5), (1, 6)):
+        other = erasing_noise(plan.erase, plan.positions, seed=seed, number=number)[9][1]
+        assert not np.array_equal(other, noise)
 
 
 def test_fixed_crops_have_one_size_and_every_offset():
@@ -244,7 +240,7 @@ def test_fixed_crops_have_one_size_and_every_offset():
         Sizes(count, 256, 512),
         augmentation("fixed_crop"),
         seed=0,
-        step=0,
+        number=0,
         global_batch=count,
         image_size=224,
     )
@@ -256,7 +252,7 @@ def test_fixed_crops_have_one_size_and_every_offset():
 
 def test_no_augmentation_draws_nothing():
     plans = [
-        plan_batch(Sizes(), augmentation("none"), seed=s, step=s, global_batch=8, sample_ids=np.arange(8))
+        plan_batch(Sizes(), augmentation("none"), seed=s, number=s, global_batch=8, sample_ids=np.arange(8))
         for s in (0, 1)
     ]
     assert np.array_equal(plans[0].regions, plans[1].regions)
@@ -271,12 +267,12 @@ def test_unknown_augmentation_is_a_clear_error():
 def test_options_replace_parts_of_an_augmentation():
     index = Sizes(2000, 300, 400)
     kind = augmentation("rand_augment", crop_scale=0.5, flip=0.1, erasing=0.3)
-    plan = plan_batch(index, kind, seed=0, step=0, global_batch=2000)
+    plan = plan_batch(index, kind, seed=0, number=0, global_batch=2000)
     share = plan.crops[:, 2] * plan.crops[:, 3] / (300 * 400)
     assert 0.49 < share.min() < 0.52
     assert abs(plan.flips.mean() - 0.1) < 0.03
     assert abs((plan.erase[:, 2] > 0).mean() - 0.3) < 0.04
-    plan = plan_batch(index, augmentation("rand_augment"), seed=0, step=0, global_batch=2000)
+    plan = plan_batch(index, augmentation("rand_augment"), seed=0, number=0, global_batch=2000)
     share = plan.crops[:, 2] * plan.crops[:, 3] / (300 * 400)
     assert 0.07 < share.min() < 0.1
     assert abs(plan.flips.mean() - 0.5) < 0.05
@@ -300,7 +296,7 @@ def test_an_option_that_does_not_fit_is_a_clear_error(name, options, message):
 
 def test_colour_jitter_draws_its_range_in_every_order():
     jitter = augmentation("random_resized_crop_color_jitter")
-    plan = plan_batch(Sizes(600), jitter, seed=0, step=0, global_batch=600)
+    plan = plan_batch(Sizes(600), jitter, seed=0, number=0, global_batch=600)
     assert 0.6 <= plan.jitter.min() < 0.61
     assert 1.39 < plan.jitter.max() <= 1.4
     assert len({tuple(order) for order in plan.jitter_order}) == 6
@@ -330,7 +326,7 @@ def test_evaluation_gives_every_image_once_and_marks_the_filling():
             plan = plan_evaluation(
                 index,
                 augmentation("evaluation"),
-                batch=batch,
+                number=batch,
                 global_batch=8,
                 positions=slice(4 * rank, 4 * rank + 4),
             )
@@ -342,8 +338,8 @@ def test_evaluation_gives_every_image_once_and_marks_the_filling():
 @pytest.mark.parametrize("kind", [RANDOM_RESIZED, augmentation("rand_augment", erasing=0.25)], ids=lambda k: k.name)
 def test_planning_a_global_batch_of_4096_takes_milliseconds(kind):
     index = Sizes(5000)
-    plan_batch(index, kind, seed=0, step=0, global_batch=4096)
+    plan_batch(index, kind, seed=0, number=0, global_batch=4096)
     start = time.process_time()
     for _ in range(5):
-        plan_batch(index, kind, seed=0, step=0, global_batch=4096, positions=slice(0, 64))
+        plan_batch(index, kind, seed=0, number=0, global_batch=4096, positions=slice(0, 64))
     assert (time.process_time() - start) / 5 < 0.1

@@ -7,8 +7,8 @@ import pytest
 from scipy.stats import chi2_contingency, ks_2samp
 from timm.data import auto_augment, create_transform
 
-from data_pipeline import rand_augment
-from data_pipeline.order import generator
+from data_pipeline.augment import rand_augment
+from data_pipeline.rng import generator
 
 TIMM = {
     "AutoContrast": rand_augment.AUTO_CONTRAST,

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import UsageError
 from mae_scale.config.load import load_recipe, packaged_recipes
 from mae_scale.config.schema import differing_keys
 from mae_scale.engines.deepspeed_config import batch_layout, deepspeed_config
 from mae_scale.engines.policy import refuse_wrong_combinations
-from mae_scale.errors import UsageError
 from mae_scale.planning.hardware import peak_flops_per_s
 from mae_scale.tasks.registry import task_of
 from mae_scale.training.preflight import training_augmentation

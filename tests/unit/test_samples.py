@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from data_pipeline.errors import UsageError
 from data_pipeline.samples import write_digits, write_photos
-from mae_scale.errors import UsageError
 
 
 def digest(root: Path) -> str:

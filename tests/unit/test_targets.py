@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError
 from mae_scale.models.mae import build_mae
 from mae_scale.models.targets import NormalisedPixels, PcaCoefficients, Pixels, Target, fit_pca, make_target
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError
 from mae_scale.passwords import redacted, without_password
 from mae_scale.tracking.mlflow_uri import artifact_location, hide_password, new_sqlite_file, tracking_uri
 

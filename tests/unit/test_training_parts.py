@@ -9,12 +9,12 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
+from data_pipeline.errors import UsageError
 from mae_scale.config.load import load_recipe
 from mae_scale.engines.deepspeed import OLDEST, _deepspeed
 from mae_scale.engines.deepspeed_config import batch_layout, checks_gradients, deepspeed_config
 from mae_scale.engines.optimizers import parameter_groups
 from mae_scale.engines.policy import compiles, refuse_wrong_combinations
-from mae_scale.errors import UsageError
 from mae_scale.models.mae import build_mae
 from mae_scale.packaged import packaged
 from mae_scale.tasks.mae.objective import Reconstruct

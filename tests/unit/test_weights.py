@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError
 from mae_scale.models.mae import build_mae
 from mae_scale.models.vit import Encoder, ViTSize
 from mae_scale.models.weights.autoencoder import (

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError
 from mae_scale.models.mae import MaskedAutoencoder
 from mae_scale.models.vit import SIZES, Encoder, ViTSize, sincos_positions
 

@@ -18,7 +18,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.weights.autoencoder import (
     AUTOENCODER,

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.index import Index, open_index
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError
+from data_pipeline.index import Index
+from data_pipeline.index_build import open_index
 
 KINDS = ("folder", "imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-c")
 # Images in each published set (in each severity of each corruption for ImageNet-C).

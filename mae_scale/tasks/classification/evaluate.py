@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.errors import UsageError
 from mae_scale.checkpoints.export import find_checkpoint, starting_weights
 from mae_scale.checkpoints.store import read_manifest
 from mae_scale.config.required import required
@@ -17,7 +18,6 @@ from mae_scale.distributed.collectives import first_then_others, process_group
 from mae_scale.distributed.heartbeat import Control
 from mae_scale.distributed.ranks import Ranks, ranks_from_environment
 from mae_scale.engines.policy import precision_of
-from mae_scale.errors import UsageError
 from mae_scale.models.build import build_classifier_of
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.weights.classifier import classes_in, load_classifier

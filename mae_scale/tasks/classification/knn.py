@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from data_pipeline.index import Index, open_index
+from data_pipeline.errors import UsageError
+from data_pipeline.index import Index
+from data_pipeline.index_build import open_index
 from data_pipeline.loader import EvaluationLoader
 from mae_scale.checkpoints.export import starting_weights
 from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others
 from mae_scale.distributed.ranks import Ranks
-from mae_scale.errors import UsageError
 from mae_scale.models.build import build_classifier_of
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.weights.classifier import classes_in, load_classifier

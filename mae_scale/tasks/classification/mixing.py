@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.order import generator
+from data_pipeline.rng import generator
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mae_scale.models.drop_path import draw_branch_scales
 from mae_scale.tasks.classification.mixing import draw_mix, mix_images, soft_targets
 
 if TYPE_CHECKING:
-    from data_pipeline.loader import Batch
+    from data_pipeline.batches import Batch
     from mae_scale.config.schema import ClassifierSection
 
 

@@ -8,9 +8,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.errors import UsageError
 from mae_scale.config.load import load_recipe
 from mae_scale.config.schema import Recipe
-from mae_scale.errors import UsageError
 from mae_scale.models.vit import resolve_size
 from mae_scale.reports.partial_curve import partial_curve_figure
 from mae_scale.tasks.classification.validation import EVALUATION

@@ -1,7 +1,7 @@
 """The accuracy on data.val_root while a classifier is trained."""
 
+from data_pipeline.files import write_json
 from mae_scale.engines.base import Engine
-from mae_scale.files import write_json
 from mae_scale.tasks.classification.datasets import EvaluationSet
 from mae_scale.tasks.classification.measure import measure, report
 from mae_scale.training.context import RunContext

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_pipeline.order import generator
+from data_pipeline.rng import generator
 from mae_scale.models.drop_path import draw_branch_scales
 from mae_scale.models.mae import MaskedAutoencoder
 from mae_scale.models.masking import mask_noise
 from mae_scale.models.vit import patchify
 
 if TYPE_CHECKING:
-    from data_pipeline.loader import Batch
+    from data_pipeline.batches import Batch
 
 
 class Reconstruct(nn.Module):

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipeline.augmentations import augmentation
-from data_pipeline.index import open_index
+from data_pipeline.augment.kinds import augmentation
+from data_pipeline.errors import UsageError
+from data_pipeline.files import write_atomically
+from data_pipeline.index_build import open_index
 from mae_scale.checkpoints.export import checkpoint_model, find_checkpoint
 from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others
 from mae_scale.engines.base import Engine
-from mae_scale.errors import UsageError
-from mae_scale.files import write_atomically
 from mae_scale.models.build import build_model
 from mae_scale.models.mae import MaskedAutoencoder
 from mae_scale.models.weights.autoencoder import load_hf, load_official, read_weights

@@ -1,4 +1,4 @@
-"""The bytes of one image by its place in the index: a file, or a stretch of a tar shard."""
+"""Read the bytes of one image by its place in the index: a file, or a stretch of a tar shard."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections import OrderedDict
 
 import numpy as np
 
-from data_pipeline.headers import BadImage, check_whole
+from data_pipeline.errors import BadImage
+from data_pipeline.image_header.read import check_whole
 from data_pipeline.index import Index
 
 OPEN_SHARDS = 128
@@ -23,7 +24,7 @@ class ByteReader:
         self._lock = threading.Lock()
 
     def read(self, image: int) -> np.ndarray:
-        """The encoded bytes of image `image`, uint8 [bytes].
+        """Return the encoded bytes of image `image`, uint8 [bytes].
 
         Raises BadImage when they are gone, are not as many as the index says, or do not begin and end as an
         image does.

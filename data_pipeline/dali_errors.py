@@ -1,4 +1,4 @@
-"""DALI's errors: the decoder refused an image, or the machine failed, mostly for lack of memory.
+"""Read DALI's errors: the decoder refused an image, or the machine failed, mostly for lack of memory.
 
 An image may be replaced by another only when it is the image's fault. DALI's text alone does not tell: it hides a
 failed allocation inside a decoder behind "Failed to decode sample". So a refused image counts as bad only when
@@ -13,8 +13,8 @@ import resource
 
 import numpy as np
 
-from data_pipeline.headers import BadImage, read_header
-from mae_scale.errors import RunError
+from data_pipeline.errors import BadImage, RunError
+from data_pipeline.image_header.read import read_header
 
 CROP_OUTSIDE = "The cropping window"  # the image is smaller than the index says
 LARGEST_CONTROL = 2**28  # pixels; no control image is made for a header that promises more
@@ -35,7 +35,7 @@ _MEMORY = re.compile(
 )
 
 
-def reason_of(error: Exception) -> str:
+def reason_in(error: Exception) -> str:
     """Return the line of DALI's message that says what happened."""
     _, _, rest = str(error).rpartition("encountered:")
     lines = [line.strip() for line in rest.splitlines()]
@@ -46,7 +46,7 @@ def reason_of(error: Exception) -> str:
 
 def names_an_image(error: Exception) -> bool:
     """Return whether a decoder refused an image; the machine can still be the cause."""
-    return bool(_REFUSED.search(reason_of(error)))
+    return bool(_REFUSED.search(reason_in(error)))
 
 
 def control_image(encoded: np.ndarray) -> np.ndarray | None:
@@ -72,10 +72,10 @@ def machine_failure(error: Exception, num_images: int, device_id: int | None, *,
     what = f"DALI cannot decode a batch of {num_images} images"
     if not memory and not isinstance(error, MemoryError) and not _MEMORY.search(str(error)):
         return RunError(
-            f"{what}, and no image is the cause ({reason_of(error)}); the same command goes on from the last checkpoint"
+            f"{what}, and no image is the cause ({reason_in(error)}); the same command goes on from the last checkpoint"
         )
     advice = "a smaller engine.micro_batch or fewer data.threads" + (", or data.device=cpu" * (device_id is not None))
-    return RunError(f"{what} for lack of memory ({reason_of(error)}); {_held(device_id)}; choose {advice}")
+    return RunError(f"{what} for lack of memory ({reason_in(error)}); {_held(device_id)}; choose {advice}")
 
 
 def _held(device_id: int | None) -> str:

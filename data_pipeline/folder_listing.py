@@ -1,4 +1,4 @@
-"""What lies in a data folder, and which of its folders are classes."""
+"""List what lies in a data folder, nothing opened: images or shards, and which folders are classes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 
-from data_pipeline.headers import IMAGE_SUFFIXES
-from mae_scale.errors import UsageError
+from data_pipeline.errors import UsageError
+from data_pipeline.image_header.read import IMAGE_SUFFIXES
 
 CHUNK_NAMES = 1000
 BESIDE_SHARDS = frozenset((".json", ".idx", ".txt", ".md"))  # what packers leave beside shards: no images are missed
@@ -71,7 +71,7 @@ def list_folder(root: Path) -> Listing:
         found_instead = f", but {skipped} other file{'s' * (skipped != 1)}" if skipped else ""
         raise UsageError(
             f"no image in {root}{found_instead}; expected {', '.join(IMAGE_SUFFIXES)} files, flat or in a "
-            "folder a class, or uncompressed .tar shards in WebDataset layout"
+            "folder per class, or uncompressed .tar shards in WebDataset layout"
         )
     classes, labels = _classes([name for name, is_folder in entries if is_folder], {folder for folder, _ in found})
     chunks: list[tuple[int, bytes]] = []
@@ -81,7 +81,8 @@ def list_folder(root: Path) -> Listing:
             chunks.append((label, b"\0".join(some)))
     if shards:
         others = Counter({suffix: count for suffix, count in others.items() if suffix not in BESIDE_SHARDS})
-    return Listing(root, classes if found else [], chunks, shards, dict(others), _not_followed(loops))
+    classes, left_out = classes if found else [], dict(others)
+    return Listing(root, classes, chunks, shards, left_out=left_out, loops=_not_followed(loops))
 
 
 def folder_problem(root: Path) -> str | None:
@@ -104,7 +105,7 @@ def _not_followed(loops: list[bytes]) -> list[str]:
 
 
 def _classes(top: list[bytes], holders: set[bytes]) -> tuple[list[str], dict[bytes, int]]:
-    """The classes by name, and the label of each folder that holds images (-1 for the root, b"").
+    """Return the classes by name, and the label of each folder that holds images (-1 for the root, b"").
 
     The classes are the folders `top` in the root, whatever lies below them: also an only folder "images", as in
     Tiny-ImageNet. Where none of them holds images but some hold several folders of them, as iNaturalist (Aves/3100)
@@ -123,13 +124,13 @@ def _uppermost(folders: set[bytes]) -> set[bytes]:
 
 
 def _from_top(folder: bytes) -> Iterator[bytes]:
-    """b"a/b/c" -> b"a", b"a/b", b"a/b/c"."""
+    """Return b"a", b"a/b" and b"a/b/c" of b"a/b/c"."""
     parts = folder.split(b"/")
     return (b"/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
 
 
 def _entries(folder: bytes) -> list[tuple[bytes, bool]]:
-    """(name, is a folder) of a folder's entries, in the order that their full paths have as bytes."""
+    """Return (name, is a folder) of a folder's entries, in the order that their full paths have as bytes."""
     try:
         with os.scandir(folder) as entries:
             found = [(entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith(b".")]
@@ -148,7 +149,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _walk(root: bytes, folder: bytes, above: frozenset[tuple[int, int]], loops: list[bytes]) -> Iterator[bytes]:
-    """Relative paths of all files below root/folder; a link to a folder above itself is noted in `loops` instead."""
+    """Yield the relative paths of all files below root/folder; note links to a folder above themselves in `loops`."""
     status = os.stat(os.path.join(root, folder))
     if (status.st_dev, status.st_ino) in above:
         loops.append(folder)

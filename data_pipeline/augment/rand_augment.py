@@ -1,8 +1,6 @@
-"""RandAugment (Cubuk et al., 2020) as timm's `rand-m9-mstd0.5-inc1`: what is drawn an image, and the DALI operators
-that apply it.
+"""RandAugment (Cubuk et al., 2020) as timm's `rand-m9-mstd0.5-inc1`.
 
-Two layers; each applies, with probability 0.5, one of 15 operations whose strength is drawn around magnitude 9. The
-numbers come from `order`; only `apply_operations`, inside a DALI graph, needs DALI.
+Two layers; each applies, with probability 0.5, one of 15 operations whose strength is drawn around magnitude 9.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ if TYPE_CHECKING:
     from nvidia.dali.pipeline import DataNode
 
 LAYERS = 2
+NO_OPERATION = -1
 PROBABILITY = 0.5
 MAGNITUDE, MAGNITUDE_STD, MAGNITUDE_MAX = 9.0, 0.5, 10.0
 FILL = (124.0, 116.0, 104.0)  # ImageNet's mean colour, of 255: what geometric operations show beyond the image
@@ -42,7 +41,7 @@ OPERATIONS = 15
 
 
 def draw_operations(uniform: np.ndarray, normal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(operations int32 [n, 2], arguments float32 [n, 2]) of `uniform` [n, 2, 3] in [0, 1) (which operation,
+    """Return operations int32 [n, 2] and arguments float32 [n, 2] of `uniform` [n, 2, 3] in [0, 1) (which operation,
     whether it is applied, its sign) and `normal` [n, 2] (standard normal).
 
     Operations are numbers of the list above, drawn with replacement, or -1 where none is applied.
@@ -51,11 +50,11 @@ def draw_operations(uniform: np.ndarray, normal: np.ndarray) -> tuple[np.ndarray
     magnitudes = np.clip(MAGNITUDE + MAGNITUDE_STD * normal, 0, MAGNITUDE_MAX)
     arguments = to_arguments(operations, magnitudes, np.where(uniform[..., 2] < 0.5, -1, 1))
     applied = uniform[..., 1] < PROBABILITY
-    return np.where(applied, operations, np.int32(-1)), np.where(applied, arguments, np.float32(0))
+    return np.where(applied, operations, np.int32(NO_OPERATION)), np.where(applied, arguments, np.float32(0))
 
 
 def to_arguments(operations: np.ndarray, magnitudes: np.ndarray, signs: np.ndarray) -> np.ndarray:
-    """timm's arguments of `operations` at `magnitudes` in [0, 10]: float32, of the shape of all three.
+    """Return timm's arguments of `operations` at `magnitudes` in [0, 10]: float32, of the shape of all three.
 
     Rotate: degrees; Shear: a share; TranslateRel: a share of the side; Posterize: the bits kept; Solarize: the
     threshold; SolarizeAdd: the levels added; the four enhancements: the factor, 1 for no change. `signs` (1 or
@@ -78,7 +77,7 @@ def to_arguments(operations: np.ndarray, magnitudes: np.ndarray, signs: np.ndarr
 
 
 def to_matrices(operations: np.ndarray, arguments: np.ndarray, image_size: int) -> np.ndarray:
-    """Where each pixel of the output is found in the input, in pixels from the corner: float32 [..., 3, 3] of
+    """Return where each pixel of the output is found in the input, in pixels from the corner: float32 [..., 3, 3] of
     operations and arguments [...], the identity for an operation that is not geometric.
 
     A rotation is about the middle, counter-clockwise as Pillow's.
@@ -96,7 +95,7 @@ def to_matrices(operations: np.ndarray, arguments: np.ndarray, image_size: int) 
 
 
 def apply_operations(images: DataNode, operations: DataNode, arguments: DataNode, matrices: DataNode) -> DataNode:
-    """DALI, in a graph with conditionals: uint8 RGB images [S, S, 3] with both layers of operations.
+    """Apply both layers of operations to uint8 RGB images [S, S, 3], in a DALI graph with conditionals.
 
     `operations` [2], `arguments` [2] and `matrices` [2, 3, 3] (of `to_matrices`) are on the host.
     """
@@ -106,7 +105,7 @@ def apply_operations(images: DataNode, operations: DataNode, arguments: DataNode
 
 
 def _apply(images: DataNode, operation: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:
-    """One operation on each image.
+    """Apply one operation to each image.
 
     What Pillow, and so timm, does otherwise: geometric operations stop at the image's edge, where this blends the
     last pixels with the fill colour, and are bicubic with a coefficient of -0.5, OpenCV's -0.75 here; equalising
@@ -144,7 +143,7 @@ def _apply(images: DataNode, operation: DataNode, argument: DataNode, matrix: Da
 
 
 def _enhance(images: DataNode, operation: DataNode, factor: DataNode) -> DataNode:
-    """Pillow's ImageEnhance: the image x `factor` and what is missing to 1 of the grey image (colour), its mean
+    """Apply Pillow's ImageEnhance: the image x `factor` and what is missing to 1 of the grey image (colour), its mean
     (contrast), the smooth image (sharpness) or black (brightness)."""
     from nvidia.dali import fn, types
 
@@ -162,7 +161,7 @@ def _enhance(images: DataNode, operation: DataNode, factor: DataNode) -> DataNod
 
 
 def _linear(images: DataNode, scale: DataNode, offset: DataNode | float) -> DataNode:
-    """images x scale + offset, cut to whole levels as Pillow does, where DALI rounds."""
+    """Return images x scale + offset, cut to whole levels as Pillow does, where DALI rounds."""
     return _uint8(images * scale + (offset - 0.4999))
 
 

@@ -1,17 +1,16 @@
-"""What the readers of all image formats share: a window on an image's bytes, what a header says, what is wrong."""
+"""A window on an image's bytes, and what every format's reader returns: height, width, orientation."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
+
+from data_pipeline.errors import BadImage
 
 HEAD_BYTES = 4096  # enough for nearly every header; embedded thumbnails and colour profiles are skipped over
 
 Read = Callable[[int, int], bytes]  # (offset, length) -> at most that many bytes of an image
-
-
-class BadImage(Exception):
-    """An image that cannot be used; the message is the reason, without the path."""
 
 
 class Header(NamedTuple):
@@ -44,3 +43,8 @@ class Window:
         if len(found) < length:
             raise BadImage(f"truncated {what} (its header is not all there)")
         return found
+
+
+def reader_of(fd: int, base: int, size: int) -> Read:
+    """Return a function that reads (offset, length) of the `size` bytes at `base` of an open file."""
+    return lambda offset, length: os.pread(fd, max(0, min(length, size - offset)), base + offset)

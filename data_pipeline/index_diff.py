@@ -1,4 +1,4 @@
-"""Two indexes, of two folders: which images differ. The folders' places and the files' times do not count."""
+"""Find the images in which two indexes, of two folders, differ; the folders' places and files' times do not count."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def differing_images(kept: Index, found: Index, *, part: bool) -> list[str]:
 
 
 def _images(index: Index) -> Iterator[tuple]:
-    """What each image is, wherever its folder lies."""
+    """Yield what each image is, wherever its folder lies."""
     columns = (index.num_bytes, index.height, index.width, index.offset, index.label)
     for row, (*sizes, label) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
         yield index.name(row), *sizes, index.classes[label] if label >= 0 and index.classes else label

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
-import queue
-import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
+from data_pipeline.augment.random_erasing import erase, erasing_noise
+from data_pipeline.byte_reader import ByteReader
 from data_pipeline.cache import ImageCache
-from data_pipeline.headers import BadImage
-from data_pipeline.index_table import Index
-from data_pipeline.listing import folder_problem
-from data_pipeline.order import BatchPlan, erasing_noise
-from data_pipeline.pipelines import Decoder
+from data_pipeline.decoder import Decoder
+from data_pipeline.errors import BadImage, RunError
+from data_pipeline.folder_listing import folder_problem
+from data_pipeline.index import Index
+from data_pipeline.plan import BatchPlan
 from data_pipeline.read_ahead import ReadAhead
-from data_pipeline.reading import ByteReader
-from mae_scale.errors import RunError
 
 SHOWN = 20  # bad images listed when a run stops
-POLL_S = 0.1
 
 Read = Callable[[int], tuple[np.ndarray, bool]]  # an image's encoded bytes, and whether they come from the cache
 
-log = logging.getLogger("mae_scale.data")
+log = logging.getLogger("data_pipeline")
 
 _damaged: set[tuple[Path, str]] = set()  # (root, name) of the images that this process has named
 
@@ -46,7 +41,7 @@ class Batch:
     same device, -1 without a label;
     `sample_ids` int64 [n] (NumPy), rows of the index, those of the replacements where images were bad;
     `positions` int64 [n] (NumPy) in the global batch; `valid` bool [n] (NumPy), False for filling and for bad
-    images of an evaluation; `step` the number of the batch; `replaced` how many of the n were bad; `cache_hits` how
+    images of an evaluation; `number` the number of the batch; `replaced` how many of the n were bad; `cache_hits` how
     many were read from the cache; `drawn` what else was drawn for these positions, on the host (pinned when there is a
     GPU).
     """
@@ -56,7 +51,7 @@ class Batch:
     sample_ids: np.ndarray
     positions: np.ndarray
     valid: np.ndarray
-    step: int
+    number: int
     replaced: int
     cache_hits: int = 0
     drawn: tuple[torch.Tensor, ...] = ()
@@ -65,8 +60,8 @@ class Batch:
 class Loading:
     """Turns plans into batches, replacing images that cannot be read or decoded by the next readable ones.
 
-    `replan(step, position, sample_id)` gives the one-row plan of another image in that place, with the same
-    random numbers; `draw(step, positions)` gives `Batch.drawn`; `seed` is for the noise of random erasing; `cache` is
+    `replan(number, position, sample_id)` gives the one-row plan of another image in that place, with the same
+    random numbers; `draw(number, positions)` gives `Batch.drawn`; `seed` is for the noise of random erasing; `cache` is
     read before the source. Whether an image is bad is judged anew each time, so that a batch depends on the files alone
     and not on what this process met before. `bad_images` maps each bad name met so far to its reason.
     """
@@ -92,7 +87,7 @@ class Loading:
         self._stream: torch.cuda.Stream | None = None
 
     def batches(self, plans: Iterator[tuple[int, BatchPlan]]) -> Iterator[Batch]:
-        """Yield one batch for each (step, plan).
+        """Yield one batch for each (number, plan).
 
         While a batch is decoded, the reads of at least one more plan go on, and of enough plans that twice the
         reads in flight are ahead.
@@ -100,8 +95,8 @@ class Loading:
         read = self._reading()
         with ReadAhead(read) as ahead:
             waiting: deque[tuple[int, BatchPlan, list[Future]]] = deque()
-            for step, plan in plans:
-                waiting.append((step, plan, [ahead.submit(int(image)) for image in plan.sample_ids]))
+            for number, plan in plans:
+                waiting.append((number, plan, [ahead.submit(int(image)) for image in plan.sample_ids]))
                 while sum(len(plan) for _, plan, _ in waiting) - len(waiting[0][1]) >= max(1, 2 * ahead.in_flight):
                     yield self._finish(read, *waiting.popleft())
             while waiting:
@@ -113,7 +108,7 @@ class Loading:
             return lambda image: (reader.read(image), False)
         return lambda image: cache.read(image, reader.read)
 
-    def _finish(self, read: Read, step: int, plan: BatchPlan, reads: list[Future]) -> Batch:
+    def _finish(self, read: Read, number: int, plan: BatchPlan, reads: list[Future]) -> Batch:
         encoded: list[np.ndarray] = [None] * len(plan)
         replaced: set[int] = set()
         cache_hits = 0
@@ -121,7 +116,7 @@ class Loading:
         def put_another(row: int, error: BadImage) -> None:
             nonlocal plan
             self._note(int(plan.sample_ids[row]), error)
-            encoded[row], plan = self._neighbour(read, step, plan, row)
+            encoded[row], plan = self._neighbour(read, number, plan, row)
             replaced.add(row)
 
         for row, future in enumerate(reads):
@@ -140,39 +135,36 @@ class Loading:
                 except BadImage as error:
                     put_another(row, error)
             if len(replaced) == before:
-                raise _no_image_is_bad(step, failure) from failure
+                raise _no_image_is_bad(number, failure) from failure
             try:
                 images = self.decoder.decode(encoded, plan)
             except BadImage as again:
-                raise _no_image_is_bad(step, again) from again
+                raise _no_image_is_bad(number, again) from again
         valid = plan.valid.copy()
         if self.invalidate:
             valid[list(replaced)] = False
         labels = self.index.label[plan.sample_ids].astype(np.int64)
         if self.decoder.device_id is not None and self._stream is None:
             self._stream = torch.cuda.Stream(self.decoder.device_id)  # one: the allocator keeps memory by stream
-        patches = erasing_noise(plan, seed=self.seed, step=step)
+        patches = erasing_noise(plan.erase, plan.positions, seed=self.seed, number=number)
         tensors = to_torch(images, labels, patches, self._stream)
         self._name_damaged(encoded, plan)
-        drawn = tuple(_pinned(tensor) for tensor in self.draw(step, plan.positions))
-        return Batch(*tensors, plan.sample_ids, plan.positions, valid, step, len(replaced), cache_hits, drawn)
+        drawn = tuple(_pinned(tensor) for tensor in self.draw(number, plan.positions))
+        return Batch(*tensors, plan.sample_ids, plan.positions, valid, number, len(replaced), cache_hits, drawn)
 
-    def _neighbour(self, read: Read, step: int, plan: BatchPlan, row: int) -> tuple[np.ndarray, BatchPlan]:
+    def _neighbour(self, read: Read, number: int, plan: BatchPlan, row: int) -> tuple[np.ndarray, BatchPlan]:
         """The bytes of the next readable image, and the plan with it in the place of the bad one."""
         bad = int(plan.sample_ids[row])
         for ahead in range(1, len(self.index)):
             image = (bad + ahead) % len(self.index)
-            one = self.replan(step, int(plan.positions[row]), image)
+            one = self.replan(number, int(plan.positions[row]), image)
             try:
                 encoded, _ = read(image)
                 self.decoder.decode([encoded], one)
             except BadImage as error:
                 self._note(image, error)
                 continue
-            columns = {name: column.copy() for name, column in vars(plan).items() if name != "valid"}
-            for name, column in columns.items():
-                column[row] = getattr(one, name)[0]
-            return encoded, replace(plan, **columns)
+            return encoded, plan.with_row(row, one)
         raise RunError(f"no image of {self.index.root} can be read any more: {_listed(self.bad_images)}")
 
     def _name_damaged(self, encoded: list[np.ndarray], plan: BatchPlan) -> None:
@@ -223,10 +215,10 @@ class Loading:
             )
 
 
-def _no_image_is_bad(step: int, failure: BadImage) -> RunError:
+def _no_image_is_bad(number: int, failure: BadImage) -> RunError:
     return RunError(
-        f"step {step}: a batch {failure}, although each of its images alone can, perhaps for lack of memory; choose "
-        "a smaller engine.micro_batch or fewer data.threads"
+        f"batch {number} {failure}, although each of its images alone can, perhaps for lack of memory; choose a "
+        "smaller engine.micro_batch or fewer data.threads"
     )
 
 
@@ -246,10 +238,10 @@ def to_torch(
     the copy is made and waited for on `stream`; the consumer's stream is recorded in `Stream`.
     """
     if stream is None:
-        return _pinned(_erased(torch.from_dlpack(images.as_tensor()), patches)), _pinned(torch.from_numpy(labels))
+        return _pinned(erase(torch.from_dlpack(images.as_tensor()), patches)), _pinned(torch.from_numpy(labels))
     with torch.cuda.stream(stream):
         tensors = (
-            _erased(torch.from_dlpack(images.as_tensor()).clone(), patches),
+            erase(torch.from_dlpack(images.as_tensor()).clone(), patches),
             torch.from_numpy(labels).to(stream.device),
         )
     stream.synchronize()
@@ -259,78 +251,3 @@ def to_torch(
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:
     """In page-locked memory when there is a GPU, so that its copy to the GPU need not be waited for."""
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
-
-
-def _erased(images: torch.Tensor, patches: list[tuple[tuple, np.ndarray]]) -> torch.Tensor:
-    for place, noise in patches:
-        images[place] = torch.from_numpy(noise)
-    return images
-
-
-class Stream:
-    """Runs an iterator of batches in a thread, `prefetch` batches ahead, and hands them to one consumer."""
-
-    def __init__(self, batches: Iterator[Batch], prefetch: int):
-        self._queue: queue.Queue = queue.Queue(max(1, prefetch))
-        self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=_produce, args=(batches, self._queue, self._stop), name="mae-scale-loader", daemon=True
-        )
-        self._thread.start()
-        if not _running:
-            # Functions registered last run first: DALI, imported by now, must not end its pipelines under a thread.
-            atexit.unregister(_close_all)
-            atexit.register(_close_all)
-        _running.add(self)
-
-    def __iter__(self) -> Iterator[Batch]:
-        while not self._stop.is_set():
-            try:
-                item = self._queue.get(timeout=1)
-            except queue.Empty:
-                if not self._thread.is_alive() and self._queue.empty():
-                    raise RunError("the loader's thread has ended without a word") from None
-                continue
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            if item.images.is_cuda:
-                item.images.record_stream(torch.cuda.current_stream(item.images.device))
-                item.labels.record_stream(torch.cuda.current_stream(item.labels.device))
-            yield item
-
-    def close(self) -> None:
-        """Stop and wait for the thread, which finishes at most the batch that it is decoding."""
-        self._stop.set()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
-        _running.discard(self)
-
-
-_running: weakref.WeakSet[Stream] = weakref.WeakSet()
-
-
-def _close_all() -> None:
-    for stream in list(_running):
-        stream.close()
-
-
-def _produce(batches: Iterator[Batch], into: queue.Queue, stop: threading.Event) -> None:
-    def put(item: Batch | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                return into.put(item, timeout=POLL_S)
-            except queue.Full:
-                continue
-
-    try:
-        for batch in batches:
-            put(batch)
-            if stop.is_set():
-                break
-        put(None)
-    except BaseException as error:  # whatever it is, the consumer must not wait for ever
-        put(error)
-    finally:
-        batches.close()

@@ -1,4 +1,4 @@
-"""TIFF directories: the header of a TIFF image, and the orientation in the EXIF block of any other.
+"""Read TIFF directories: the header of a TIFF image, and the orientation in the EXIF block of any other.
 
 Refused is what DALI decodes otherwise than it is stored, or not at all (seen with DALI 2.4): grey with alpha, palettes
 apart from RGB, inverted grey, CMYK, planes apart, numbers that are not unsigned 8 or 16 bits. Of several pages the
@@ -10,7 +10,8 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from data_pipeline.image_header import BadImage, Header, Window
+from data_pipeline.errors import BadImage
+from data_pipeline.image_header.window import Header, Window
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MOST_ENTRIES = 4096

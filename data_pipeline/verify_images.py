@@ -1,4 +1,4 @@
-"""Checking indexed images: that their bytes are as indexed, and, decoding each of them whole, that they are sound.
+"""Check indexed images: that their bytes are as indexed, and, decoding each of them whole, that they are sound.
 
 Deep checks are strict: what libjpeg, libtiff or libpng complain about is damage even though they decode it, and so is a
 wrong checksum in a PNG. Bytes behind a JPEG's end marker are not. Damage that leaves a readable stream, such as one bit
@@ -14,15 +14,20 @@ from itertools import pairwise
 
 import numpy as np
 
-from data_pipeline.decoder_messages import caught
-from data_pipeline.decoding_failures import machine_failure, names_an_image
-from data_pipeline.decoding_failures import reason_of as dali_reason
-from data_pipeline.headers import BadImage, png_chunks, read_header
-from data_pipeline.index_table import Index
-from data_pipeline.pipelines import WholeDecoder, import_dali
-from data_pipeline.scanning import ONE_PROCESS_IMAGES, Progress, Rows, available_cores, reader_of, reason_of, run_tasks
+from data_pipeline.dali_errors import machine_failure, names_an_image, reason_in
+from data_pipeline.dali_graph import import_dali
+from data_pipeline.decoder import WholeDecoder
+from data_pipeline.decoder_stderr import caught
+from data_pipeline.errors import BadImage, reason_of
+from data_pipeline.image_header.png import png_chunks
+from data_pipeline.image_header.read import read_header
+from data_pipeline.image_header.window import reader_of
+from data_pipeline.index import Index
+from data_pipeline.index_rows import Rows
+from data_pipeline.index_scan import ONE_PROCESS_IMAGES
+from data_pipeline.process_pool import Progress, available_cores, run_tasks
 
-CHUNK_IMAGES, CHUNK_DECODED = 1000, 50  # images a task: many enough to be cheap, few enough for the bar to move
+CHUNK_IMAGES, CHUNK_DECODED = 1000, 50  # images per task: many enough to be cheap, few enough for the bar to move
 ONE_PROCESS_DECODED = 250
 
 
@@ -44,7 +49,7 @@ def verify(
         workers = 1
     if workers is None and deep:
         workers = available_cores()  # decoding, unlike reading headers, is work for each of them
-    parts = run_tasks("verifying images", check_images, tasks, counts, workers, progress)
+    parts = run_tasks("verifying images", check_images, tasks, counts, workers=workers, progress=progress)
     return [found for part in parts for found in part]
 
 
@@ -75,7 +80,7 @@ def check_images(task: tuple[str, list[str], Rows, bool]) -> list[tuple[str, str
 
 @functools.cache
 def _decoder() -> WholeDecoder:
-    """One a process."""
+    """Return this process's decoder."""
     return WholeDecoder()
 
 
@@ -91,7 +96,7 @@ def check_pixels(data: bytes, height: int, width: int) -> None:
         except RuntimeError as error:
             if not names_an_image(error):
                 raise machine_failure(error, 1, None) from error
-            refused = dali_reason(error)
+            refused = reason_in(error)
     if refused:
         raise BadImage(f"cannot be decoded ({damage[0] if damage else refused})")
     if damage:

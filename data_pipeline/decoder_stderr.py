@@ -1,4 +1,4 @@
-"""What decoders write to C's stderr about damage that they decode all the same: caught, to be told of by file.
+"""Catch what decoders write to C's stderr about damage that they decode all the same, to name the file.
 
 libjpeg, libtiff and libpng know of no file names and print "Corrupt JPEG data: ..." from whatever thread decodes. While
 `caught` lasts, C's variable `stderr` is a file in memory, as the C library allows; Python's own stderr, file descriptor

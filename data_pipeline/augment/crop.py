@@ -1,0 +1,95 @@
+"""Crop and resize: torchvision's RandomResizedCrop and the fixed-size crops, cubic with antialias."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_pipeline.augment.kinds import Augmentation
+
+if TYPE_CHECKING:
+    from nvidia.dali.pipeline import DataNode
+
+EVALUATION_CROP = 0.875  # 224 of 256, the share of the shorter side that a fixed-size crop keeps
+ATTEMPTS = 10  # of torchvision's RandomResizedCrop, before it falls back to the middle of the image
+DRAWS = 4 * ATTEMPTS  # numbers in [0, 1) drawn for an image
+
+
+def draw_crops(
+    kind: Augmentation, draws: np.ndarray, heights: np.ndarray, widths: np.ndarray, image_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return crops int32 [n, 4] and regions float32 [n, 4] of a batch's plan, from draws [n, DRAWS] in [0, 1)."""
+    if kind.crop == "random_resized":
+        crops = random_resized_crops(draws, heights, widths, kind.scale, kind.ratio)
+        regions = np.concatenate([np.zeros_like(crops[:, :2]), crops[:, 2:]], axis=1)
+        return crops, regions.astype(np.float32)
+    size = np.stack([heights, widths], axis=1).astype(np.int64)
+    whole = np.concatenate([np.zeros_like(size), size], axis=1).astype(np.int32)
+    if kind.crop == "whole":
+        return whole, whole.astype(np.float32)
+    resized = int(image_size / EVALUATION_CROP) * size // size.min(axis=1, keepdims=True)
+    room = resized - image_size
+    centre = kind.crop == "centre"
+    # np.rint, as torchvision's int(round(...)), rounds half to even
+    offset = np.rint(room / 2) if centre else np.floor(draws[:, :2] * (room + 1))
+    start = offset * size / resized
+    end = (offset + image_size) * size / resized
+    return whole, np.concatenate([start, end], axis=1).astype(np.float32)
+
+
+def random_resized_crops(
+    draws: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> np.ndarray:
+    """Return what torchvision's RandomResizedCrop.get_params does for n images: int32 [n, 4] (y, x, height, width).
+
+    `draws` float64 [n, 40] in [0, 1): area, log-ratio, y and x of each of ten attempts; the first that fits
+    counts, otherwise the largest middle crop whose ratio is allowed.
+    """
+    height, width = heights.astype(np.int64), widths.astype(np.int64)
+    boxes = attempted_boxes(draws, height, width, scale, ratio)
+    sides = boxes[:, :, 2:]
+    fits = ((sides > 0) & (sides <= np.stack([height, width], axis=1)[:, None])).all(axis=2)
+    found = boxes[np.arange(len(boxes)), np.argmax(fits, axis=1)]
+
+    in_ratio = width / height
+    h = np.where(in_ratio < min(ratio), np.rint(width / min(ratio)).astype(np.int64), height)
+    w = np.where(in_ratio > max(ratio), np.rint(height * max(ratio)).astype(np.int64), width)
+    middle = np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1)
+    return np.where(fits.any(axis=1)[:, None], found, middle).astype(np.int32)
+
+
+def attempted_boxes(
+    draws: np.ndarray, height: np.ndarray, width: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
+) -> np.ndarray:
+    """Return boxes int64 [n, 10, 4] (y, x, height, width) of draws [n, 40], also those that do not fit into [n]
+    `height` x `width`."""
+    area, log_ratio, y, x = np.moveaxis(draws.reshape(len(draws), ATTEMPTS, 4), 2, 0)
+    height, width = height[:, None], width[:, None]
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
+    low, high = np.log(ratio)
+    aspect = np.exp(low + (high - low) * log_ratio)
+    w = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+    h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    y = np.floor(y * (height - h + 1)).astype(np.int64)
+    x = np.floor(x * (width - w + 1)).astype(np.int64)
+    return np.stack([y, x, h, w], axis=2)
+
+
+def resize_crop(images: DataNode, start: DataNode, end: DataNode, image_size: int) -> DataNode:
+    """Resize, in a DALI graph, the region from `start` to `end` (y, x in pixels of `images`, fractions allowed) to a
+    square of `image_size`; what lies around the region takes part in the filter."""
+    from nvidia.dali import fn, types
+
+    return fn.resize(
+        images,
+        size=[image_size, image_size],
+        interp_type=types.INTERP_CUBIC,
+        antialias=True,
+        roi_start=start,
+        roi_end=end,
+    )

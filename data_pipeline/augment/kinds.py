@@ -1,0 +1,75 @@
+"""The kinds of augmentation that a recipe can name: the paper's ablation, its fine-tuning, and evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from data_pipeline.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How images are cropped, flipped, coloured and erased.
+
+    crop `random_resized`: torchvision's RandomResizedCrop with `scale` (share of the area) and `ratio` (width
+    by height). crop `random` and `centre`: the shorter side is resized to int(image_size / 0.875), then a
+    square of image_size is cut out at random or in the middle (torchvision's Resize with RandomCrop or
+    CenterCrop). crop `whole`: the whole image is resized to the square. `flip` is the probability of a
+    horizontal flip. `jitter` is the strength of brightness, contrast and saturation, as in torchvision's
+    ColorJitter, applied in random order; 0 for none. `rand_augment`: the flipped image goes through RandAugment.
+    `erasing` is the probability that a box of the normalised image is filled with noise.
+    """
+
+    name: str
+    crop: Literal["random_resized", "random", "centre", "whole"]
+    flip: float = 0.5
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    jitter: float = 0.0
+    rand_augment: bool = False
+    erasing: float = 0.0
+
+
+_KNOWN = {
+    kind.name: kind
+    for kind in (
+        Augmentation("random_resized_crop", "random_resized"),
+        # The paper gives no strengths; 0.4 without hue is the usual one of supervised ImageNet training.
+        Augmentation("random_resized_crop_color_jitter", "random_resized", jitter=0.4),
+        Augmentation("fixed_crop", "random"),
+        Augmentation("none", "centre", flip=0.0),
+        Augmentation("rand_augment", "random_resized", scale=(0.08, 1.0), rand_augment=True),
+        Augmentation("evaluation", "centre", flip=0.0),
+        Augmentation("evaluation_whole", "whole", flip=0.0),
+    )
+}
+
+
+def augmentation(
+    name: str, *, crop_scale: float | None = None, flip: float | None = None, erasing: float = 0.0
+) -> Augmentation:
+    """Return the augmentation of that name: random_resized_crop, random_resized_crop_color_jitter, fixed_crop, none
+    (centre crop, no flip), rand_augment (fine-tuning's), evaluation (as none) or evaluation_whole (no crop either,
+    for images that are cropped already).
+
+    `crop_scale` replaces the smallest share of the area that a random resized crop takes, `flip` the probability
+    of a flip; `erasing` is the probability of random erasing. Raises UsageError for another name, a share
+    outside (0, 1] or for a kind with another crop, and a probability outside [0, 1].
+    """
+    if name not in _KNOWN:
+        raise UsageError(f"unknown augmentation '{name}'; expected one of {', '.join(_KNOWN)}")
+    kind = _KNOWN[name]
+    if crop_scale is not None:
+        if kind.crop != "random_resized":
+            raise UsageError(f"crop_scale is {crop_scale}, but augmentation '{name}' has no random resized crop")
+        if not 0 < crop_scale <= 1:
+            raise UsageError(f"crop_scale is {crop_scale}; expected a share of the area above 0, at most 1")
+        kind = replace(kind, scale=(crop_scale, kind.scale[1]))
+    if flip is not None:
+        kind = replace(kind, flip=flip)
+    kind = replace(kind, erasing=erasing)
+    for option in ("flip", "erasing"):
+        if not 0 <= getattr(kind, option) <= 1:
+            raise UsageError(f"{option} is {getattr(kind, option)}; expected a probability, 0 to 1")
+    return kind

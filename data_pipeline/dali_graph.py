@@ -1,0 +1,153 @@
+"""Build the DALI graph: encoded bytes and a plan in, normalised crops out; the same for CPU and GPU ("mixed") decoding.
+
+It holds no state and reads no file: what it gives depends on its inputs alone. Apart from what the augmentations apply
+in it, all that is DALI's is here.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from data_pipeline.augment.colour_jitter import jitter_colours
+from data_pipeline.augment.crop import resize_crop
+from data_pipeline.augment.flip import flip_images
+from data_pipeline.augment.kinds import Augmentation
+from data_pipeline.augment.rand_augment import apply_operations
+from data_pipeline.errors import UsageError
+from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
+
+# Options of the decoder on a GPU. An image's pixels must not depend on the images decoded beside it:
+# - hw_decoder_load: nvImageCodec gives that share of each batch to the hardware engine (NVJPG), first come first
+#   served among its threads, and the rest to CUDA; the two round differently. With 0 each JPEG goes to CUDA.
+# - jpeg_fancy_upsampling: colour is up-sampled as libjpeg-turbo does, which decodes data.device=cpu, and here too what
+#   nvJPEG does not support.
+# - affine: off, as set_affinity below. hybrid_huffman_threshold keeps its default: it chooses by the image's own size.
+MIXED_DECODER = {"affine": False, "hw_decoder_load": 0.0, "jpeg_fancy_upsampling": True}
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What becomes of an image's bytes, and on what.
+
+    The result is a square of `image_size` pixels. `device` is auto (a GPU where DALI sees one), cpu or gpu, with the
+    GPU's number `device_id`; `threads` decode. With `exif_orientation` each image is turned as its EXIF says before it
+    is cut, and crops are in turned coordinates.
+    """
+
+    augmentation: Augmentation
+    image_size: int
+    device: str = "auto"
+    device_id: int | None = None
+    threads: int = 2
+    exif_orientation: bool = False
+
+
+def import_dali():
+    """Return the module `nvidia.dali`. Raises UsageError naming the extra to install."""
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # what it says of an image that it refuses, DALI raises
+    try:
+        import nvidia.dali.backend
+        import nvidia.dali.fn
+        import nvidia.dali.types
+    except ImportError as error:
+        raise UsageError(
+            f"NVIDIA DALI, which decodes the images, is not installed ({error}); install it, also "
+            "without a GPU, with `pip install mae-scale[cuda13]` or `pip install mae-scale[cuda12]`"
+        ) from None
+    return nvidia.dali
+
+
+def decoding_device(device: str = "auto") -> str:
+    """Return "mixed" or "cpu" for `device` auto (mixed when there is a GPU), gpu or mixed, cpu.
+
+    Raises UsageError when DALI is missing, or a GPU is asked for and DALI sees none.
+    """
+    if device not in ("auto", "gpu", "mixed", "cpu"):
+        raise UsageError(f"data.device is '{device}'; expected auto, cpu or gpu")
+    if device == "cpu":
+        return "cpu"
+    gpus = import_dali().backend.GetCUDADeviceCount()
+    if gpus == 0 and device != "auto":
+        raise UsageError(f"data.device is '{device}' and DALI finds no GPU; use auto or cpu")
+    return "mixed" if gpus else "cpu"
+
+
+def training_pipeline(decoding: Decoding, max_batch: int, *, device: str, device_id: int | None):
+    """Return the built pipeline that decodes, crops, resizes, flips, augments and normalises up to `max_batch` images.
+
+    `device` is mixed or cpu. Its inputs are named as the columns of a plan, see `data_pipeline.decoder`; its output is
+    float32 [n, 3, image_size, image_size].
+    """
+    dali = import_dali()
+    fn, types = dali.fn, dali.types
+    augmentation = decoding.augmentation
+
+    # With conditionals, an operation of RandAugment runs on the images for which it was drawn.
+    @dali.pipeline_def(enable_conditionals=augmentation.rand_augment)
+    def graph():
+        images = _decoded(decoding, device)
+        region_start = fn.external_source(name="region_start", dtype=types.FLOAT, ndim=1)
+        region_end = fn.external_source(name="region_end", dtype=types.FLOAT, ndim=1)
+        mirror = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
+        images = resize_crop(images, region_start, region_end, decoding.image_size)
+        if augmentation.jitter:
+            levels = fn.external_source(name="levels", dtype=types.FLOAT, ndim=2)
+            saturation = fn.external_source(name="saturation", dtype=types.FLOAT, ndim=0)
+            images = jitter_colours(images, levels, saturation)
+        if augmentation.rand_augment:
+            operations = fn.external_source(name="operations", dtype=types.INT32, ndim=1)
+            arguments = fn.external_source(name="arguments", dtype=types.FLOAT, ndim=1)
+            matrices = fn.external_source(name="matrices", dtype=types.FLOAT, ndim=3)
+            images = flip_images(images, mirror)  # before the operations, as timm
+            mirror = 0
+            images = apply_operations(images, operations, arguments, matrices)
+        return fn.crop_mirror_normalize(
+            images,
+            mirror=mirror,
+            mean=[255 * value for value in IMAGENET_MEAN],
+            std=[255 * value for value in IMAGENET_STD],
+            dtype=types.FLOAT,
+            output_layout="CHW",
+        )
+
+    # Affinity stays off: ranks that share a machine would all be tied to its first cores.
+    pipeline = graph(
+        batch_size=max_batch,
+        num_threads=decoding.threads,
+        device_id=device_id,
+        prefetch_queue_depth=1,
+        set_affinity=False,
+    )
+    pipeline.build()
+    return pipeline
+
+
+def _decoded(decoding: Decoding, device: str):
+    """Return, in a graph, the part of each encoded image that its crop takes: uint8 RGB."""
+    from nvidia.dali import fn, types
+
+    return fn.decoders.image_slice(
+        fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
+        fn.external_source(name="crop_start", dtype=types.INT32, ndim=1),
+        fn.external_source(name="crop_shape", dtype=types.INT32, ndim=1),
+        axis_names="HW",
+        device=device,
+        output_type=types.RGB,
+        adjust_orientation=decoding.exif_orientation,
+        **(MIXED_DECODER if device == "mixed" else {}),
+    )
+
+
+def whole_image_pipeline():
+    """Return the built pipeline that decodes one image at a time on the CPU, whole and as stored."""
+    dali = import_dali()
+
+    @dali.pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, set_affinity=False)
+    def graph():
+        encoded = dali.fn.external_source(name="encoded", dtype=dali.types.UINT8, ndim=1)
+        return dali.fn.decoders.image(encoded, output_type=dali.types.RGB, adjust_orientation=False)
+
+    pipeline = graph()
+    pipeline.build()
+    return pipeline

@@ -1,0 +1,108 @@
+"""Decode, crop, augment and normalise batches with DALI, and tell bad images from a machine that failed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data_pipeline.augment.colour_jitter import jitter_slots
+from data_pipeline.augment.rand_augment import to_matrices
+from data_pipeline.dali_errors import CROP_OUTSIDE, control_image, machine_failure, names_an_image, reason_in
+from data_pipeline.dali_graph import (
+    Decoding,
+    decoding_device,
+    import_dali,
+    training_pipeline,
+    whole_image_pipeline,
+)
+from data_pipeline.decoder_stderr import caught
+from data_pipeline.errors import BadImage
+from data_pipeline.plan import BatchPlan
+
+
+class Decoder:
+    """Decodes, crops, resizes, flips, augments and normalises up to `max_batch` images at a time.
+
+    `device` is where: "cpu" (`device_id` is None), or "mixed" with the GPU `device_id`. `damage` has a line for each
+    image of the last batch that is damaged, yet was decoded; which, the decoders do not say. Not safe to call from two
+    threads at once.
+    """
+
+    def __init__(self, decoding: Decoding, max_batch: int):
+        import_dali()
+        self.decoding, self.max_batch = decoding, max_batch
+        self.device = decoding_device(decoding.device)
+        self.device_id = (decoding.device_id or 0) if self.device == "mixed" else None
+        self.damage: list[str] = []
+        self._pipeline = None
+
+    def decode(self, encoded: list[np.ndarray], plan: BatchPlan):
+        """Return a DALI tensor list, float32 [n, 3, image_size, image_size], of `encoded` (uint8 arrays) cut by
+        `plan`.
+
+        It is finished on the host's side when this returns, and stays valid while it is referred to.
+        Raises BadImage (about one of the images; which, DALI does not say) when it cannot be decoded, and
+        RunError when no image is the cause, as for lack of memory.
+        """
+        try:
+            return self._run(encoded, plan)
+        except (RuntimeError, MemoryError) as error:
+            self._pipeline = None  # DALI calls it "no longer valid"
+            if not names_an_image(error):
+                raise machine_failure(error, len(encoded), self.device_id) from error
+            if len(encoded) == 1 and CROP_OUTSIDE not in str(error):
+                self._decode_control(encoded[0], plan)
+            said = self.damage[0] if len(encoded) == 1 and self.damage else reason_in(error)
+            raise BadImage(f"cannot be decoded ({said})") from error
+
+    def _decode_control(self, refused: np.ndarray, plan: BatchPlan) -> None:
+        """Decode a sound image of the size of the `refused` one; RunError when that fails too."""
+        try:
+            control = control_image(refused)
+            if control is not None:
+                self._run([control], plan)
+        except (RuntimeError, MemoryError) as error:
+            self._pipeline = None
+            if CROP_OUTSIDE not in str(error):
+                raise machine_failure(error, 1, self.device_id, memory=names_an_image(error)) from error
+
+    def _run(self, encoded: list[np.ndarray], plan: BatchPlan):
+        if self._pipeline is None:
+            self._pipeline = self._build()
+        inputs = {
+            "encoded": encoded,
+            "crop_start": np.ascontiguousarray(plan.crops[:, :2]),
+            "crop_shape": np.ascontiguousarray(plan.crops[:, 2:]),
+            "region_start": np.ascontiguousarray(plan.regions[:, :2]),
+            "region_end": np.ascontiguousarray(plan.regions[:, 2:]),
+            "flip": plan.flips,
+        }
+        if self.decoding.augmentation.jitter:
+            inputs["levels"], inputs["saturation"] = jitter_slots(plan.jitter, plan.jitter_order)
+        if self.decoding.augmentation.rand_augment:
+            inputs["operations"], inputs["arguments"] = plan.operations, plan.arguments
+            inputs["matrices"] = to_matrices(plan.operations, plan.arguments, self.decoding.image_size)
+        with caught() as self.damage:
+            return self._pipeline.run(**inputs)[0]
+
+    def close(self) -> None:
+        """Let go of the pipeline, its threads and its memory."""
+        self._pipeline = None
+
+    def _build(self):
+        return training_pipeline(self.decoding, self.max_batch, device=self.device, device_id=self.device_id)
+
+
+class WholeDecoder:
+    """Decodes one image at a time on the CPU, whole and as stored."""
+
+    def __init__(self):
+        self._pipeline = None
+
+    def size(self, encoded: np.ndarray) -> tuple[int, int]:
+        """Decode an image (uint8 [bytes]); return the height and width it has then. Raises RuntimeError, as DALI."""
+        try:
+            self._pipeline = self._pipeline or whole_image_pipeline()
+            return tuple(self._pipeline.run(encoded=[encoded])[0].at(0).shape[:2])
+        except RuntimeError:
+            self._pipeline = None  # DALI calls it "no longer valid"
+            raise

@@ -1,0 +1,186 @@
+"""Plan which images make up global batch t, and how each is cropped, flipped, coloured and erased.
+
+Pure functions of the seed: every number is drawn for the whole global batch from the counter-based generator, keyed by
+(seed, stream, batch number), and then cut to the positions that are asked for. So it depends on (seed, batch number,
+position in the global batch, image size) alone: not on ranks, micro-batches, threads, or what was drawn before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from data_pipeline.augment import colour_jitter, crop, flip, rand_augment, random_erasing
+from data_pipeline.augment.kinds import Augmentation
+from data_pipeline.errors import UsageError
+from data_pipeline.index import Index
+from data_pipeline.rng import generator
+
+# Where the numbers of each augmentation lie among those that are drawn for an image; saved runs rely on it.
+_CROP = slice(0, crop.DRAWS)
+_FLIP = slice(_CROP.stop, _CROP.stop + flip.DRAWS)
+_JITTER = slice(_FLIP.stop, _FLIP.stop + colour_jitter.DRAWS)
+_DRAWS = 48
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What to load for n positions of a global batch.
+
+    `sample_ids` int64 [n] are rows of the index. `crops` int32 [n, 4] (y, x, height, width) is the part of
+    the stored image that is decoded; `regions` float32 [n, 4] (y0, x0, y1, x1, in pixels of that part) is
+    resized to the output: the whole part for a random resized crop. `flips` int32 [n] (1: mirrored). `jitter`
+    float32 [n, 3] (brightness, contrast, saturation factors) applied in the order `jitter_order` int32 [n,
+    3]. `operations` int32 [n, 2] of RandAugment (-1: none) have `arguments` float32 [n, 2]. `erase` int32 [n, 4]
+    (y, x, height, width) is the box of the output that is filled with noise, all 0 for none. `valid` bool [n] is
+    False for positions that only fill up the last batch of an evaluation.
+    """
+
+    positions: np.ndarray
+    sample_ids: np.ndarray
+    crops: np.ndarray
+    regions: np.ndarray
+    flips: np.ndarray
+    jitter: np.ndarray
+    jitter_order: np.ndarray
+    operations: np.ndarray
+    arguments: np.ndarray
+    erase: np.ndarray
+    valid: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> BatchPlan:
+        return BatchPlan(**{name: column[rows] for name, column in vars(self).items()})
+
+    def with_row(self, row: int, other: BatchPlan) -> BatchPlan:
+        """Return this plan with another image, the only one of `other`, in the place `row`, which stays as valid."""
+        columns = {name: column.copy() for name, column in vars(self).items()}
+        for name, column in columns.items():
+            if name != "valid":
+                column[row] = getattr(other, name)[0]
+        return BatchPlan(**columns)
+
+
+def steps_per_epoch(num_images: int, global_batch: int) -> int:
+    """Return num_images // global_batch.
+
+    The remainder, num_images mod global_batch images drawn anew by each epoch's permutation, is left out of
+    that epoch, as in the authors' release (drop_last); every other image is seen exactly once. Raises
+    UsageError when there are fewer images than one global batch holds.
+    """
+    steps = num_images // global_batch
+    if steps == 0:
+        raise UsageError(
+            f"data.global_batch is {global_batch}, but there are {num_images} images; it must be at most {num_images}"
+        )
+    return steps
+
+
+@lru_cache(maxsize=2)
+def epoch_permutation(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    """Return the order of epoch `epoch`: int64 [num_images], read-only.
+
+    It sorts raw 64-bit draws, so that no release of NumPy can change it (its own `permutation` is not
+    promised).
+    """
+    draws = generator(seed, "order", epoch).bit_generator.random_raw(num_images)
+    permutation = np.argsort(draws, kind="stable")
+    permutation.flags.writeable = False
+    return permutation
+
+
+def plan_batch(
+    index: Index,
+    augmentation: Augmentation,
+    *,
+    seed: int,
+    number: int,
+    global_batch: int,
+    positions: slice | np.ndarray = slice(None),
+    image_size: int = 224,
+    sample_ids: np.ndarray | None = None,
+) -> BatchPlan:
+    """Return the plan of `positions` of global batch `number` (from 0; of epoch number // steps_per_epoch).
+
+    `sample_ids` [len(positions)] puts other images in their places, with the same random numbers.
+    """
+    positions = np.arange(global_batch)[positions]
+    if sample_ids is None:
+        epoch, within = divmod(number, steps_per_epoch(len(index), global_batch))
+        sample_ids = epoch_permutation(seed, epoch, len(index))[within * global_batch + positions]
+    draws = generator(seed, "augmentation", number).random((global_batch, _DRAWS))[positions]
+    heights, widths = index.height[sample_ids], index.width[sample_ids]
+    crops, regions = crop.draw_crops(augmentation, draws[:, _CROP], heights, widths, image_size)
+    jitter, jitter_order = colour_jitter.draw_jitter(augmentation.jitter, draws[:, _JITTER])
+    place = {"seed": seed, "number": number, "global_batch": global_batch, "positions": positions}
+    operations, arguments = _operations(augmentation, **place)
+    return BatchPlan(
+        positions=positions,
+        sample_ids=np.asarray(sample_ids, np.int64),
+        crops=crops,
+        regions=regions,
+        flips=flip.draw_flips(augmentation.flip, draws[:, _FLIP]),
+        jitter=jitter,
+        jitter_order=jitter_order,
+        operations=operations,
+        arguments=arguments,
+        erase=_boxes_to_erase(augmentation, image_size=image_size, **place),
+        valid=np.ones(len(positions), bool),
+    )
+
+
+def plan_evaluation(
+    index: Index,
+    augmentation: Augmentation,
+    *,
+    number: int,
+    global_batch: int,
+    positions: slice,
+    image_size: int = 224,
+) -> BatchPlan:
+    """Return the plan of `positions` of evaluation batch `number`: every image once, in the order of the index.
+
+    The last batch is filled up with the last image, marked not valid, so that all ranks have as many batches.
+    """
+    positions = np.arange(global_batch)[positions]
+    wanted = number * global_batch + positions
+    sample_ids = np.minimum(wanted, len(index) - 1)
+    plan = plan_batch(
+        index,
+        augmentation,
+        seed=0,
+        number=number,
+        global_batch=global_batch,
+        positions=positions,
+        image_size=image_size,
+        sample_ids=sample_ids,
+    )
+    plan.valid[:] = wanted < len(index)
+    return plan
+
+
+def _operations(
+    augmentation: Augmentation, *, seed: int, number: int, global_batch: int, positions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return `operations` and `arguments` of the plan."""
+    if not augmentation.rand_augment:
+        shape = len(positions), rand_augment.LAYERS
+        return np.full(shape, rand_augment.NO_OPERATION, np.int32), np.zeros(shape, np.float32)
+    shape = global_batch, rand_augment.LAYERS
+    random = generator(seed, "rand_augment", number)
+    uniform, normal = random.random((*shape, 3)), random.standard_normal(shape)
+    return rand_augment.draw_operations(uniform[positions], normal[positions])
+
+
+def _boxes_to_erase(
+    augmentation: Augmentation, *, seed: int, number: int, global_batch: int, positions: np.ndarray, image_size: int
+) -> np.ndarray:
+    """Return `erase` of the plan."""
+    if not augmentation.erasing:
+        return np.zeros((len(positions), 4), np.int32)
+    draws = generator(seed, "erasing_box", number).random((global_batch, random_erasing.DRAWS))[positions]
+    return random_erasing.erasing_boxes(draws, image_size, augmentation.erasing)
