@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make demo    the whole story on this machine: data, pre-training, pictures, MLflow (about 5 minutes)"
-	@echo "make test    every test          make lint   ruff, format check"
+	@echo "make test    every test          make lint   ruff, format, imports (layers, no circle), types"
 	@echo "make test-cluster   jobs on a real Slurm of two nodes, started here (as root; apt installs it; about 6 minutes)"
 	@echo "make torture N=200   kill a real training N times at random instants, compare the whole curve"
 	@echo "make bench   our step and the engine's beside Hugging Face's, our loader beside torchvision's, the stall of a save"
@@ -40,6 +40,8 @@ torture: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
 
 format: setup
 	$(BIN)/ruff check --fix .

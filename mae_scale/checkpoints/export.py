@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -79,7 +80,7 @@ def checkpoint_model(checkpoint: Path) -> tuple[MaskedAutoencoder | Classifier, 
     return model.eval(), recipe
 
 
-def read_frozen(path: Path, manifest: dict) -> dict[str, torch.Tensor]:
+def read_frozen(path: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The weights that a run does not train. Raises RunError when they are not those of its checkpoint."""
     try:
         found = digest_of(path)

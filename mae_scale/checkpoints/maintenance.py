@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.errors import UsageError
 from mae_scale.checkpoints.store import (
@@ -32,7 +33,7 @@ def checkpoints_of(path: Path) -> Path:
     raise UsageError(f"{path} {what}; expected the --out of a run, or its folder checkpoints")
 
 
-def look(folder: Path) -> dict:
+def look(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are there with their sizes; quick. Raises Damaged."""
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
@@ -42,7 +43,7 @@ def look(folder: Path) -> dict:
     return manifest
 
 
-def print_table(checkpoints: Path, check: Callable[[Path], dict]) -> bool:
+def print_table(checkpoints: Path, check: Callable[[Path], dict[str, Any]]) -> bool:
     """A line a checkpoint: step, epoch, age, size, who wrote it, whole or what is wrong; whether all are whole.
 
     check is `look` (sizes) or `verify` (reads and compares every byte).

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
@@ -66,7 +67,7 @@ def export_folder(
 
 def _for_transformers(
     model: MaskedAutoencoder | Classifier, classes: Sequence[str] | None
-) -> tuple[str, dict, dict[str, Tensor]]:
+) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """What it is, config.json and weights for transformers' from_pretrained."""
     size = model.encoder.size
     config = {
@@ -101,7 +102,7 @@ def _has_their_decoder(model: MaskedAutoencoder) -> bool:
     return not model.encoder_mask_tokens and isinstance(model.target, Pixels)
 
 
-def _decoder(model: MaskedAutoencoder) -> dict:
+def _decoder(model: MaskedAutoencoder) -> dict[str, Any]:
     blocks, width = model.decoder.blocks, model.head.in_features
     return {
         "decoder_hidden_size": width,
@@ -113,7 +114,7 @@ def _decoder(model: MaskedAutoencoder) -> dict:
     }
 
 
-def _labels(classes: Sequence[str] | None, count: int) -> dict:
+def _labels(classes: Sequence[str] | None, count: int) -> dict[str, Any]:
     names = classes or [str(number) for number in range(count)]
     return {
         "id2label": {str(number): name for number, name in enumerate(names)},
@@ -121,7 +122,7 @@ def _labels(classes: Sequence[str] | None, count: int) -> dict:
     }
 
 
-def _preprocessor(image_size: int) -> dict:
+def _preprocessor(image_size: int) -> dict[str, Any]:
     """Of transformers' processor that resizes the shorter side and crops the centre, as our evaluation does."""
     return {
         "image_processor_type": "BitImageProcessor",
@@ -141,7 +142,7 @@ def _preprocessor(image_size: int) -> dict:
 
 def _for_timm(
     model: MaskedAutoencoder | Classifier, classes: Sequence[str] | None
-) -> tuple[str, dict, dict[str, Tensor]]:
+) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """What it is, config.json and weights for timm.create_model; of an autoencoder the encoder, without a head."""
     size, side = model.encoder.size, model.image_size
     labels = {}

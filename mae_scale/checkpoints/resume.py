@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ from mae_scale.checkpoints.store import (
 log = logging.getLogger("mae_scale")
 
 
-def load_newest(engine, checkpoints: Path, *, index: str) -> dict | None:
+def load_newest(engine, checkpoints: Path, *, index: str) -> dict[str, Any] | None:
     """Fill the engine from the newest whole checkpoint; its manifest, or None without one.
 
     Whether it is whole is found out by all ranks together, each reading some files. One that is not is named and set
@@ -75,7 +76,7 @@ def newest_readable(checkpoints: Path, *, index: str) -> tuple[int, list[str]]:
     return 0, []
 
 
-def refuse_other_images(folder: Path, manifest: dict, index: str) -> None:
+def refuse_other_images(folder: Path, manifest: dict[str, Any], index: str) -> None:
     """Raise UsageError when a checkpoint belongs to images with another index."""
     if manifest["index"] != index:
         raise UsageError(
@@ -99,14 +100,14 @@ def _candidates(checkpoints: Path) -> tuple[list[Path], list[Path]]:
     return [folder for _, folder in list_checkpoints(checkpoints)], damaged_folders(checkpoints)
 
 
-def _manifest(folder: Path) -> tuple[dict | None, str | None]:
+def _manifest(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
     try:
         return read_manifest(folder), None
     except Damaged as damage:
         return None, str(damage)
 
 
-def _read(engine, folder: Path, manifest: dict) -> str | None:
+def _read(engine, folder: Path, manifest: dict[str, Any]) -> str | None:
     """Fill this rank's pieces; what is missing, or None."""
     try:
         with ShardReader(folder / name for name in manifest["files"]) as reader, torch.no_grad():

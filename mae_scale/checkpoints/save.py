@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,7 +74,7 @@ class Saver:
         self._step: int | None = None
         self.times: list[SaveTimes] = []
 
-    def save(self, state: EngineState, facts: dict) -> None:
+    def save(self, state: EngineState, facts: dict[str, Any]) -> None:
         """Begin to write a checkpoint: facts["step"] says of which step. Waits for the save before it.
 
         Returns when the state may change again. Raises RunError after three failures in a row.
@@ -151,7 +152,7 @@ class Saver:
             torch.cuda.synchronize()
         return copies
 
-    def _write(self, pieces: list[Piece], manifest: dict) -> str | None:
+    def _write(self, pieces: list[Piece], manifest: dict[str, Any]) -> str | None:
         """In the thread: the whole of a save; what went wrong, the same on every rank, or None.
 
         Raises RuntimeError (Gloo's) when a rank is lost.
@@ -165,11 +166,11 @@ class Saver:
                 shutil.rmtree(leftover)
             beside.mkdir(parents=True)
 
-        def write_part() -> dict:
+        def write_part() -> dict[str, Any]:
             beside.mkdir(parents=True, exist_ok=True)  # a node may not see yet what another has made
             return write_shard(beside / name, pieces)
 
-        def finish(files: list[dict]) -> None:
+        def finish(files: list[dict[str, Any]]) -> None:
             names = [f"rank_{rank:05d}.safetensors" for rank in range(len(files))]
             write_manifest(beside, manifest, dict(zip(names, files, strict=True)))
             if self._guard is not None:

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,7 +57,7 @@ class EngineState:
 
     pieces: list[Piece]
     own: list[Piece]
-    scalars: dict = field(default_factory=dict)
+    scalars: dict[str, Any] = field(default_factory=dict)
 
 
 def share_of(pieces: Sequence[Piece], rank: int, world_size: int) -> list[Piece]:
@@ -73,7 +74,7 @@ def share_of(pieces: Sequence[Piece], rank: int, world_size: int) -> list[Piece]
     return share
 
 
-def write_shard(path: Path, pieces: Sequence[Piece]) -> dict:
+def write_shard(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
     """Write pieces (on the host) into one file and wait until it is on the disk; {"bytes": ..., "sha256": ...}.
 
     Written here and not by safetensors, so that the digest is of what was meant and not of what came to lie on the

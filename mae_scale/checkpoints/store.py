@@ -16,6 +16,7 @@ import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.errors import RunError
 from data_pipeline.files import sync, write_json
@@ -58,14 +59,14 @@ def list_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def write_manifest(folder: Path, facts: dict, files: dict[str, dict]) -> None:
+def write_manifest(folder: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
     """The last file of a checkpoint: the facts, each file's {"bytes", "sha256"}, and a digest of itself."""
     content = {**facts, "files": files}
     content["manifest_sha256"] = _digest_of_manifest(content)
     write_json(folder / MANIFEST, content)
 
 
-def read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """A checkpoint's manifest, checked against its own digest. Raises Damaged."""
     path = folder / MANIFEST
     try:
@@ -80,7 +81,7 @@ def read_manifest(folder: Path) -> dict:
     return content
 
 
-def damage_of(folder: Path, name: str, expected: dict) -> str | None:
+def damage_of(folder: Path, name: str, expected: dict[str, Any]) -> str | None:
     """What is wrong with a file of a checkpoint, read in whole; None when it is what was written."""
     path = folder / name
     try:
@@ -96,7 +97,7 @@ def damage_of(folder: Path, name: str, expected: dict) -> str | None:
     return None
 
 
-def verify(folder: Path) -> dict:
+def verify(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint after every file was read and compared. Raises Damaged with all that is wrong."""
     manifest = read_manifest(folder)
     wrong = [w for name, expected in manifest["files"].items() if (w := damage_of(folder, name, expected))]
@@ -150,7 +151,7 @@ def beyond(checkpoints: Path, retention: Retention) -> list[Path]:
     return [folder for folder in manifests if folder not in kept]
 
 
-def newest_whole(checkpoints: Path) -> tuple[Path, dict]:
+def newest_whole(checkpoints: Path) -> tuple[Path, dict[str, Any]]:
     """The newest checkpoint that verifies, and its manifest; warns of newer ones, which do not.
 
     Raises RunError with what is wrong when there is none.
@@ -173,6 +174,6 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _digest_of_manifest(content: dict) -> str:
+def _digest_of_manifest(content: dict[str, Any]) -> str:
     rest = {key: value for key, value in content.items() if key != "manifest_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """The commands that measure and draw without training: evaluate, knn, reconstruct, partial-curve."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -137,7 +137,7 @@ def _measured(check, recipe: str, overrides: list[str], json: Path | None):
     return loaded
 
 
-def _on_ranks(command, nproc, recipe, overrides, options, json, work) -> dict | None:
+def _on_ranks(command, nproc, recipe, overrides, options, json, work) -> dict[str, Any] | None:
     """What `work` gives, as this rank or with local ranks started here; None where another process says it."""
     import json as text
 

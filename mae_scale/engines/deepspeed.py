@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ class DeepSpeedEngine:
     `never_decayed` names parameters that have no weight decay. Only what requires a gradient is trained and stored.
     """
 
-    def __init__(self, objective: nn.Module, recipe: Recipe, config: dict, device: torch.device):
+    def __init__(self, objective: nn.Module, recipe: Recipe, config: dict[str, Any], device: torch.device):
         deepspeed = _deepspeed()
         with _quiet():
             deepspeed.init_distributed(dist_init_required=False, verbose=False)
@@ -94,7 +95,7 @@ class DeepSpeedEngine:
         """What this rank holds of the training state, as views of it."""
         return self._state.state()
 
-    def restored(self, scalars: dict) -> None:
+    def restored(self, scalars: dict[str, Any]) -> None:
         """To be called by all ranks when the pieces of state() were filled, with the scalars that lay beside them."""
         self._state.restored(scalars)
 

@@ -1,6 +1,7 @@
 """From a recipe to what the engine is given: batch layout, the complete DeepSpeed file, and what is refused."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from data_pipeline.errors import UsageError
 from mae_scale.config.schema import Recipe
@@ -43,7 +44,7 @@ def batch_layout(recipe: Recipe, world_size: int) -> BatchLayout:
     return BatchLayout(total, world_size, micro, share // micro)
 
 
-def deepspeed_config(recipe: Recipe, layout: BatchLayout, *, gpu: bool) -> dict:
+def deepspeed_config(recipe: Recipe, layout: BatchLayout, *, gpu: bool) -> dict[str, Any]:
     """The complete DeepSpeed configuration: ds_configs/zeroN.json or engine.config, every "auto" filled in.
 
     A file of the user's own decides the ZeRO stage. Raises UsageError where it contradicts the recipe.
@@ -96,7 +97,7 @@ def deepspeed_config(recipe: Recipe, layout: BatchLayout, *, gpu: bool) -> dict:
     return config
 
 
-def checks_gradients(config: dict, precision: str | None = None) -> bool:
+def checks_gradients(config: dict[str, Any], precision: str | None = None) -> bool:
     """Whether the engine takes the gradient's norm, clips it and leaves out steps that are not finite, on the device.
 
     DeepSpeed does each of these on the host, which then waits for the device several times a step. It can be told not
@@ -111,7 +112,7 @@ def checks_gradients(config: dict, precision: str | None = None) -> bool:
     return precision in exact and "offload_optimizer" not in zero
 
 
-def _leaves(tree: dict, prefix: str = ""):
+def _leaves(tree: dict[str, Any], prefix: str = ""):
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")

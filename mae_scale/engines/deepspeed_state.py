@@ -9,6 +9,7 @@ moves them is seen.
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -74,7 +75,7 @@ class DeepSpeedState:
         }
         return EngineState([*pieces, *buffers], own, scalars)
 
-    def restored(self, scalars: dict) -> None:
+    def restored(self, scalars: dict[str, Any]) -> None:
         """After the pieces were filled: step counts, loss scale, and the weights from the masters."""
         for master in self._masters:
             if "step" in self._optimizer.state[master]:

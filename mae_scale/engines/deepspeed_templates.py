@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.errors import UsageError
 from mae_scale.config.schema import Recipe
@@ -16,7 +17,7 @@ def zero_stage_of(recipe: Recipe) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def read_template(recipe: Recipe) -> tuple[dict, str]:
+def read_template(recipe: Recipe) -> tuple[dict[str, Any], str]:
     engine = recipe.engine
     if engine.config is None:
         name = "zero3_offload" if engine.offload else f"zero{engine.zero_stage}"

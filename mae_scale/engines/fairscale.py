@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -110,7 +111,7 @@ class FairScaleEngine:
                 own += [piece, *kept]
         return EngineState(pieces, own, {"optimizer_steps": steps, "loss_scaler": None})
 
-    def restored(self, scalars: dict) -> None:
+    def restored(self, scalars: dict[str, Any]) -> None:
         """To be called by all ranks when the pieces of state() were filled, with the scalars that lay beside them."""
         for state in self._own_optimizer().state.values():
             if "step" in state:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.optim import Lars as TimmLars
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from mae_scale.config.schema import OptimSection
 
 
-def parameter_groups(objective: nn.Module, optim: OptimSection) -> list[dict]:
+def parameter_groups(objective: nn.Module, optim: OptimSection) -> list[dict[str, Any]]:
     """Two groups a layer: decayed, and not (biases, norms: at most one dimension; and the objective's never_decayed).
 
     A name in never_decayed is the last part of a parameter's name, such as `cls_token`. lr_scale is
     layer_decay ^ (layers after it), as in BEiT (arXiv 2106.08254) and the authors' release; without layer_decay the
     objective is one layer. Parameters that take no gradient are left out.
     """
-    groups: dict[tuple[int, bool], dict] = {}
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -47,7 +47,7 @@ def optimizer_class(optim: OptimSection) -> type[torch.optim.Optimizer]:
     return torch.optim.AdamW if optim.name == "adamw" else Lars
 
 
-def optimizer_options(optim: OptimSection) -> dict:
+def optimizer_options(optim: OptimSection) -> dict[str, Any]:
     """Keyword arguments of optimizer_class; AdamW fused on CPU and GPU alike. The loop sets lr at every step."""
     if optim.name == "adamw":
         return {"lr": 0.0, "betas": tuple(optim.betas), "eps": 1e-8, "fused": True}

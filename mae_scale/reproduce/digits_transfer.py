@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -55,7 +56,7 @@ DOUBLE = Way(
 
 def run_transfer(
     out: Path, json_file: Path | None, *, seeds: tuple[int, ...] = SEEDS, overrides: tuple[str, ...] = ()
-) -> dict[str, dict]:
+) -> dict[str, dict[str, Any]]:
     """Pre-training and every way of transfer for each seed, below `out`; a second call goes on where the first stopped.
 
     {way: {"mean", "std", "seeds"}} of top-1 in percent on the held-out digits; std is the sample's. `overrides` go to
@@ -136,7 +137,7 @@ def _call(words: list[str], log: Path, ranks: int = 1) -> None:
         raise RunError(f"`mae-scale {' '.join(words)}` ended with exit code {code}: {last} (all in {log})")
 
 
-def _show(console: Console, results: dict[str, dict]) -> None:
+def _show(console: Console, results: dict[str, dict[str, Any]]) -> None:
     table = Table(title="top-1 on held-out digits, ten labels a class", title_justify="left")
     table.add_column("way")
     table.add_column("mean", justify="right")
