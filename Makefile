@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-cluster torture lint format bench bench-gpu clean
+.PHONY: setup demo test test-slow test-all test-cluster torture lint format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    the whole story on this machine: data, pre-training, pictures, MLflow (about 5 minutes)"
-	@echo "make test    every test          make lint   ruff, format, imports (layers, no circle), types"
+	@echo "make test    every promise, in its quickest form       make lint   ruff, format, imports (layers, no circle), types"
+	@echo "make test-all   make test, the slow tests, jobs on a real Slurm, and 12 random kills"
 	@echo "make test-cluster   jobs on a real Slurm of two nodes, started here (as root; apt installs it; about 6 minutes)"
 	@echo "make torture N=200   kill a real training N times at random instants, compare the whole curve"
 	@echo "make bench   our step and the engine's beside Hugging Face's, our loader beside torchvision's, the stall of a save"
@@ -27,7 +28,13 @@ demo: setup
 	$(BIN)/mae-scale demo --out demo
 
 test: setup
-	$(BIN)/python -m pytest tests --ignore=tests/cluster
+	$(BIN)/python -m pytest tests --ignore=tests/cluster -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest tests --ignore=tests/cluster -m slow
+
+test-all: test test-slow test-cluster
+	$(MAKE) torture N=12
 
 test-cluster: setup
 	$(BIN)/python -m pytest tests/cluster

@@ -283,8 +283,9 @@ def test_two_to_three_to_one_rank_and_another_stage_by_the_same_command(tmp_path
 
 
 @pytest.mark.timeout(900)
-def test_twelve_random_kills_leave_no_seam_in_the_curve(tmp_path, digits):
-    report = torture(tmp_path, digits, kills=12, seed=int(os.environ.get("TORTURE_SEED", "0")), say=print)
+def test_random_kills_leave_no_seam_in_the_curve(tmp_path, digits):
+    """Four here; `make test-all` has twelve, `make torture` any number."""
+    report = torture(tmp_path, digits, kills=4, seed=int(os.environ.get("TORTURE_SEED", "0")), say=print)
     print(report.table(), file=sys.stderr)
-    assert sum(report.kills.values()) == 12
+    assert sum(report.kills.values()) == 4
     assert (report.lost, report.mismatching, report.damaged) == (0, 0, 0)

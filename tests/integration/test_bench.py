@@ -126,6 +126,7 @@ def test_a_profile_knows_kinds_of_kernels_and_waits_of_the_host(module):
     assert states == [True, False]
 
 
+@pytest.mark.slow
 def test_gpu_script_goes_through_all_stages_and_on_after_a_part_that_fails(tmp_path):
     python = tmp_path / "python"
     python.write_text(

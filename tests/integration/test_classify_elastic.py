@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.integration.classify_worker import EMA
-from tests.integration.torchrun import fully_sharded_configs, run_worker
+from tests.integration.ranks import fully_sharded_configs, run_worker
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all cases of two ranks
 
@@ -43,7 +43,7 @@ RUNS = [f"{run}, fp32" for run in MOVES] + [f"{run}, bf16" for run in BF16]
 
 @pytest.fixture(scope="module")
 def run_cases(tmp_path_factory):
-    """Run {name: (kind, engine, precision, the rest of the case)} under torchrun with some ranks."""
+    """Run {name: (kind, engine, precision, the rest of the case)} on some ranks."""
     folder = tmp_path_factory.mktemp("classify_elastic")
     files = fully_sharded_configs(folder)
 

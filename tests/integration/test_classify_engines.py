@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.integration.classify_worker import EMA, plain_loop
-from tests.integration.torchrun import fully_sharded_configs, run_worker
+from tests.integration.ranks import fully_sharded_configs, run_worker
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all cases of two ranks
 

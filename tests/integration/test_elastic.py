@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.torchrun import fully_sharded_configs, run_worker
+from tests.integration.ranks import fully_sharded_configs, run_worker
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all cases of two ranks
 
@@ -35,7 +35,7 @@ MOVES = {
 
 @pytest.fixture(scope="module")
 def run_cases(tmp_path_factory):
-    """Run cases under torchrun with some ranks; {case: losses}."""
+    """Run cases on some ranks; {case: losses}."""
     folder = tmp_path_factory.mktemp("elastic")
     files = fully_sharded_configs(folder)
 

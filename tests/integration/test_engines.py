@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.engine_worker import plain_loop
-from tests.integration.torchrun import fully_sharded_configs, run_worker
+from tests.integration.ranks import fully_sharded_configs, run_worker
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all cases of two ranks
 
@@ -87,7 +87,7 @@ COMPILED = {
 
 @pytest.fixture(scope="session")
 def run_cases(tmp_path_factory):
-    """Run cases under torchrun with some ranks; returns {case: losses, norms, weights}."""
+    """Run cases on some ranks; returns {case: losses, norms, weights}."""
 
     def run(cases: dict, nproc: int) -> dict:
         folder = tmp_path_factory.mktemp("engines")

@@ -187,6 +187,7 @@ def test_served_model_answers_an_image_with_its_probabilities(run, pixels, expec
     np.testing.assert_allclose(found, expected[:2], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_server_that_is_down_costs_a_warning_and_the_same_command_logs_later(finetune, tmp_path):
     late = Server(tmp_path)
     out = tmp_path / "run"

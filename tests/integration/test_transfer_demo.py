@@ -12,6 +12,7 @@ TINY += ["model.decoder_width=16", "model.decoder_depth=1", "model.decoder_heads
 KEYS = ["scratch", "linear_probe", "knn", "partial_0.5", "partial_1", "partial_2", "finetune", "finetune_double"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_way_of_transfer_runs_and_a_second_call_gives_the_same(tmp_path):
     out, answer = tmp_path / "demo", tmp_path / "transfer.json"
