@@ -21,7 +21,7 @@ from mae_scale.checkpoints.store import Retention
 from mae_scale.config.load import load_recipe
 from mae_scale.distributed.collectives import process_group
 from mae_scale.distributed.ranks import ranks_from_environment
-from mae_scale.engines.deepspeed_config import batch_layout
+from mae_scale.engines.policy import layout_of
 from mae_scale.engines.select import scale_out
 from mae_scale.models.build import build_model
 from mae_scale.tasks.mae.objective import Reconstruct
@@ -59,7 +59,7 @@ def main() -> None:
 
 def measure(recipe, ranks, device, folder: Path, saves: int) -> dict:
     objective = Reconstruct(build_model(recipe), seed=0)
-    layout = batch_layout(recipe, ranks.world_size)
+    layout = layout_of(recipe, ranks.world_size)
     engine = scale_out(objective, recipe, layout, device)
     batch = [torch.randn(8, 3, 64, 64, device=device), torch.rand(8, 16, device=device)]
 

@@ -14,9 +14,8 @@ from torch import nn
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.activation_checkpointing import checkpoint_activations
 from mae_scale.engines.compilation import compile_blocks
-from mae_scale.engines.deepspeed_config import batch_layout
 from mae_scale.engines.optimizers import optimizer_class, optimizer_options, parameter_groups
-from mae_scale.engines.policy import compiles, refuse_wrong_combinations
+from mae_scale.engines.policy import compiles, layout_of, refuse_wrong_combinations
 from mae_scale.engines.select import scale_out
 from mae_scale.models.build import build_model
 from mae_scale.packaged import packaged
@@ -53,7 +52,7 @@ def engine_loop(setting, device: torch.device, stage: int, timer: bool | None = 
         refuse_wrong_combinations(recipe, gpu=gpu)
         objective, batch = _objective(recipe, device)
         linear = nn.functional.linear
-        engine = scale_out(objective, recipe, batch_layout(recipe, 1), device)
+        engine = scale_out(objective, recipe, layout_of(recipe, 1), device)
 
     def close() -> None:
         engine.close()

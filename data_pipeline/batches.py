@@ -144,13 +144,26 @@ class Loading:
         if self.invalidate:
             valid[list(replaced)] = False
         labels = self.index.label[plan.sample_ids].astype(np.int64)
-        if self.decoder.device_id is not None and self._stream is None:
-            self._stream = torch.cuda.Stream(self.decoder.device_id)  # one: the allocator keeps memory by stream
         patches = erasing_noise(plan.erase, plan.positions, seed=self.seed, number=number)
-        tensors = to_torch(images, labels, patches, self._stream)
+        tensors = to_torch(images, labels, patches, self._copy_stream())
         self._name_damaged(encoded, plan)
         drawn = tuple(_pinned(tensor) for tensor in self.draw(number, plan.positions))
-        return Batch(*tensors, plan.sample_ids, plan.positions, valid, number, len(replaced), cache_hits, drawn)
+        return Batch(
+            *tensors,
+            plan.sample_ids,
+            plan.positions,
+            valid,
+            number=number,
+            replaced=len(replaced),
+            cache_hits=cache_hits,
+            drawn=drawn,
+        )
+
+    def _copy_stream(self) -> torch.cuda.Stream | None:
+        """Return the stream on which images are copied; None on the CPU. One: the allocator keeps memory by stream."""
+        if self.decoder.device_id is not None and self._stream is None:
+            self._stream = torch.cuda.Stream(self.decoder.device_id)
+        return self._stream
 
     def _neighbour(self, read: Read, number: int, plan: BatchPlan, row: int) -> tuple[np.ndarray, BatchPlan]:
         """The bytes of the next readable image, and the plan with it in the place of the bad one."""

@@ -6,14 +6,16 @@ starting at step t gives what a run from the beginning gives at step t.
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from data_pipeline.augment.kinds import Augmentation, augmentation
+from data_pipeline.batch_layout import batch_layout
 from data_pipeline.batches import Batch, Loading
 from data_pipeline.cache import ImageCache
 from data_pipeline.dali_graph import Decoding
@@ -187,9 +189,10 @@ class ImageLoader(_Loader):
         cache: ImageCache | None = None,
         exif_orientation: bool = False,
     ):
-        self.accumulation = accumulation(global_batch, micro_batch, world_size)
+        layout = batch_layout(global_batch, world_size, micro_batch)
+        self.accumulation, self.micro_batch = layout.accumulation, layout.micro_batch
         self.steps_per_epoch = steps_per_epoch(len(index), global_batch)
-        self.micro_batch, self.start_step, self.stop_step = micro_batch, start_step, stop_step
+        self.start_step, self.stop_step = start_step, stop_step
         self._batch_of = batch_of
         super().__init__(
             index,
@@ -197,7 +200,7 @@ class ImageLoader(_Loader):
             image_size=image_size,
             seed=seed,
             global_batch=global_batch,
-            max_batch=micro_batch,
+            max_batch=layout.micro_batch,
             rank=rank,
             world_size=world_size,
             device=device,
@@ -213,13 +216,12 @@ class ImageLoader(_Loader):
 
     def __iter__(self) -> Iterator[Batch]:
         share = self.global_batch // self.world_size
+        steps = itertools.count(self.start_step) if self.stop_step is None else range(self.start_step, self.stop_step)
         return self._stream(
             _training_plans(
                 self.index,
                 self.augmentation,
-                self.start_step,
-                self.stop_step,
-                self._batch_of,
+                map(self._batch_of, steps),
                 self.micro_batch,
                 seed=self.seed,
                 global_batch=self.global_batch,
@@ -230,43 +232,13 @@ class ImageLoader(_Loader):
 
 
 def _training_plans(
-    index: Index,
-    kind: Augmentation,
-    start: int,
-    stop: int | None,
-    batch_of: Callable[[int], int],
-    micro_batch: int,
-    **rest,
+    index: Index, kind: Augmentation, numbers: Iterable[int], micro_batch: int, **rest: Any
 ) -> Iterator[tuple[int, BatchPlan]]:
-    step = start
-    while stop is None or step < stop:
-        batch = batch_of(step)
-        plan = plan_batch(index, kind, number=batch, **rest)
+    """Yield each batch's number and plan, a micro-batch at a time; refers to no loader, so that those can go."""
+    for number in numbers:
+        plan = plan_batch(index, kind, number=number, **rest)
         for first in range(0, len(plan), micro_batch):
-            yield batch, plan[first : first + micro_batch]
-        step += 1
-
-
-def accumulation(global_batch: int, micro_batch: int, world_size: int) -> int:
-    """Micro-batches a step and rank. Raises UsageError that says what would fit when they do not divide."""
-    if min(global_batch, micro_batch, world_size) < 1:
-        raise UsageError(
-            f"global batch {global_batch}, micro-batch {micro_batch}, {world_size} ranks: none may be below 1"
-        )
-    if global_batch % (world_size * micro_batch) == 0:
-        return global_batch // (world_size * micro_batch)
-    unit = world_size * micro_batch
-    fits = [f"data.global_batch={max(1, round(global_batch / unit)) * unit}"]
-    if global_batch % world_size == 0:
-        share = global_batch // world_size
-        fits.insert(0, f"engine.micro_batch={max(m for m in range(1, min(micro_batch, share) + 1) if share % m == 0)}")
-    ranks = max(r for r in range(1, world_size + 1) if global_batch % r == 0)
-    if ranks != world_size:
-        fits.append(f"{ranks} ranks")
-    raise UsageError(
-        f"a global batch of {global_batch} cannot be cut into micro-batches of {micro_batch} on "
-        f"{world_size} ranks; what would fit: {' or '.join(fits)}"
-    )
+            yield number, plan[first : first + micro_batch]
 
 
 class EvaluationLoader(_Loader):

@@ -64,12 +64,12 @@ def print_table(checkpoints: Path, check: Callable[[Path], dict[str, Any]]) -> b
         except Damaged as damage:
             damages.append(f"{folder.name}: {damage}")
             age = time.time() - folder.stat().st_mtime
-            table.add_row(f"{step:,}", "", duration(age), size, "", "", "", "[red]no[/]")
+            table.add_row(*(f"{step:,}", "", duration(age), size, "", "", "", "[red]no[/]"))
             continue
         loss = "" if m["loss"] is None else f"{m['loss']:.4f}"
         whole = "yes" if check is verify else "yes (sizes)"
         age, ranks = duration(time.time() - m["time"]), str(m["world_size"])
-        table.add_row(f"{step:,}", f"{m['epoch']:.2f}", age, size, loss, ranks, m["engine"], whole)
+        table.add_row(*(f"{step:,}", f"{m['epoch']:.2f}", age, size, loss, ranks, m["engine"], whole))
     console = Console(highlight=False)
     console.print(table)
     for damage in damages:

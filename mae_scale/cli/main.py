@@ -123,7 +123,9 @@ def submit(
     """
     from mae_scale.launch import slurm as jobs
 
-    shape = jobs.Shape(nodes, gpus_per_node, ntasks_per_node, cpus_per_task, partition, account, time)
+    shape = jobs.Shape(
+        nodes, gpus_per_node, ntasks_per_node, cpus_per_task, partition=partition, account=account, time=time
+    )
     jobs.submit(recipes, shape, out, dry_run=dry_run)
 
 

@@ -1,7 +1,10 @@
 """The commands that measure and draw without training: evaluate, knn, reconstruct, partial-curve."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -17,6 +20,9 @@ from mae_scale.cli.options import (
     with_weights,
     write_text,
 )
+
+if TYPE_CHECKING:
+    from mae_scale.config.schema import Recipe
 
 measure_app = typer.Typer()
 
@@ -47,8 +53,8 @@ def evaluate(
 
     overrides = with_weights(overrides, weights)
     loaded = _measured(evaluation.check, recipe, overrides, json)
-    options = ["--set", kind]
-    results = _on_ranks("evaluate", nproc, recipe, overrides, options, json, lambda: evaluation.evaluate(loaded, kind))
+    words = ["evaluate", recipe, *overrides, "--set", kind]
+    results = _on_ranks(words, nproc, json, lambda: evaluation.evaluate(loaded, kind))
     if results is not None:
         typer.echo(evaluation.describe(results, loaded.data.val_root))
 
@@ -76,9 +82,8 @@ def knn(
 
     overrides = with_weights(overrides, weights)
     loaded = _measured(evaluation.check, recipe, overrides, json)
-    options = ["--k", str(k), *(["--figure", str(figure)] if figure else [])]
-    work = lambda: evaluation.nearest_neighbours(loaded, k, figure)  # noqa: E731
-    results = _on_ranks("knn", nproc, recipe, overrides, options, json, work)
+    words = ["knn", recipe, *overrides, "--k", str(k), *(["--figure", str(figure)] if figure else [])]
+    results = _on_ranks(words, nproc, json, lambda: evaluation.nearest_neighbours(loaded, k, figure))
     if results is not None:
         typer.echo(
             f"{k} nearest neighbours: top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % "
@@ -89,11 +94,11 @@ def knn(
 @measure_app.command()
 def reconstruct(
     recipe: RecipeName,
-    overrides: Overrides = None,
     weights: Annotated[
         Path, typer.Option(metavar="PATH", help="A pre-training run's folder, or a file with a decoder.")
-    ] = ...,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="PNG to write.")] = ...,
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="PNG to write.")],
+    overrides: Overrides = None,
 ) -> None:
     """Draw what an autoencoder makes of images with most patches removed.
 
@@ -109,7 +114,7 @@ def reconstruct(
 @measure_app.command("partial-curve")
 def partial_curve(
     runs: Annotated[list[Path], typer.Argument(metavar="DIR", help="Folders of finished runs, of any seeds.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="PNG to write.")] = ...,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="PNG to write.")],
     json: Json = None,
 ) -> None:
     """Draw accuracy by the number of trained blocks, from runs of probing, partial and full fine-tuning.
@@ -129,24 +134,25 @@ def partial_curve(
         write_text(json, text.dumps(points, indent=1) + "\n")
 
 
-def _measured(check, recipe: str, overrides: list[str], json: Path | None):
-    """The recipe of something to measure, checked."""
+def _measured(check: Callable[[Recipe], None], recipe: str, overrides: list[str], json: Path | None) -> Recipe:
+    """Return the recipe of something to measure, checked."""
     loaded = read_recipe(recipe, overrides)
     check(loaded)
     check_file("--json", json)
     return loaded
 
 
-def _on_ranks(command, nproc, recipe, overrides, options, json, work) -> dict[str, Any] | None:
-    """What `work` gives, as this rank or with local ranks started here; None where another process says it."""
+def _on_ranks(
+    words: list[str], nproc: int, json: Path | None, work: Callable[[], dict[str, Any] | None]
+) -> dict[str, Any] | None:
+    """Return what `work` gives as this rank, or run the command `words` on local ranks; None where another says it."""
     import json as text
 
     from mae_scale.distributed.ranks import launched
     from mae_scale.launch.local import launch_local_ranks
 
     if nproc > 1 and not launched():
-        options = [*options, *(["--json", str(json)] if json else [])]
-        if code := launch_local_ranks(nproc, [command, recipe, *overrides, *options]):
+        if code := launch_local_ranks(nproc, [*words, *(["--json", str(json)] if json else [])]):
             raise typer.Exit(code)
         return None
     results = work()

@@ -65,7 +65,9 @@ def pretrain(
     Example: `mae-scale pretrain demo --nproc 2 --out runs/demo data.root=digits/train`
     """
     overrides = _with_uri(overrides, tracking_uri)
-    raise typer.Exit(_train(Start("pretrain", recipe, overrides, out, nproc, dry_run, Output(quiet, log_file))))
+    raise typer.Exit(
+        _train(Start("pretrain", recipe, overrides, out, nproc=nproc, dry_run=dry_run, output=Output(quiet, log_file)))
+    )
 
 
 @train_app.command()
@@ -88,7 +90,7 @@ def finetune(
     data.root=/data/imagenet/train data.val_root=/data/imagenet/val`
     """
     overrides = _with_uri(with_weights(overrides, weights), tracking_uri)
-    start = Start("finetune", recipe, overrides, out, nproc, dry_run, Output(quiet, log_file))
+    start = Start("finetune", recipe, overrides, out, nproc=nproc, dry_run=dry_run, output=Output(quiet, log_file))
     raise typer.Exit(_classify(start, json))
 
 
@@ -112,7 +114,7 @@ def probe(
     data.root=/data/imagenet/train data.val_root=/data/imagenet/val`
     """
     overrides = _with_uri(with_weights(overrides, weights), tracking_uri)
-    start = Start("probe", recipe, overrides, out, nproc, dry_run, Output(quiet, log_file))
+    start = Start("probe", recipe, overrides, out, nproc=nproc, dry_run=dry_run, output=Output(quiet, log_file))
     raise typer.Exit(_classify(start, json))
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from data_pipeline.batch_layout import BatchLayout
 from mae_scale.checkpoints.shards import EngineState, Piece, share_of
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.base import StepResult
-from mae_scale.engines.deepspeed_config import BatchLayout
 from mae_scale.engines.deepspeed_state import buffer_pieces
 from mae_scale.engines.optimizers import (
     fresh_state,

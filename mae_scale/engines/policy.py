@@ -1,5 +1,6 @@
 """What an engine does with a recipe: its name, precision, what is compiled; and which combinations are refused."""
 
+from data_pipeline.batch_layout import BatchLayout, batch_layout
 from data_pipeline.errors import UsageError
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.deepspeed_templates import zero_stage_of
@@ -24,19 +25,28 @@ def compiles(recipe: Recipe, stage: int, gpu: bool) -> bool:
     return (gpu and not wrong) if recipe.engine.compile is None else recipe.engine.compile
 
 
+def layout_of(recipe: Recipe, world_size: int) -> BatchLayout:
+    """Return how the recipe's global batch is spread over the ranks; raises as `batch_layout` does."""
+    return batch_layout(recipe.data.global_batch, world_size, recipe.engine.micro_batch)
+
+
 def refuse_wrong_combinations(recipe: Recipe, *, gpu: bool) -> None:
-    """UsageError, with the reason, for what would fail or be wrong without an error."""
-    engine, stage = recipe.engine, zero_stage_of(recipe)
-    precision, fairscale = precision_of(recipe, gpu), engine.backend == "fairscale"
-    refusals = [
+    """Raise UsageError, with the reason, for what would fail or be wrong without an error."""
+    for found, reason in (*_of_any_engine(recipe, gpu), *_of_deepspeed(recipe), *_of_fairscale(recipe, gpu)):
+        if found:
+            raise UsageError(reason)
+
+
+Refusals = list[tuple[bool, str]]
+"""Whether a combination is found, and why it is refused."""
+
+
+def _of_any_engine(recipe: Recipe, gpu: bool) -> Refusals:
+    engine = recipe.engine
+    return [
         (
-            precision == "fp16" and not gpu,
+            precision_of(recipe, gpu) == "fp16" and not gpu,
             "engine.precision=fp16 needs a GPU: on a CPU DeepSpeed has no fp16; use fp32 or bf16",
-        ),
-        (
-            bool(engine.compile) and stage == 3 and not fairscale,
-            "engine.compile=true with ZeRO 3 loses gradients without an error (losses off by 0.07 and more); "
-            "use engine.zero_stage=2, or engine.compile=false",
         ),
         (
             bool(engine.compile) and engine.activation_checkpointing == "offload",
@@ -44,50 +54,68 @@ def refuse_wrong_combinations(recipe: Recipe, *, gpu: bool) -> None:
             "use activation_checkpointing=all, or engine.compile=false",
         ),
         (
+            recipe.data.device == "gpu" and not gpu,
+            "data.device=gpu: no GPU is visible here; use data.device=auto or cpu",
+        ),
+    ]
+
+
+def _of_deepspeed(recipe: Recipe) -> Refusals:
+    engine, stage = recipe.engine, zero_stage_of(recipe)
+    if engine.backend != "deepspeed":
+        return []
+    return [
+        (
+            bool(engine.compile) and stage == 3,
+            "engine.compile=true with ZeRO 3 loses gradients without an error (losses off by 0.07 and more); "
+            "use engine.zero_stage=2, or engine.compile=false",
+        ),
+        (
             engine.offload and stage != 3 and engine.config is None,
             f"engine.offload=true needs engine.zero_stage=3, found {stage}; for another stage copy a file of "
             "ds_configs, add offload_optimizer to it and pass it as engine.config=PATH",
         ),
         (
-            fairscale and engine.config is not None,
+            recipe.optim.name == "lars" and stage != 0,
+            f"optim.name=lars with ZeRO {stage} would take a rank's part of all weights for one layer, and scale it "
+            "wrongly without an error; use engine.zero_stage=0 (linear probing trains the head alone)",
+        ),
+    ]
+
+
+def _of_fairscale(recipe: Recipe, gpu: bool) -> Refusals:
+    engine, stage = recipe.engine, zero_stage_of(recipe)
+    if engine.backend != "fairscale":
+        return []
+    return [
+        (
+            engine.config is not None,
             "engine.config is a DeepSpeed file and engine.backend=fairscale does not read it; drop one of them",
         ),
         (
-            fairscale and engine.offload,
+            engine.offload,
             "engine.offload is DeepSpeed's; with engine.backend=fairscale use activation_checkpointing=offload",
         ),
         (
-            fairscale and precision == "fp16",
+            precision_of(recipe, gpu) == "fp16",
             "engine.precision=fp16 with engine.backend=fairscale is not supported; use bf16, or backend=deepspeed",
         ),
         (
-            fairscale and stage not in (1, 3),
+            stage not in (1, 3),
             f"engine.backend=fairscale has zero_stage 1 (sharded optimiser with DDP) and 3 (fully sharded, GPU "
             f"only), found {stage}; its stage 2 (ShardedDataParallel) gives wrong gradients without an error",
         ),
         (
-            fairscale and stage == 3 and not gpu,
+            stage == 3 and not gpu,
             "engine.backend=fairscale with zero_stage=3 (fully sharded) needs a GPU; "
             "use zero_stage=1, or backend=deepspeed, whose ZeRO 3 runs on a CPU too",
         ),
         (
-            fairscale and stage == 3 and bool(engine.compile),
+            stage == 3 and bool(engine.compile),
             "engine.compile=true with FairScale's fully sharded engine has not been shown to be right; use false",
         ),
         (
-            recipe.optim.name == "lars" and stage != 0 and not fairscale,
-            f"optim.name=lars with ZeRO {stage} would take a rank's part of all weights for one layer, and scale it "
-            "wrongly without an error; use engine.zero_stage=0 (linear probing trains the head alone)",
-        ),
-        (
-            fairscale and recipe.classifier is not None and recipe.classifier.ema is not None,
+            recipe.classifier is not None and recipe.classifier.ema is not None,
             "classifier.ema with engine.backend=fairscale is not supported; use backend=deepspeed",
         ),
-        (
-            recipe.data.device == "gpu" and not gpu,
-            "data.device=gpu: no GPU is visible here; use data.device=auto or cpu",
-        ),
     ]
-    for found, reason in refusals:
-        if found:
-            raise UsageError(reason)

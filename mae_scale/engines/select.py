@@ -3,10 +3,11 @@
 import torch
 from torch import nn
 
+from data_pipeline.batch_layout import BatchLayout
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.activation_checkpointing import checkpoint_activations
 from mae_scale.engines.compilation import compile_blocks
-from mae_scale.engines.deepspeed_config import BatchLayout, deepspeed_config
+from mae_scale.engines.deepspeed_config import deepspeed_config
 from mae_scale.engines.policy import compiles, precision_of, zero_stage_of
 
 

@@ -12,8 +12,7 @@ import torch
 from data_pipeline.errors import RunError, UsageError
 from mae_scale.config.load import load_recipe
 from mae_scale.config.schema import Recipe
-from mae_scale.engines.deepspeed_config import batch_layout
-from mae_scale.engines.policy import refuse_wrong_combinations
+from mae_scale.engines.policy import layout_of, refuse_wrong_combinations
 from mae_scale.launch.slurm_templates import PROLOGUE, ask_for_gpus, find_template, gpus_of, render, sbatch_options
 from mae_scale.models.build import build_classifier_of, build_model
 from mae_scale.models.weights.autoencoder import to_official
@@ -132,7 +131,7 @@ def check(recipe: Recipe, name: str, shape: Shape, out: Path, start: Link | None
     try:
         if recipe.data.root is None:
             raise UsageError("data.root is not set; add data.root=/path/to/train, as the nodes see it")
-        layout = batch_layout(recipe, shape.ranks)
+        layout = layout_of(recipe, shape.ranks)
         refuse_wrong_combinations(recipe, gpu=bool(shape.gpus_per_node))
         if start is not None:
             refuse_other_model(start, recipe)
@@ -245,7 +244,7 @@ def _link(name: str, overrides: list[str], shape: Shape, out: Path, before: list
 
     options = {**shape.options(template), "job-name": f"mae-{label}", "output": f"{beginning}-%j.log"}
     text = render(template, options, [given, "--out", str(folder), *overrides])
-    return Link(name, recipe, folder, Path(f"{beginning}.sbatch"), text, shape)
+    return Link(name, recipe, folder, script=Path(f"{beginning}.sbatch"), text=text, shape=shape)
 
 
 def _template(name: str) -> str:

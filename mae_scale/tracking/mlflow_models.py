@@ -1,5 +1,7 @@
 """The finished classifier in MLflow: a model that turns pixels into class probabilities, beside the run's metrics."""
 
+from __future__ import annotations
+
 import json
 import logging
 import os
@@ -8,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +21,10 @@ from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from mae_scale.models.classifier import Classifier
 from mae_scale.passwords import redacted, without_password
 from mae_scale.tracking.mlflow_tracker import ENVIRONMENT, MlflowTracker, reason
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +117,7 @@ def log_classifier(
     device that it was exported on, so that a server with a GPU refuses it.)
     Raises what MLflow raises.
     """
-    from mlflow import MlflowClient, MlflowException
+    from mlflow import MlflowClient
     from mlflow.entities import LoggedModelOutput
 
     client = MlflowClient(uri)
@@ -126,21 +133,26 @@ def log_classifier(
             with _patience_for(path):
                 client.log_model_artifacts(logged.model_id, str(path))
         client.finalize_logged_model(logged.model_id, "READY")
-    model_uri = f"models:/{logged.model_id}"
-    if registered_name is None:
-        return {"model_uri": model_uri, "version": None}
+    version = None if registered_name is None else _version(client, registered_name, run_id, logged)
+    return {"model_uri": f"models:/{logged.model_id}", "version": version}
+
+
+def _version(client: MlflowClient, name: str, run_id: str, logged: LoggedModel) -> str:
+    """Return the version of a run's model under a registered name, made where there is none."""
+    from mlflow import MlflowException
+
     try:
-        client.create_registered_model(registered_name)
+        client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    versions = client.search_model_versions(f"name = '{registered_name}' AND run_id = '{run_id}'")
+    versions = client.search_model_versions(f"name = '{name}' AND run_id = '{run_id}'")
     if versions:
-        return {"model_uri": model_uri, "version": str(versions[0].version)}
-    # By its place: a database without a server would look for `model_uri` in the process's global tracking URI.
+        return str(versions[0].version)
+    # By its place: a database without a server would look for `models:/ID` in the process's global tracking URI.
     place, model_id = logged.artifact_location, logged.model_id
-    made = client.create_model_version(registered_name, place, run_id, await_creation_for=0, model_id=model_id)
-    return {"model_uri": model_uri, "version": str(made.version)}
+    made = client.create_model_version(name, place, run_id, await_creation_for=0, model_id=model_id)
+    return str(made.version)
 
 
 def _save(model: Classifier, path: Path, logged, example: np.ndarray, class_names: Sequence[str]) -> None:

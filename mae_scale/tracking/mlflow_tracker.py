@@ -147,14 +147,10 @@ class MlflowTracker:
             return
         self._abandoned.set()
         rows = sum(1 for row in read_metrics(self._log_path) if self._missing(row))
+        files = len(self._state["artifacts"])
         logger.warning(
-            "MLflow (%s) did not take everything within %g s: %d logged steps and %d files wait in %s, "
-            "and running the same command again delivers them",
-            redacted(self.uri),
-            timeout_s,
-            rows,
-            len(self._state["artifacts"]),
-            self._out_dir,
+            f"MLflow ({redacted(self.uri)}) did not take everything within {timeout_s:g} s: {rows} logged steps and "
+            f"{files} files wait in {self._out_dir}, and running the same command again delivers them"
         )
 
     # The thread.

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.errors import UsageError
 from data_pipeline.index import Index
 from mae_scale.checkpoints.resume import newest_readable
 from mae_scale.config.schema import Recipe
-from mae_scale.engines.deepspeed_config import BatchLayout
 from mae_scale.engines.policy import engine_name
 from mae_scale.training.provenance import describe_settings, settings_used
 from mae_scale.training.run_lock import refuse_held

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.index import Index
 from mae_scale.checkpoints.save import Saver
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.heartbeat import Control
 from mae_scale.distributed.ranks import Ranks
-from mae_scale.engines.deepspeed_config import BatchLayout
 from mae_scale.training.event_log import Events
 from mae_scale.training.schedule import Steps, learning_rate, steps_of
 

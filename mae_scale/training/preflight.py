@@ -11,8 +11,8 @@ from data_pipeline.errors import UsageError
 from data_pipeline.index_build import open_index
 from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
-from mae_scale.engines.deepspeed_config import batch_layout, deepspeed_config
-from mae_scale.engines.policy import refuse_wrong_combinations
+from mae_scale.engines.deepspeed_config import deepspeed_config
+from mae_scale.engines.policy import layout_of, refuse_wrong_combinations
 from mae_scale.tracking.mlflow_uri import tracking_uri
 from mae_scale.training.announcement import plan
 from mae_scale.training.inputs import (
@@ -36,7 +36,7 @@ def check(task: Task[Any], world_size: int) -> None:
     gpu = torch.cuda.is_available()
     training_root(recipe)
     refuse_wrong_combinations(recipe, gpu=gpu)
-    layout = batch_layout(recipe, world_size)
+    layout = layout_of(recipe, world_size)
     if recipe.engine.backend == "deepspeed":
         deepspeed_config(recipe, layout, gpu=gpu)
     decoding_device(recipe.data.device)
@@ -90,7 +90,7 @@ def dry_run(task: Task[Any], world_size: int, *, progress: bool = True) -> list[
     """Check everything and return lines on what a start on `world_size` ranks would do; nothing is written."""
     recipe = task.recipe
     index = check_images(task, keep=False, progress=progress)[IMAGES].index
-    layout = batch_layout(recipe, world_size)
+    layout = layout_of(recipe, world_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return plan(recipe, task.out, index, layout, device)
 

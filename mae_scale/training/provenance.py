@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 import mae_scale
+from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.dali_graph import decoding_device
 from mae_scale.config.schema import Recipe
-from mae_scale.engines.deepspeed_config import BatchLayout
 from mae_scale.engines.deepspeed_templates import zero_stage_of
 from mae_scale.engines.policy import compiles, precision_of
 

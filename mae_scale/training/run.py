@@ -20,9 +20,8 @@ from mae_scale.distributed.collectives import process_group
 from mae_scale.distributed.heartbeat import Control
 from mae_scale.distributed.ranks import Ranks, ranks_from_environment
 from mae_scale.engines.base import Engine, Objective
-from mae_scale.engines.deepspeed_config import batch_layout
 from mae_scale.engines.deepspeed_templates import zero_stage_of
-from mae_scale.engines.policy import precision_of
+from mae_scale.engines.policy import layout_of, precision_of
 from mae_scale.engines.select import scale_out
 from mae_scale.planning.hardware import peak_flops_per_s
 from mae_scale.reports.pretraining import loss_curve_figure
@@ -61,7 +60,7 @@ def run(task: Task[Any], output: Output) -> int:
             objective = task.build(index)
             origin = task.initialise(objective, index)
             notes = [*origin.notes, *task.describe(objective)]
-            engine = scale_out(objective, recipe, batch_layout(recipe, ranks.world_size), device)
+            engine = scale_out(objective, recipe, layout_of(recipe, ranks.world_size), device)
             context = _context(task, control, index, engine, device=device, ranks=ranks, origin=origin, guard=guard)
             failure.events = context.events
             start = resume(context, engine)
@@ -117,7 +116,7 @@ def _context(
         out=out,
         ranks=ranks,
         device=device,
-        layout=batch_layout(recipe, ranks.world_size),
+        layout=layout_of(recipe, ranks.world_size),
         index=index,
         facts=_facts(recipe, engine, index, ranks.world_size) | origin.facts,
         training_flops=task.training_flops(),

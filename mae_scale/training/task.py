@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
+from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.index import Index
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.base import Engine, Objective
-from mae_scale.engines.deepspeed_config import BatchLayout
 from mae_scale.tracking.tracker import Tracking
 from mae_scale.training.context import RunContext
 

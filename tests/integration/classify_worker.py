@@ -23,8 +23,7 @@ from mae_scale.config.load import load_recipe
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import process_group
 from mae_scale.distributed.ranks import leave, ranks_from_environment
-from mae_scale.engines.deepspeed_config import batch_layout
-from mae_scale.engines.policy import refuse_wrong_combinations
+from mae_scale.engines.policy import layout_of, refuse_wrong_combinations
 from mae_scale.engines.select import scale_out
 from mae_scale.models.build import build_classifier_of
 from mae_scale.tasks.classification.objective import Classify
@@ -155,7 +154,7 @@ def run_case(case: dict, ranks, device) -> dict:
                 parameter.fill_(torch.nan)  # what is resumed must not come from the initialisation
     start = copy.deepcopy(objective.state_dict())
     refuse_wrong_combinations(recipe, gpu=False)
-    layout = batch_layout(recipe, ranks.world_size)
+    layout = layout_of(recipe, ranks.world_size)
     engine = scale_out(objective, recipe, layout, device)
     share = np.split(np.arange(GLOBAL_BATCH), ranks.world_size)[ranks.rank]
 

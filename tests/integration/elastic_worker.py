@@ -17,7 +17,7 @@ from mae_scale.checkpoints.store import Retention
 from mae_scale.config.load import load_recipe
 from mae_scale.distributed.collectives import process_group
 from mae_scale.distributed.ranks import leave, ranks_from_environment
-from mae_scale.engines.deepspeed_config import batch_layout
+from mae_scale.engines.policy import layout_of
 from mae_scale.engines.select import scale_out
 from mae_scale.models.build import build_model
 from mae_scale.models.drop_path import draw_branch_scales
@@ -46,7 +46,7 @@ def run_case(case: dict, ranks, device) -> dict:
     )
     torch.manual_seed(0 if case["load"] is None else 1)  # what is resumed must not come from the initialisation
     objective = Reconstruct(build_model(recipe), seed=recipe.seed)
-    layout = batch_layout(recipe, ranks.world_size)
+    layout = layout_of(recipe, ranks.world_size)
     engine = scale_out(objective, recipe, layout, device)
     if case["load"]:
         manifest = load_newest(engine, Path(case["load"]), index="none")

@@ -19,9 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mae_scale.config.load import load_recipe
 from mae_scale.distributed.collectives import process_group
 from mae_scale.distributed.ranks import leave, ranks_from_environment
-from mae_scale.engines.deepspeed_config import batch_layout
 from mae_scale.engines.optimizers import parameter_groups
-from mae_scale.engines.policy import refuse_wrong_combinations
+from mae_scale.engines.policy import layout_of, refuse_wrong_combinations
 from mae_scale.engines.select import scale_out
 from mae_scale.models.build import build_model
 from mae_scale.models.drop_path import draw_branch_scales
@@ -147,7 +146,7 @@ def run_case(overrides: list[str], ranks, device) -> dict:
     torch._dynamo.utils.counters.clear()
     objective, recipe = tiny_objective(overrides)
     refuse_wrong_combinations(recipe, gpu=device.type == "cuda")
-    layout = batch_layout(recipe, ranks.world_size)
+    layout = layout_of(recipe, ranks.world_size)
     engine = scale_out(objective, recipe, layout, device)
     # Under a dispatch mode nothing is compiled, and what was met there once is never compiled afterwards.
     on_cpu = nullcontext() if recipe.engine.compile else HostWaits()

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mae_scale.config.load import load_recipe, packaged_recipes
 from mae_scale.config.schema import Recipe
-from mae_scale.engines.deepspeed_config import batch_layout
+from mae_scale.engines.policy import layout_of
 from mae_scale.models.build import build_classifier_of, build_model
 from mae_scale.models.classifier import build_classifier
 from mae_scale.models.mae import build_mae
@@ -108,7 +108,7 @@ def test_the_memory_that_a_header_names_is_the_formulas_and_fits_80_gb(name):
     first, size, rest = re.search(
         r"Memory: about (\S+) GiB a GPU at micro-batch (\d+)(.*); estimated, for 80 GB", header(name)
     ).groups()
-    assert int(size) == batch_layout(recipe, ranks).micro_batch
+    assert int(size) == layout_of(recipe, ranks).micro_batch
     assert float(first) == pytest.approx(expected_gib(recipe, ranks, int(size)), rel=0.05)
     largest, on = recipe.engine.micro_batch or int(size), ranks
     if largest > int(size):

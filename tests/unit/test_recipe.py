@@ -11,8 +11,8 @@ import pytest
 from data_pipeline.errors import UsageError
 from mae_scale.config.load import load_recipe, packaged_recipes
 from mae_scale.config.schema import differing_keys
-from mae_scale.engines.deepspeed_config import batch_layout, deepspeed_config
-from mae_scale.engines.policy import refuse_wrong_combinations
+from mae_scale.engines.deepspeed_config import deepspeed_config
+from mae_scale.engines.policy import layout_of, refuse_wrong_combinations
 from mae_scale.planning.hardware import peak_flops_per_s
 from mae_scale.tasks.registry import task_of
 from mae_scale.training.preflight import training_augmentation
@@ -110,7 +110,7 @@ def test_a_packaged_recipe_has_a_header_with_result_cost_and_command_and_runs_on
     assert ("--weights" in command) == starts
     if starts:
         recipe = load_recipe(name, [f"classifier.weights={tmp_path}"])
-    layout = batch_layout(recipe, ranks_of(command))
+    layout = layout_of(recipe, ranks_of(command))
     gpu = "H100" in head
     refuse_wrong_combinations(recipe, gpu=gpu)
     deepspeed_config(recipe, layout, gpu=gpu)

@@ -12,9 +12,9 @@ from timm.scheduler import CosineLRScheduler
 from data_pipeline.errors import UsageError
 from mae_scale.config.load import load_recipe
 from mae_scale.engines.deepspeed import OLDEST, _deepspeed
-from mae_scale.engines.deepspeed_config import batch_layout, checks_gradients, deepspeed_config
+from mae_scale.engines.deepspeed_config import checks_gradients, deepspeed_config
 from mae_scale.engines.optimizers import parameter_groups
-from mae_scale.engines.policy import compiles, refuse_wrong_combinations
+from mae_scale.engines.policy import compiles, layout_of, refuse_wrong_combinations
 from mae_scale.models.mae import build_mae
 from mae_scale.packaged import packaged
 from mae_scale.tasks.mae.objective import Reconstruct
@@ -75,7 +75,7 @@ def test_biases_norms_and_tokens_are_not_decayed_and_everything_else_is():
 def test_the_batch_layout_follows_from_the_global_batch():
     recipe = load_recipe("pretrain/vit_huge_1600ep")
     for ranks, micro_batch, accumulation in ((1, 256, 16), (8, 256, 2), (16, 256, 1), (64, 64, 1), (4096, 1, 1)):
-        layout = batch_layout(recipe, ranks)
+        layout = layout_of(recipe, ranks)
         assert (layout.micro_batch, layout.accumulation) == (micro_batch, accumulation)
         assert layout.world_size * layout.micro_batch * layout.accumulation == 4096
 
@@ -90,7 +90,7 @@ def test_the_batch_layout_follows_from_the_global_batch():
 )
 def test_a_mismatch_says_what_would_fit(overrides, ranks, message):
     with pytest.raises(UsageError) as error:
-        batch_layout(load_recipe("pretrain/vit_huge_1600ep", overrides), ranks)
+        layout_of(load_recipe("pretrain/vit_huge_1600ep", overrides), ranks)
     assert message in str(error.value)
 
 
@@ -127,7 +127,7 @@ def test_packaged_deepspeed_files_are_filled_in_completely(stage, precision):
     recipe = load_recipe(
         "demo", [f"engine.zero_stage={stage}", f"engine.precision={precision}", "engine.micro_batch=16"]
     )
-    config = deepspeed_config(recipe, batch_layout(recipe, 2), gpu=True)
+    config = deepspeed_config(recipe, layout_of(recipe, 2), gpu=True)
     assert "auto" not in json.dumps(config)
     assert config["zero_optimization"]["stage"] == stage
     assert (config["bf16"]["enabled"], config["fp16"]["enabled"]) == (precision == "bf16", precision == "fp16")
@@ -150,14 +150,14 @@ def test_a_deepspeed_file_that_contradicts_the_recipe_is_refused(tmp_path, conte
     path.write_text(content)
     recipe = load_recipe("demo", [f"engine.config={path}"])
     with pytest.raises(UsageError) as error:
-        deepspeed_config(recipe, batch_layout(recipe, 2), gpu=False)
+        deepspeed_config(recipe, layout_of(recipe, 2), gpu=False)
     assert message in str(error.value)
 
 
 def test_a_missing_deepspeed_file_is_named(tmp_path):
     recipe = load_recipe("demo", [f"engine.config={tmp_path}/no.json"])
     with pytest.raises(UsageError, match=r"no\.json cannot be read"):
-        deepspeed_config(recipe, batch_layout(recipe, 1), gpu=False)
+        deepspeed_config(recipe, layout_of(recipe, 1), gpu=False)
 
 
 def test_the_peak_is_at_the_end_of_warm_up():
@@ -193,7 +193,7 @@ def test_every_packaged_deepspeed_file_is_known_here():
 )
 def test_deepspeed_leaves_the_norm_to_us_or_clips_itself_and_never_neither(overrides, checked_by_us):
     recipe = load_recipe("demo", [*overrides, "optim.clip_grad_norm=0.5"])
-    config = deepspeed_config(recipe, batch_layout(recipe, 2), gpu=True)
+    config = deepspeed_config(recipe, layout_of(recipe, 2), gpu=True)
     assert checks_gradients(config) == checked_by_us
     assert config["gradient_clipping"] == (0.0 if checked_by_us else 0.5)
     zero = config["zero_optimization"]
@@ -205,7 +205,7 @@ def test_deepspeed_leaves_the_norm_to_us_or_clips_itself_and_never_neither(overr
 def test_communication_overlaps_the_backward_pass_only_where_there_is_some():
     recipe = load_recipe("demo")
     for ranks in (1, 2):
-        config = deepspeed_config(recipe, batch_layout(recipe, ranks), gpu=False)
+        config = deepspeed_config(recipe, layout_of(recipe, ranks), gpu=False)
         assert config["zero_optimization"]["overlap_comm"] == (ranks > 1)
 
 

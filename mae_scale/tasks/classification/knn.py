@@ -97,7 +97,7 @@ def nearest_neighbours(recipe: Recipe, neighbours: int, figure: Path | None) -> 
             return None
         if figure is not None:
             try:
-                _draw(asked, known, one.index, index, recipe, figure)
+                _draw(asked, known, validation=one.index, index=index, recipe=recipe, path=figure)
             except OSError as error:
                 raise UsageError(f"--figure {figure} cannot be written: {error.strerror}") from None
             _to_mlflow(recipe, figure)
@@ -181,7 +181,7 @@ def _draw(asked: Features, known: Features, validation: Index, index: Index, rec
     queries = _images(validation, asked.images[rows], recipe)
     neighbours = _images(index, known.images[near], recipe).reshape(*nearest.shape, 3, *2 * [recipe.model.image_size])
     labels = known.labels[near].reshape(nearest.shape)
-    neighbours_figure(queries, neighbours, asked.labels[rows].cpu(), labels.cpu(), index.classes, path)
+    neighbours_figure(queries, neighbours, asked.labels[rows].cpu(), labels.cpu(), class_names=index.classes, path=path)
 
 
 def _to_mlflow(recipe: Recipe, figure: Path) -> None:

@@ -8,13 +8,13 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.errors import UsageError
 from data_pipeline.index import Index, load_index
 from mae_scale.checkpoints.export import checkpoint_model, export_weights, starting_point
 from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.base import Engine
-from mae_scale.engines.deepspeed_config import BatchLayout
 from mae_scale.engines.optimizers import parameter_groups
 from mae_scale.models.attention import last_attention
 from mae_scale.models.build import build_classifier_of

@@ -4,11 +4,11 @@ from typing import ClassVar
 
 import torch
 
+from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.index import Index
 from mae_scale.checkpoints.export import checkpoint_model, export_weights
 from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.engines.base import Engine
-from mae_scale.engines.deepspeed_config import BatchLayout
 from mae_scale.models.build import build_model
 from mae_scale.models.targets import PcaCoefficients
 from mae_scale.models.vit import patchify

@@ -1,0 +1,60 @@
+"""The batch rule: global batch = world size x micro-batch x accumulation."""
+
+from dataclasses import dataclass
+
+from data_pipeline.errors import UsageError
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How a global batch is spread over the ranks."""
+
+    global_batch: int
+    world_size: int
+    micro_batch: int
+    accumulation: int
+    """Micro-batches per step and rank."""
+
+
+def batch_layout(global_batch: int, world_size: int, micro_batch: int | None = None) -> BatchLayout:
+    """Return how a global batch is spread over the ranks.
+
+    A rank's micro-batch is `micro_batch`, or all of its share where that is less or nothing is given.
+    Raises UsageError, with what would fit, when the numbers do not divide.
+    """
+    if min(global_batch, world_size, micro_batch or 1) < 1:
+        raise UsageError(
+            f"data.global_batch={global_batch}, engine.micro_batch={micro_batch}, {world_size} ranks: none may be "
+            "below 1"
+        )
+    if global_batch % world_size:
+        above = global_batch + world_size - global_batch % world_size
+        fits = _listed(sorted({global_batch - global_batch % world_size or above, above}))
+        ranks = _around(_divisors(global_batch), world_size)
+        raise UsageError(
+            f"data.global_batch={global_batch} does not divide by {world_size} ranks; with {world_size} ranks "
+            f"{fits} would fit, with this batch {_listed(ranks)} ranks"
+        )
+    share = global_batch // world_size
+    micro = min(micro_batch or share, share)
+    if share % micro:
+        raise UsageError(
+            f"engine.micro_batch={micro} does not divide a rank's share of {share} images "
+            f"(data.global_batch={global_batch} over {world_size} ranks); "
+            f"engine.micro_batch={_listed(_around(_divisors(share), micro))} would fit"
+        )
+    return BatchLayout(global_batch, world_size, micro, share // micro)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _around(choices: list[int], wanted: int) -> list[int]:
+    """Return the up to four choices nearest to what was wanted, in order."""
+    return sorted(sorted(choices, key=lambda c: abs(c - wanted))[:4])
+
+
+def _listed(numbers: list[int]) -> str:
+    *rest, last = [str(n) for n in numbers]
+    return f"{', '.join(rest)} or {last}" if rest else last
