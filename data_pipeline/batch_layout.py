@@ -22,7 +22,7 @@ def batch_layout(global_batch: int, world_size: int, micro_batch: int | None = N
     A rank's micro-batch is `micro_batch`, or all of its share where that is less or nothing is given.
     Raises UsageError, with what would fit, when the numbers do not divide.
     """
-    if min(global_batch, world_size, micro_batch or 1) < 1:
+    if min(global_batch, world_size, 1 if micro_batch is None else micro_batch) < 1:
         raise UsageError(
             f"data.global_batch={global_batch}, engine.micro_batch={micro_batch}, {world_size} ranks: none may be "
             "below 1"
@@ -36,7 +36,7 @@ def batch_layout(global_batch: int, world_size: int, micro_batch: int | None = N
             f"{fits} would fit, with this batch {_listed(ranks)} ranks"
         )
     share = global_batch // world_size
-    micro = min(micro_batch or share, share)
+    micro = share if micro_batch is None else min(micro_batch, share)
     if share % micro:
         raise UsageError(
             f"engine.micro_batch={micro} does not divide a rank's share of {share} images "

@@ -295,9 +295,8 @@ def test_a_shard_cut_in_the_middle_of_training_is_bad_images(index, digits, tmp_
 @pytest.mark.parametrize(
     ("batches", "fits"),
     [
-        ((64, 24, 2), "engine.micro_batch=16 or data.global_batch=48"),
-        ((64, 16, 3), "data.global_batch=48 or 2 ranks"),
-        ((8, 16, 1), "engine.micro_batch=8 or data.global_batch=16"),
+        ((64, 24, 2), "engine.micro_batch=4, 8, 16 or 32 would fit"),
+        ((64, 16, 3), "63 or 66 would fit, with this batch 1, 2, 4 or 8 ranks"),
         ((8, 0, 1), "none may be below 1"),
     ],
 )
@@ -305,6 +304,11 @@ def test_batch_sizes_that_do_not_divide_are_refused_saying_what_would_fit(index,
     global_batch, micro_batch, world_size = batches
     with pytest.raises(UsageError, match=fits):
         ImageLoader(index, global_batch=global_batch, micro_batch=micro_batch, world_size=world_size, **COMMON)
+
+
+def test_a_micro_batch_is_at_most_the_share_of_a_rank(index):
+    with ImageLoader(index, global_batch=8, micro_batch=16, world_size=2, **COMMON) as loader:
+        assert (loader.micro_batch, loader.accumulation) == (4, 1)
 
 
 def loader_threads() -> list[str]:
