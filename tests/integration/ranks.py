@@ -6,7 +6,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
+
+import pytest
 
 from mae_scale.distributed.ranks import free_port
 from mae_scale.packaged import packaged
@@ -52,3 +55,26 @@ def run_worker(worker: Path, cases: dict, nproc: int, folder: Path) -> dict:
             time.sleep(0.02)
     assert not any(process.returncode for process in ranks), [log.read_text()[-3000:] for log in logs]
     return json.loads((folder / "out.json").read_text())
+
+
+class OnDemand(dict):
+    """Results by case: one that is asked for is run together with its group, so that unselected tests cost nothing."""
+
+    def __init__(self, cases: dict, run: Callable[[dict], dict], group_of: Callable[[str], object]):
+        """run: {case: result} of some cases; group_of: of the name of a case."""
+        super().__init__()
+        self._cases, self._run, self._group_of = cases, run, group_of
+
+    def __missing__(self, name: str):
+        group = self._group_of(name)
+        self.update(self._run({other: case for other, case in self._cases.items() if self._group_of(other) == group}))
+        return self[name]
+
+
+def quick(values: Iterable, chosen: Container) -> list:
+    """Parameters of a test: those that are not chosen are slow."""
+    return [value if value in chosen else pytest.param(*_listed(value), marks=pytest.mark.slow) for value in values]
+
+
+def _listed(value) -> tuple:
+    return value if isinstance(value, tuple) else (value,)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.integration.classify_worker import EMA
-from tests.integration.ranks import fully_sharded_configs, run_worker
+from tests.integration.ranks import OnDemand, fully_sharded_configs, quick, run_worker
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all cases of two ranks
 
@@ -40,6 +40,16 @@ MOVES = {
 BF16 = ("average, ZeRO 1", "average, ZeRO 3", "probe, ZeRO 0")
 RUNS = [f"{run}, fp32" for run in MOVES] + [f"{run}, bf16" for run in BF16]
 
+QUICK = ["average, ZeRO 1, bf16", "average, ZeRO 3, fp32", "last block, ZeRO 2, fp32", "probe, ZeRO 0, fp32"]
+ALL_MOVES = quick(
+    [(run, ranks, target) for run, moves in MOVES.items() for ranks, target in moves],
+    [
+        ("average, ZeRO 3", 1, "ZeRO 0"),
+        ("last block, ZeRO 2", 3, "ZeRO 3"),
+        ("probe, ZeRO 0", 3, "FairScale OSS"),
+    ],
+)
+
 
 @pytest.fixture(scope="module")
 def run_cases(tmp_path_factory):
@@ -70,10 +80,10 @@ def two_ranks(run_cases):
         cases[f"{name}, before"] = (*run, {"first": 0, "last": SAVED, "save": name})
         cases[f"{name}, after"] = (*run, first)
         cases[f"{name}, back"] = (*run, {**first, "stray": True})
-    return run_cases(cases, 2)
+    return OnDemand(cases, lambda some: run_cases(some, 2), lambda case: case.rpartition(", ")[0])
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", quick(RUNS, QUICK))
 def test_resume_on_the_same_ranks_is_bit_exact_with_predictions_and_their_average(run, two_ranks):
     whole, before, after = (two_ranks[f"{run}, {part}"] for part in ("whole", "before", "after"))
     assert before["losses"] == whole["losses"][:SAVED]
@@ -81,7 +91,7 @@ def test_resume_on_the_same_ranks_is_bit_exact_with_predictions_and_their_averag
     assert after["looks"][str(MIDDLE)] == whole["looks"][str(MIDDLE)]
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", quick(RUNS, QUICK))
 def test_going_back_after_a_bad_step_and_an_evaluation_is_bit_exact(run, two_ranks):
     whole, back = (two_ranks[f"{run}, {part}"] for part in ("whole", "back"))
     assert back["losses"] == whole["losses"][SAVED:MIDDLE]
@@ -90,23 +100,19 @@ def test_going_back_after_a_bad_step_and_an_evaluation_is_bit_exact(run, two_ran
 
 @pytest.fixture(scope="module")
 def moved(run_cases, two_ranks):
-    """Fifteen steps on other ranks and engines from what two ranks have saved; {(name, ranks): result}."""
-    results = {}
-    for ranks in (1, 3):
-        case = {"first": SAVED, "last": LAST, "look_at": [LAST]}
-        cases = {
-            f"{run} to {target}": (run.split(", ")[0], target, "fp32", {**case, "load": f"{run}, fp32"})
-            for run, moves in MOVES.items()
-            for number, target in moves
-            if number == ranks
-        }
-        results |= {(name, ranks): result for name, result in run_cases(cases, ranks).items()}
-    return results
+    """Fifteen steps on other ranks and engines from what two ranks have saved: (run, ranks, to) -> result."""
+
+    def go_on(run: str, ranks: int, target: str) -> dict:
+        assert two_ranks[f"{run}, fp32, before"]  # has been run, and saved
+        case = {"first": SAVED, "last": LAST, "look_at": [LAST], "load": f"{run}, fp32"}
+        return run_cases({"moved": (run.split(", ")[0], target, "fp32", case)}, ranks)["moved"]
+
+    return go_on
 
 
-@pytest.mark.parametrize(("run", "ranks", "target"), [(run, n, to) for run, moves in MOVES.items() for n, to in moves])
+@pytest.mark.parametrize(("run", "ranks", "target"), ALL_MOVES)
 def test_resume_on_other_ranks_and_engines_follows_the_uninterrupted_run(run, ranks, target, two_ranks, moved):
-    whole, resumed = two_ranks[f"{run}, fp32, whole"], moved[f"{run} to {target}", ranks]
+    whole, resumed = two_ranks[f"{run}, fp32, whole"], moved(run, ranks, target)
     assert np.abs(np.subtract(whole["losses"][SAVED:], resumed["losses"])).max() < 1e-6
     for kind in ("live", "averaged"):
         expected, found = (np.array(result["looks"][str(LAST)][kind]) for result in (whole, resumed))

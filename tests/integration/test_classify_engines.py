@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.integration.classify_worker import EMA, plain_loop
-from tests.integration.ranks import fully_sharded_configs, run_worker
+from tests.integration.ranks import OnDemand, fully_sharded_configs, quick, run_worker
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all cases of two ranks
 
@@ -19,10 +19,10 @@ ENGINES = {
     "ZeRO 1": ["engine.zero_stage=1"],
     "ZeRO 2, accumulation 2": ["engine.zero_stage=2", TWO_MICRO_BATCHES],
     "FairScale OSS, accumulation 2": ["engine.backend=fairscale", "engine.zero_stage=1", TWO_MICRO_BATCHES],
-    # Last: it gives the whole process another torch.nn.functional.linear, and cases are compared bit for bit.
     "ZeRO 3, accumulation 2": ["engine.config={zero3}", TWO_MICRO_BATCHES],
     "ZeRO 3 as packaged": ["engine.zero_stage=3"],
 }
+QUICK = ["ZeRO 1", "FairScale OSS, accumulation 2", "ZeRO 3 as packaged"]
 DEEPSPEED = [engine for engine in ENGINES if "FairScale" not in engine]
 SHARE = {  # what is trained: recipe and overrides, and the number of parameters that are not
     "full": ("finetune/demo", ["optim.layer_decay=0.75"], 0),
@@ -78,7 +78,12 @@ def two_ranks(tmp_path_factory):
     files, cases = fully_sharded_configs(folder), all_cases()
     for case in cases.values():
         case["overrides"] = [o.format(**files) for o in case["overrides"]]
-    return run_worker(WORKER, cases, 2, folder)
+    return OnDemand(cases, lambda some: run_worker(WORKER, some, 2, folder), engine_of)
+
+
+def engine_of(case: str) -> tuple[bool, str]:
+    """The cases of one engine are run together, linear probing by itself."""
+    return "probe" in case, next(engine for engine in (*ENGINES, *PROBED) if f"{engine}, " in f"{case}, ")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +99,7 @@ def plain():
     return loops
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", quick(ENGINES, QUICK))
 @pytest.mark.parametrize("share", SHARE)
 def test_losses_on_two_ranks_are_the_plain_loops(share, engine, two_ranks, plain):
     assert difference(two_ranks[f"{share}, {engine}, fp32"]["losses"], plain[share]["losses"]) < 1e-6
@@ -107,20 +112,20 @@ def test_the_plain_loops_learn_and_each_share_of_trained_weights_has_its_own_cur
         assert all(difference(losses, other) > 1e-3 for other in curves[:number])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", quick(ENGINES, QUICK))
 def test_bf16_follows_float32(engine, two_ranks, plain):
     assert 0 < difference(two_ranks[f"full, {engine}, bf16"]["losses"], plain["full"]["losses"]) < 2e-3
 
 
 @pytest.mark.parametrize("precision", STEPS)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", quick(ENGINES, QUICK))
 def test_evaluation_and_an_average_of_the_weights_leave_training_bit_for_bit_as_it_is(engine, precision, two_ranks):
     watched = two_ranks[f"watched, {engine}, {precision}"]
     assert watched["losses"] == two_ranks[f"full, {engine}, {precision}"]["losses"]
     assert [look["changed"] for look in watched["looks"].values()] == [False] * (STEPS[precision] // MIDDLE)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", quick(ENGINES, QUICK))
 @pytest.mark.parametrize("share", SHARE)
 def test_predictions_are_the_plain_models(share, engine, two_ranks, plain):
     name = "watched" if share == "full" else share
@@ -129,7 +134,7 @@ def test_predictions_are_the_plain_models(share, engine, two_ranks, plain):
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("bf16", 5e-3)])
-@pytest.mark.parametrize("engine", DEEPSPEED)
+@pytest.mark.parametrize("engine", quick(DEEPSPEED, QUICK))
 def test_the_average_of_the_weights_predicts_as_a_plain_average_does(engine, precision, tolerance, two_ranks, plain):
     for step, look in two_ranks[f"watched, {engine}, {precision}"]["looks"].items():
         expected = plain["full"]["looks"][step]
@@ -137,7 +142,13 @@ def test_the_average_of_the_weights_predicts_as_a_plain_average_does(engine, pre
         assert difference(expected["live"], expected["averaged"]) > 5e-2  # what is told apart here
 
 
-@pytest.mark.parametrize("case", [f"{s}, {e}" for s in ("last MLP", "last block") for e in ENGINES])
+@pytest.mark.parametrize(
+    "case",
+    quick(
+        [f"{s}, {e}" for s in ("last MLP", "last block") for e in ENGINES],
+        [f"{s}, {e}" for s in ("last MLP", "last block") for e in QUICK],
+    ),
+)
 def test_only_what_is_trained_changes_has_optimiser_state_and_is_stored(case, two_ranks):
     share, _, engine = case.partition(", ")
     frozen = SHARE[share][2]
@@ -189,7 +200,9 @@ def test_batch_statistics_are_those_of_the_global_batch_in_float32(engine, preci
 
 
 @pytest.mark.parametrize("precision", STEPS)
-@pytest.mark.parametrize("case", [*DEEPSPEED, *(f"probe, {e}" for e in PROBED)])
+@pytest.mark.parametrize(
+    "case", quick([*DEEPSPEED, *(f"probe, {e}" for e in PROBED)], [*QUICK, *(f"probe, {e}" for e in PROBED)])
+)
 def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(case, precision, two_ranks):
     """Not the weights, not their average, not the momentum, not BatchNorm's statistics."""
     held = ["buffer", "momentum_buffer"] if "probe" in case else ["ema", "exp_avg", "exp_avg_sq"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.ranks import fully_sharded_configs, run_worker
+from tests.integration.ranks import OnDemand, fully_sharded_configs, quick, run_worker
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all cases of two ranks
 
@@ -31,6 +31,16 @@ MOVES = {
     "ZeRO 3 offload": [(1, "ZeRO 0"), (3, "ZeRO 3 offload")],
     "FairScale OSS": [(1, "ZeRO 2"), (3, "FairScale OSS")],
 }
+
+
+SAME = quick(
+    [(engine, precision) for engine in ENGINES for precision in ("fp32", "bf16")],
+    [("ZeRO 0", "fp32"), ("ZeRO 1", "bf16"), ("ZeRO 2", "fp32"), ("ZeRO 3", "bf16"), ("FairScale OSS", "fp32")],
+)
+ALL_MOVES = quick(
+    [(source, ranks, target) for source, moves in MOVES.items() for ranks, target in moves],
+    [("ZeRO 2", 3, "ZeRO 3"), ("ZeRO 0", 1, "ZeRO 3"), ("FairScale OSS", 1, "ZeRO 2"), ("ZeRO 2", 1, "ZeRO 2")],
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,19 +71,17 @@ def two_ranks(run_cases):
             cases[f"{case}, before"] = {"overrides": settings, "first": 0, "last": MIDDLE, "save": case}
             cases[f"{case}, poisoned"] = {"overrides": settings, "first": 0, "last": 2, "poison": True}
             cases[f"{case}, after"] = {"overrides": settings, "first": MIDDLE, "last": 2 * MIDDLE, "load": case}
-    return run_cases(cases, 2)
+    return OnDemand(cases, lambda some: run_cases(some, 2), lambda case: case.rpartition(", ")[0])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "precision"), SAME)
 def test_resume_on_the_same_ranks_is_bit_exact(engine, precision, two_ranks):
     whole, before, after = (two_ranks[f"{engine}, {precision}, {part}"] for part in ("whole", "before", "after"))
     assert before == whole[:MIDDLE]
     assert after == whole[MIDDLE : 2 * MIDDLE]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "precision"), SAME)
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(engine, precision, two_ranks):
     skipped, changed, nan_skipped, nan_changed, one_step = two_ranks[f"{engine}, {precision}, poisoned"]
     assert (skipped, changed) == (False, True)
@@ -82,36 +90,27 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(engine
 
 @pytest.fixture(scope="module")
 def moved(run_cases, two_ranks):
-    """Twenty steps on other ranks and engines from what two ranks have saved; {(from, ranks, to): losses}."""
-    results = {}
-    for ranks in (1, 3):
-        cases = {
-            f"{source} to {target}": {
-                "overrides": ENGINES[target],
-                "first": MIDDLE,
-                "last": LAST,
-                "load": f"{source}, fp32",
-                "save": f"{source} to {target} on {ranks}",
-            }
-            for source, moves in MOVES.items()
-            for number, target in moves
-            if number == ranks
-        }
-        results |= {(name, ranks): losses for name, losses in run_cases(cases, ranks).items()}
-    return results
+    """Twenty steps on other ranks and engines from what two ranks have saved: (from, ranks, to) -> losses."""
+
+    def go_on(source: str, ranks: int, target: str) -> list[float]:
+        assert two_ranks[f"{source}, fp32, before"]  # has been run, and saved
+        case = {"overrides": ENGINES[target], "first": MIDDLE, "last": LAST, "load": f"{source}, fp32"}
+        return run_cases({"moved": case | {"save": f"{source} to {target} on {ranks}"}}, ranks)["moved"]
+
+    return go_on
 
 
-@pytest.mark.parametrize(("source", "ranks", "target"), [(s, n, t) for s, moves in MOVES.items() for n, t in moves])
+@pytest.mark.parametrize(("source", "ranks", "target"), ALL_MOVES)
 def test_resume_on_other_ranks_and_engines_follows_the_uninterrupted_run(source, ranks, target, two_ranks, moved):
-    whole, resumed = two_ranks[f"{source}, fp32, whole"][MIDDLE:], moved[f"{source} to {target}", ranks]
+    whole, resumed = two_ranks[f"{source}, fp32, whole"][MIDDLE:], moved(source, ranks, target)
     assert max(abs(a - b) for a, b in zip(whole, resumed, strict=True)) < 1e-6
 
 
 def test_two_to_three_to_one_rank_follows_the_uninterrupted_run(run_cases, two_ranks):
+    whole = two_ranks["ZeRO 2, fp32, whole"][MIDDLE:]
     steps = {"first": MIDDLE, "last": MIDDLE + 10}
     on_three = {"overrides": ENGINES["ZeRO 3"], **steps, "load": "ZeRO 2, fp32", "save": "three"}
     losses = run_cases({"three": on_three}, 3)["three"]
     on_one = {"overrides": ENGINES["ZeRO 1"], "first": MIDDLE + 10, "last": LAST, "load": "three"}
     losses += run_cases({"one": on_one}, 1)["one"]
-    whole = two_ranks["ZeRO 2, fp32, whole"][MIDDLE:]
     assert max(abs(a - b) for a, b in zip(whole, losses, strict=True)) < 1e-6
