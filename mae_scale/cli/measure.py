@@ -1,10 +1,10 @@
-"""The commands that measure and draw without training: evaluate, knn, reconstruct, partial-curve."""
+"""The commands that measure and draw without training: evaluate, knn, features, reconstruct, partial-curve."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional, TypeVar
 
 import typer
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mae_scale.config.schema import Recipe
 
 measure_app = typer.Typer()
+Results = TypeVar("Results")
 
 
 @measure_app.command()
@@ -111,6 +112,33 @@ def reconstruct(
     typer.echo(f"{out}")
 
 
+@measure_app.command()
+@can_be_stopped
+def features(
+    recipe: RecipeName,
+    weights: Annotated[
+        Path, typer.Option(metavar="PATH", help="A run's folder, a checkpoint, or a file of weights in any layout.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Safetensors file to write.")],
+    overrides: Overrides = None,
+    kind: Annotated[str, typer.Option(metavar="KIND", help="cls, mean (of the patch tokens), or patch.")] = "cls",
+    nproc: Nproc = 1,
+) -> None:
+    """Write what a frozen encoder makes of data.root's images: features, labels and names in the index's order.
+
+    Example: `mae-scale features probe/vit_large --weights runs/vit_large --out features.safetensors --nproc 8
+    data.root=/data/imagenet/val`
+    """
+    from mae_scale.tasks import features as work
+
+    loaded = read_recipe(recipe, overrides)
+    work.check(loaded, weights, out, kind)
+    words = ["features", recipe, *(overrides or []), "--weights", str(weights), "--out", str(out), "--kind", kind]
+    shape = _on_ranks(words, nproc, None, lambda: work.write_features(loaded, weights, out, kind))
+    if shape is not None:
+        typer.echo(f"{out}: features {' x '.join(f'{size:,}' for size in shape)} ({kind})")
+
+
 @measure_app.command("partial-curve")
 def partial_curve(
     runs: Annotated[list[Path], typer.Argument(metavar="DIR", help="Folders of finished runs, of any seeds.")],
@@ -142,9 +170,7 @@ def _measured(check: Callable[[Recipe], None], recipe: str, overrides: list[str]
     return loaded
 
 
-def _on_ranks(
-    words: list[str], nproc: int, json: Path | None, work: Callable[[], dict[str, Any] | None]
-) -> dict[str, Any] | None:
+def _on_ranks(words: list[str], nproc: int, json: Path | None, work: Callable[[], Results | None]) -> Results | None:
     """Return what `work` gives as this rank, or run the command `words` on local ranks; None where another says it."""
     import json as text
 

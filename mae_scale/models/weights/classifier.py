@@ -61,7 +61,7 @@ def load_classifier(model: Classifier, state: StateDict) -> LoadReport:
     Raises UsageError, with nothing copied: a file of another size, of a classifier of another kind (pooling,
     BatchNorm, number of classes); keys that are missing or unexpected, shapes that do not fit.
     """
-    given, layout = _release_names(state)
+    given, layout = release_names(state)
     check_size(given, model.encoder.size)
     unused_kinds = (*UNNAMED, *DECODER)
     if _has(given, "fc_norm.") or _has(given, "head."):
@@ -86,7 +86,7 @@ def load_classifier(model: Classifier, state: StateDict) -> LoadReport:
 
 def classes_in(state: StateDict) -> int | None:
     """Classes of a file's head, in any of the layouts; None when it has none."""
-    given, _ = _release_names(state)
+    given, _ = release_names(state)
     head = given.get("head.weight")
     return None if head is None or head.ndim != 2 else len(head)
 
@@ -129,8 +129,8 @@ def classifier_to_hf(model: Classifier) -> StateDict:
     return release_to_hf(classifier_to_official(model))
 
 
-def _release_names(state: StateDict) -> tuple[StateDict, str]:
-    """The tensors by the release's names, and whose layout it was; keys without a place there keep their name."""
+def release_names(state: StateDict) -> tuple[StateDict, str]:
+    """Return the tensors by the release's names, and whose layout it was; keys without a place there keep theirs."""
     if _has(state, "encoder.cls_token", "encoder.patch_embed.", "encoder.blocks."):
         if _has(state, "decoder."):  # then "head." predicts pixels
             return to_release(state, AUTOENCODER), _OUR_AUTOENCODER

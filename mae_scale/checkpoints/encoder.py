@@ -1,0 +1,106 @@
+"""A pre-trained encoder for other people's code: `mae_scale.load_encoder`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from data_pipeline.augment.crop import EVALUATION_CROP
+from data_pipeline.errors import UsageError
+from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from mae_scale.checkpoints.export import starting_point, weights_of
+from mae_scale.checkpoints.store import read_manifest
+from mae_scale.config.load import stored_recipe
+from mae_scale.models.classifier import Classifier, build_classifier
+from mae_scale.models.vit import SIZES, ViTSize, patchify, resolve_size
+from mae_scale.models.weights.autoencoder import StateDict
+from mae_scale.models.weights.classifier import load_classifier, release_names
+
+HEAD = ("head.", "batch_norm.")
+
+
+class PretrainedEncoder(nn.Module):
+    """An encoder with its weights, in evaluation mode; `size` and `image_size` (pixels) say what it is.
+
+    `transform` prepares a PIL image as evaluation does: [3, S, S] float32, normalised by ImageNet's mean and std.
+    """
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self._classifier = classifier
+        self.size, self.image_size = classifier.encoder.size, classifier.image_size
+        self.eval()
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """images [B, 3, S, S] as `transform` makes them -> tokens [B, 1 + L, D], cls first, then patches row by row.
+
+        After the final norm; of a classifier that pools the mean, which norms the pooled feature, after the last block.
+        """
+        return self._classifier.encoder(patchify(images, self.size.patch_size))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, S, S] -> the pooled feature [B, D]: the cls token, or where a classifier pools it the mean."""
+        return self._classifier.features(images)
+
+    def transform(self, image: Image) -> Tensor:
+        """Return a PIL image as float32 [3, S, S]: the shorter side resized to S / 0.875, the centre cut out."""
+        steps = v2.Compose(
+            [
+                v2.Resize(int(self.image_size / EVALUATION_CROP), v2.InterpolationMode.BICUBIC),
+                v2.CenterCrop(self.image_size),
+                v2.PILToTensor(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            ]
+        )
+        return steps(image.convert("RGB"))
+
+
+def load_encoder(path: str | Path, *, heads: int | None = None) -> PretrainedEncoder:
+    """Return the encoder of a run's folder, a checkpoint, or a file of weights in any known layout, on the host.
+
+    Layouts: ours, the authors' release, timm's, Hugging Face's; pre-trained or fine-tuned. A file does not say its
+    number of attention heads: `heads` gives it for a model that is none of ViT-B/16, L/16 and H/14.
+    Raises UsageError when there is nothing usable at that place, RunError when a checkpoint is damaged.
+    """
+    source = starting_point(Path(path))
+    given, _ = release_names(weights_of(source))
+    given = {key: value for key, value in given.items() if not key.startswith(HEAD)}
+    patch_size, width, depth, grid = _shape(given, source)
+    size = ViTSize(patch_size, width, depth, heads or _heads(source, patch_size, width, depth))
+    model = build_classifier(
+        classes=2,
+        image_size=grid * patch_size,
+        **vars(size),
+        pool="mean" if any(key.startswith("fc_norm.") for key in given) else "cls",
+    )
+    load_classifier(model, given)
+    return PretrainedEncoder(model.requires_grad_(False))
+
+
+def _shape(given: StateDict, source: Path) -> tuple[int, int, int, int]:
+    """Return patch size, width, depth and grid of the weights, which have the release's names."""
+    projection, positions = given.get("patch_embed.proj.weight"), given.get("pos_embed")
+    blocks = [int(found[1]) for key in given if (found := re.match(r"blocks\.(\d+)\.", key))]
+    if projection is None or projection.ndim != 4 or positions is None or not blocks:
+        raise UsageError(f"{source} does not hold the weights of a Vision Transformer with its positions")
+    return projection.shape[-1], projection.shape[0], max(blocks) + 1, round((positions.shape[1] - 1) ** 0.5)
+
+
+def _heads(source: Path, patch_size: int, width: int, depth: int) -> int:
+    if source.is_dir():
+        model = stored_recipe(read_manifest(source)["recipe"], str(source)).model
+        sizes = {"patch_size": model.patch_size, "width": model.width, "depth": model.depth, "heads": model.heads}
+        return resolve_size(model.name, **sizes).heads
+    for size in SIZES.values():
+        if (size.patch_size, size.width, size.depth) == (patch_size, width, depth):
+            return size.heads
+    raise UsageError(
+        f"{source} is a model of patch {patch_size} px, width {width} and {depth} blocks, which does not say "
+        "its number of attention heads; give it: load_encoder(PATH, heads=N)"
+    )
