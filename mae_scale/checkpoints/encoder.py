@@ -16,8 +16,9 @@ from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from mae_scale.checkpoints.export import starting_point, weights_of
 from mae_scale.checkpoints.store import read_manifest
 from mae_scale.config.load import stored_recipe
+from mae_scale.models.build import size_of
 from mae_scale.models.classifier import Classifier, build_classifier
-from mae_scale.models.vit import SIZES, ViTSize, patchify, resolve_size
+from mae_scale.models.vit import SIZES, ViTSize, patchify
 from mae_scale.models.weights.autoencoder import StateDict
 from mae_scale.models.weights.classifier import load_classifier, release_names
 
@@ -94,9 +95,7 @@ def _shape(given: StateDict, source: Path) -> tuple[int, int, int, int]:
 
 def _heads(source: Path, patch_size: int, width: int, depth: int) -> int:
     if source.is_dir():
-        model = stored_recipe(read_manifest(source)["recipe"], str(source)).model
-        sizes = {"patch_size": model.patch_size, "width": model.width, "depth": model.depth, "heads": model.heads}
-        return resolve_size(model.name, **sizes).heads
+        return size_of(stored_recipe(read_manifest(source)["recipe"], str(source)).model).heads
     for size in SIZES.values():
         if (size.patch_size, size.width, size.depth) == (patch_size, width, depth):
             return size.heads

@@ -1,8 +1,16 @@
 """From a recipe to its model, freshly initialised."""
 
-from mae_scale.config.schema import Recipe
+from mae_scale.config.schema import ModelSection, Recipe
 from mae_scale.models.classifier import Classifier, build_classifier
 from mae_scale.models.mae import MaskedAutoencoder, build_mae
+from mae_scale.models.vit import ViTSize, resolve_size
+
+
+def size_of(model: ModelSection) -> ViTSize:
+    """Return the sizes of a recipe's encoder: those of its name, with the recipe's own in their place."""
+    return resolve_size(
+        model.name, patch_size=model.patch_size, width=model.width, depth=model.depth, heads=model.heads
+    )
 
 
 def build_model(recipe: Recipe) -> MaskedAutoencoder:

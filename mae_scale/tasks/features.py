@@ -18,7 +18,7 @@ from mae_scale.checkpoints.encoder import PretrainedEncoder, load_encoder
 from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others
-from mae_scale.models.vit import resolve_size
+from mae_scale.models.build import size_of
 from mae_scale.tasks.classification.evaluate import all_ranks, predictor
 from mae_scale.tasks.classification.measure import evaluation_loader
 
@@ -91,8 +91,7 @@ def write_features(recipe: Recipe, weights: Path, out: Path, kind: Kind) -> list
 
 def _opened(recipe: Recipe, weights: Path) -> tuple[PretrainedEncoder, Index]:
     model = recipe.model
-    sizes = {"patch_size": model.patch_size, "width": model.width, "depth": model.depth, "heads": model.heads}
-    encoder = load_encoder(weights, heads=None if weights.is_dir() else resolve_size(model.name, **sizes).heads)
+    encoder = load_encoder(weights, heads=None if weights.is_dir() else size_of(model).heads)
     if encoder.image_size != model.image_size:
         raise UsageError(
             f"--weights {weights} are of a model for images of {encoder.image_size} px, the recipe's "

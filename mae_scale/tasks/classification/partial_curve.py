@@ -11,7 +11,7 @@ from typing import Any
 from data_pipeline.errors import UsageError
 from mae_scale.config.load import load_recipe
 from mae_scale.config.schema import Recipe
-from mae_scale.models.vit import resolve_size
+from mae_scale.models.build import size_of
 from mae_scale.reports.partial_curve import partial_curve_figure
 from mae_scale.tasks.classification.validation import EVALUATION
 from mae_scale.tracking.finished_run import add_artifact
@@ -26,7 +26,7 @@ def partial_curve(runs: list[Path], picture: Path) -> list[dict[str, Any]]:
     """
     measured: dict[float, list[float]] = defaultdict(list)
     recipes = {run: _recipe(run) for run in runs}
-    depths = {_depth(recipe) for recipe in recipes.values()}
+    depths = {size_of(recipe.model).depth for recipe in recipes.values()}
     if len(depths) > 1:
         raise UsageError(
             f"the runs have encoders of {', '.join(map(str, sorted(depths)))} blocks; give runs of one model"
@@ -68,9 +68,3 @@ def _recipe(run: Path) -> Recipe:
     if recipe.task != "classification" or recipe.classification.from_scratch:
         raise UsageError(f"{run} did not start from pre-trained weights; it has no place in the curve")
     return recipe
-
-
-def _depth(recipe: Recipe) -> int:
-    model = recipe.model
-    sizes = {"patch_size": model.patch_size, "width": model.width, "depth": model.depth, "heads": model.heads}
-    return resolve_size(model.name, **sizes).depth
