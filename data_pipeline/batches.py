@@ -166,7 +166,7 @@ class Loading:
         return self._stream
 
     def _neighbour(self, read: Read, number: int, plan: BatchPlan, row: int) -> tuple[np.ndarray, BatchPlan]:
-        """The bytes of the next readable image, and the plan with it in the place of the bad one."""
+        """Return the bytes of the next readable image, and the plan with it in the place of the bad one."""
         bad = int(plan.sample_ids[row])
         for ahead in range(1, len(self.index)):
             image = (bad + ahead) % len(self.index)

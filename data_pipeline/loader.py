@@ -97,7 +97,7 @@ class _Loader:
 
     @property
     def allowed_bad_images(self) -> int:
-        """Up to so many images may turn bad."""
+        """Number of images that may turn bad."""
         return self._loading.allowed
 
     def _stream(self, plans: Iterator[tuple[int, BatchPlan]]) -> Iterator[Batch]:

@@ -27,7 +27,7 @@ FROZEN = "frozen.safetensors"  # in a run's folder: the weights that it does not
 
 
 def weights_in(model: MaskedAutoencoder | Classifier, layout: str) -> dict[str, torch.Tensor]:
-    """A model's weights by the names of a layout, one of FORMATS; safetensors: our own names."""
+    """Return a model's weights by the names of a layout, one of FORMATS; safetensors: our own names."""
     if layout == "safetensors":
         return dict(model.state_dict())
     if isinstance(model, Classifier):
@@ -40,7 +40,7 @@ def weights_in(model: MaskedAutoencoder | Classifier, layout: str) -> dict[str, 
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint's folder, given it or a run's (then its newest whole one), every file compared to its digest.
+    """Return a checkpoint's folder, given it or a run's (then its newest whole one), every file compared to its digest.
 
     Raises UsageError when there is none at that place, RunError when it is damaged.
     """
@@ -57,7 +57,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def checkpoint_model(checkpoint: Path) -> tuple[MaskedAutoencoder | Classifier, Recipe]:
-    """The model of a checkpoint, float32 on the host, in evaluation mode; and the recipe of its run.
+    """Return the model of a checkpoint, float32 on the host, in evaluation mode; and the recipe of its run.
 
     Weights of which an average was kept are that average; those that the run does not train lie in its folder.
     """
@@ -81,7 +81,7 @@ def checkpoint_model(checkpoint: Path) -> tuple[MaskedAutoencoder | Classifier, 
 
 
 def read_frozen(path: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights that a run does not train. Raises RunError when they are not those of its checkpoint."""
+    """Return the weights that a run does not train. Raises RunError when they are not those of its checkpoint."""
     try:
         found = digest_of(path)
     except OSError as error:
@@ -103,12 +103,12 @@ def starting_point(path: Path) -> Path:
 
 
 def starting_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights that --weights names; raises as `starting_point` and `weights_of` do."""
+    """Return the weights that --weights names; raises as `starting_point` and `weights_of` do."""
     return weights_of(starting_point(path))
 
 
 def weights_of(source: Path) -> dict[str, torch.Tensor]:
-    """The weights of a file in any layout, or of a checkpoint.
+    """Return the weights of a file in any layout, or of a checkpoint.
 
     Raises UsageError when a file is missing, damaged, or holds anything but weights.
     """

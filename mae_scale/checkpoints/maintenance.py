@@ -25,7 +25,7 @@ from mae_scale.human_units import duration
 
 
 def checkpoints_of(path: Path) -> Path:
-    """The folder of checkpoints, given it or the run's folder around it. Raises UsageError when there is none."""
+    """Return the folder of checkpoints, given it or its run's folder. Raises UsageError when there is none."""
     for folder in (path / "checkpoints", path):
         if list_checkpoints(folder) or damaged_folders(folder) or partial_folders(folder):
             return folder
@@ -34,7 +34,7 @@ def checkpoints_of(path: Path) -> Path:
 
 
 def look(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are there with their sizes; quick. Raises Damaged."""
+    """Return the manifest of a checkpoint whose files are there with their sizes; quick. Raises Damaged."""
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
@@ -44,7 +44,7 @@ def look(folder: Path) -> dict[str, Any]:
 
 
 def print_table(checkpoints: Path, check: Callable[[Path], dict[str, Any]]) -> bool:
-    """A line a checkpoint: step, epoch, age, size, who wrote it, whole or what is wrong; whether all are whole.
+    """Print a line per checkpoint: step, epoch, age, size, writer, whole or what is wrong; return whether all are.
 
     check is `look` (sizes) or `verify` (reads and compares every byte).
     """

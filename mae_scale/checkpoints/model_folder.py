@@ -68,7 +68,7 @@ def export_folder(
 def _for_transformers(
     model: MaskedAutoencoder | Classifier, classes: Sequence[str] | None
 ) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """What it is, config.json and weights for transformers' from_pretrained."""
+    """Return what is written, config.json and weights for transformers' from_pretrained."""
     size = model.encoder.size
     config = {
         "hidden_size": size.width,
@@ -98,7 +98,7 @@ def _for_transformers(
 
 
 def _has_their_decoder(model: MaskedAutoencoder) -> bool:
-    """Whether the decoder has a mask token and predicts pixels, as transformers' does."""
+    """Return whether the decoder has a mask token and predicts pixels, as transformers' does."""
     return not model.encoder_mask_tokens and isinstance(model.target, Pixels)
 
 
@@ -143,7 +143,7 @@ def _preprocessor(image_size: int) -> dict[str, Any]:
 def _for_timm(
     model: MaskedAutoencoder | Classifier, classes: Sequence[str] | None
 ) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """What it is, config.json and weights for timm.create_model; of an autoencoder the encoder, without a head."""
+    """Return what is written, config.json and weights for timm.create_model; of an autoencoder the encoder alone."""
     size, side = model.encoder.size, model.image_size
     labels = {}
     if isinstance(model, Classifier):

@@ -58,7 +58,7 @@ def load_newest(engine, checkpoints: Path, *, index: str) -> dict[str, Any] | No
 
 
 def newest_readable(checkpoints: Path, *, index: str) -> tuple[int, list[str]]:
-    """The step that load_newest would go on from, 0 without checkpoints, and what is wrong with newer ones.
+    """Return the step that load_newest would go on from, 0 without checkpoints, and what is wrong with newer ones.
 
     In one process, and nothing is set aside. Raises what load_newest raises.
     """
@@ -133,7 +133,7 @@ def _from_first(work):
 
 
 def _any(damage: str | None) -> str | None:
-    """The first rank's complaint, for all; None when no rank has one."""
+    """Return the first rank's complaint, for all; None when no rank has one."""
     found: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, damage)
     return next((d for d in found if d is not None), None)

@@ -127,11 +127,11 @@ class Saver:
         return False
 
     def is_writing(self) -> bool:
-        """Whether a save is under way."""
+        """Return whether a save is under way."""
         return self._thread is not None and self._thread.is_alive()
 
     def has_failed(self) -> bool:
-        """Whether the save under way has ended badly here; if so for any rank, all are to call wait()."""
+        """Return whether the save under way has ended badly here; if so for any rank, all are to call wait()."""
         return self._thread is not None and not self.is_writing() and self._error is not None
 
     def retry_is_due(self) -> bool:

@@ -61,7 +61,7 @@ class EngineState:
 
 
 def share_of(pieces: Sequence[Piece], rank: int, world_size: int) -> list[Piece]:
-    """The part that one rank writes of pieces which every rank holds: an equal, contiguous share of the elements."""
+    """Return the part that one rank writes of pieces which all ranks hold: an equal, contiguous share."""
     total = sum(piece.data.numel() for piece in pieces)
     first, last = rank * total // world_size, (rank + 1) * total // world_size
     share, position = [], 0
@@ -156,7 +156,7 @@ class ShardReader:
             raise RunError(f"elements {wanted} to {end} of {piece.name} are in none of its files")
 
     def whole(self, name: str) -> torch.Tensor:
-        """A tensor of the state as one line [n], on the host. Raises RunError when elements are missing."""
+        """Return a tensor of the state as one line [n], on the host. Raises RunError when elements are missing."""
         stretches = self._stretches.get(name)
         if not stretches:
             raise RunError(f"{name} is in none of its files")

@@ -67,7 +67,7 @@ def write_manifest(folder: Path, facts: dict[str, Any], files: dict[str, dict[st
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A checkpoint's manifest, checked against its own digest. Raises Damaged."""
+    """Return a checkpoint's manifest, checked against its own digest. Raises Damaged."""
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_bytes())
@@ -82,7 +82,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def damage_of(folder: Path, name: str, expected: dict[str, Any]) -> str | None:
-    """What is wrong with a file of a checkpoint, read in whole; None when it is what was written."""
+    """Return what is wrong with a file of a checkpoint, read in whole; None when it is what was written."""
     path = folder / name
     try:
         found = path.stat().st_size
@@ -98,7 +98,7 @@ def damage_of(folder: Path, name: str, expected: dict[str, Any]) -> str | None:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint after every file was read and compared. Raises Damaged with all that is wrong."""
+    """Return a checkpoint's manifest after reading and comparing every file. Raises Damaged with all that is wrong."""
     manifest = read_manifest(folder)
     wrong = [w for name, expected in manifest["files"].items() if (w := damage_of(folder, name, expected))]
     if wrong:
@@ -118,12 +118,12 @@ def set_aside(folder: Path) -> Path:
 
 
 def damaged_folders(checkpoints: Path) -> list[Path]:
-    """What was set aside."""
+    """Return what was set aside."""
     return sorted(checkpoints.glob(f"{DAMAGED}step_*"))
 
 
 def partial_folders(checkpoints: Path) -> list[Path]:
-    """What saves have left that never ended."""
+    """Return what saves have left that never ended."""
     return sorted(checkpoints.glob(".step_*.partial"))
 
 
@@ -135,7 +135,7 @@ def remove(folder: Path) -> None:
 
 
 def beyond(checkpoints: Path, retention: Retention) -> list[Path]:
-    """The checkpoints that a retention does not keep, oldest first. What has no manifest is not touched."""
+    """Return the checkpoints that a retention does not keep, oldest first. What has no manifest is not touched."""
     manifests = {}
     for _, folder in list_checkpoints(checkpoints):
         try:
@@ -152,7 +152,7 @@ def beyond(checkpoints: Path, retention: Retention) -> list[Path]:
 
 
 def newest_whole(checkpoints: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint that verifies, and its manifest; warns of newer ones, which do not.
+    """Return the newest checkpoint that verifies, and its manifest; warns of newer ones, which do not.
 
     Raises RunError with what is wrong when there is none.
     """

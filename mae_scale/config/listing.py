@@ -86,7 +86,7 @@ def annotated(name_or_path: str, overrides: list[str]) -> str:
 
 
 def _labelled(value: Any, label: str) -> Any:
-    """The same tree of sections, with the label for each value."""
+    """Return the same tree of sections, with the label for each value."""
     return {key: _labelled(v, label) for key, v in value.items()} if isinstance(value, dict) else label
 
 

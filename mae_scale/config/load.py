@@ -42,7 +42,7 @@ def stored_recipe(tree: dict[str, Any], source: str) -> Recipe:
 
 
 def layers(name_or_path: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """The files of a recipe by name, the one that all others extend first; each (name, content).
+    """Return the files of a recipe by name, the one that all others extend first; each (name, content).
 
     Raises UsageError for what cannot be found or read.
     """
@@ -85,7 +85,7 @@ def find_recipe(name_or_path: str) -> Path:
 
 
 def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """What a file says, over what the one that it extends says: section by section, key by key."""
+    """Return what a file says, over what the one that it extends says: section by section, key by key."""
     both = dict(base)
     for key, value in top.items():
         sections = isinstance(value, dict) and isinstance(both.get(key), dict)
@@ -94,7 +94,7 @@ def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_override(override: str) -> tuple[list[str], Any]:
-    """The parts of the key and the value of `section.key=value`. Raises UsageError when it is not that."""
+    """Return the parts of the key and the value of `section.key=value`. Raises UsageError when it is not that."""
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise UsageError(f"'{override}' is not an override; expected section.key=value, such as data.global_batch=1024")

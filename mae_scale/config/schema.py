@@ -23,7 +23,7 @@ class ModelSection(Section):
     """The autoencoder, or a classifier's encoder. A name brings patch size, width, depth, heads."""
 
     name: str | None = "vit_large_patch16"
-    image_size: int = Field(224, gt=0, description="pixels a side")
+    image_size: int = Field(224, gt=0, description="pixels per side")
     patch_size: int | None = Field(None, gt=0)
     width: int | None = Field(None, gt=0)
     depth: int | None = Field(None, gt=0)
@@ -53,7 +53,7 @@ class DataSection(Section):
     random_erasing: float = Field(0.0, ge=0, le=1, description="probability to fill a rectangle with noise")
     labels_per_class: int | None = Field(None, gt=0, description="train on this many images per class, drawn by seed")
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    threads: int = Field(4, gt=0, description="decoding threads a rank")
+    threads: int = Field(4, gt=0, description="decoding threads per rank")
     cache: Path | None = Field(None, description="folder on the node's own disk that is filled as images are read")
     cache_gib: float | None = Field(None, gt=0, description="its bound; else until 10 % of the disk is free")
     global_batch: int = Field(4096, gt=0)
@@ -69,7 +69,7 @@ class OptimSection(Section):
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     momentum: float = Field(0.9, ge=0, lt=1, description="of lars")
-    layer_decay: float = Field(1.0, gt=0, le=1, description="a classifier's layer has this times the lr of the next")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="layer-wise lr decay factor (1: none)")
     clip_grad_norm: float | None = Field(None, gt=0)
 
 
@@ -89,7 +89,9 @@ class ClassifierSection(Section):
     pool: Literal["mean", "cls"] = Field("mean", description="mean of the patch tokens, then a norm; or the cls token")
     batch_norm: bool = Field(False, description="affine-free BatchNorm before the head, over all ranks; frozen encoder")
     trained_blocks: float | None = Field(
-        None, ge=0, description="the last so many, 0.5: the MLP of the last; 0: the head alone; null: everything"
+        None,
+        ge=0,
+        description="number of final blocks to train; 0.5: the last block's MLP only; 0: the head alone; null: all",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     mixup: float = Field(0.0, ge=0, description="alpha of the Beta distribution; 0: off")
@@ -106,7 +108,9 @@ class EngineSection(Section):
     offload: bool = Field(False, description="parameters and optimiser state in host memory (ZeRO 3)")
     config: Path | None = Field(None, description="a DeepSpeed file of one's own, instead of ds_configs/")
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="bf16 with a GPU, else fp32")
-    micro_batch: int | None = Field(None, gt=0, description="the most images in one pass; else a rank's share")
+    micro_batch: int | None = Field(
+        None, gt=0, description="images per forward pass, at most; else a rank's whole share"
+    )
     compile: bool | None = Field(None, description="compile the blocks; with a GPU yes (not under ZeRO 3), else no")
     activation_checkpointing: Literal["none", "all", "offload"] | int = Field(
         "none", description="none, all blocks, every n-th block, or all with their inputs in host memory"
@@ -126,14 +130,14 @@ class CheckpointSection(Section):
 
     every_steps: int | None = Field(None, gt=0)
     every_epochs: int | None = Field(1, gt=0)
-    keep: int = Field(2, gt=0, description="the newest so many stay")
+    keep: int = Field(2, gt=0, description="number of newest checkpoints that stay")
     keep_every_epochs: int | None = Field(None, gt=0, description="those of every n-th epoch stay too")
     keep_best: bool = Field(False, description="the one with the lowest training loss since the one before stays too")
     background: bool = Field(True, description="write while training goes on; needs host memory for a rank's part")
     rollback_after_skips: int = Field(
         20, gt=0, description="steps in a row with gradients that are not finite, before the run goes back"
     )
-    max_rollbacks: int = Field(3, ge=0, description="so often in a run; then it stops")
+    max_rollbacks: int = Field(3, ge=0, description="rollbacks per run; one more stops it")
 
 
 class TrackingSection(Section):
@@ -226,7 +230,7 @@ FREE_KEYS = {
 
 
 def differing_keys(old: Recipe, new: Recipe) -> list[str]:
-    """The keys that would change what is computed, each as "section.key: old -> new"."""
+    """Return the keys that would change what is computed, each as "section.key: old -> new"."""
     before, after = _computed(old.flat()), _computed(new.flat())
     keys = dict.fromkeys([*before, *after])
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)]

@@ -100,13 +100,13 @@ class Control:
         self._answer()
 
     def _answer(self) -> torch.Tensor | None:
-        """What was asked last, answered; None when nothing was."""
+        """Return what was asked last, answered; None when nothing was."""
         self.meet()
         answer, self._asked = self._asked, None
         return answer
 
     def silent_ranks(self) -> list[int]:
-        """The ranks that no longer answer; takes 2.5 heartbeats. To be called after a collective has failed.
+        """Return the ranks that no longer answer; takes 2.5 heartbeats. To be called after a collective has failed.
 
         Those killed or stopped; if there are none, those that have left, but not because they had lost another.
         When the store does not answer: rank 0 where that hosts it, none under torchrun, whose agent does.
@@ -149,7 +149,7 @@ class Control:
                 return  # the host has ended; the next collective will fail
 
     def _beats(self) -> list[bytes] | None:
-        """Every rank's last beat; None when the store does not answer.
+        """Return every rank's last beat; None when the store does not answer.
 
         In a thread: a read from a host that is stopped waits for ever, whatever its timeout.
         """
@@ -179,7 +179,7 @@ class Control:
 
 
 def _lost_touch(error: BaseException) -> bool:
-    """Whether the error came out of Gloo, NCCL or the store because a peer or the network is gone."""
+    """Return whether the error came out of Gloo, NCCL or the store because a peer or the network is gone."""
     if isinstance(error, (torch.distributed.DistNetworkError, torch.distributed.DistStoreError)):
         return True
     collective = isinstance(error, torch.distributed.DistBackendError) or (

@@ -30,7 +30,7 @@ class Ranks:
 
 
 def launched() -> bool:
-    """Whether torchrun, deepspeed or srun has started this process as one rank of several."""
+    """Return whether torchrun, deepspeed or srun has started this process as one rank of several."""
     return "RANK" in os.environ or ("SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ)
 
 

@@ -95,12 +95,12 @@ def before_the_end(act: Callable[[], None]) -> Iterator[None]:
 
 
 def requested() -> str | None:
-    """The name of the first signal that asked to stop, such as "SIGTERM"; None when there was none."""
+    """Return the name of the first signal that asked to stop, such as "SIGTERM"; None when there was none."""
     return _first
 
 
 def insisted() -> bool:
-    """Whether there was a second Ctrl-C."""
+    """Return whether there was a second Ctrl-C."""
     return _insisted
 
 
@@ -136,7 +136,7 @@ def _end(text: str, code: int) -> NoReturn:
 
 
 def _is_another() -> bool:
-    """Whether this Ctrl-C is one after the first. The local launcher's ranks are ended by it, and do not count."""
+    """Return whether this Ctrl-C is a later one. The local launcher's ranks are ended by it, and do not count."""
     global _last_interrupt
     before, _last_interrupt = _last_interrupt, time.monotonic()
     if before is None or _has_launcher:

@@ -83,16 +83,16 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def predict(self, *tensors: torch.Tensor) -> torch.Tensor:
-        """What the objective gives in evaluation mode. All ranks call it, equally often."""
+        """Return what the objective gives in evaluation mode. All ranks call it, equally often."""
         self._engine.eval()
         return self._engine(*tensors)
 
     def averaged(self) -> contextlib.AbstractContextManager:
-        """A block in which predict() uses the average of the weights, where one is kept. All ranks enter it."""
+        """Return a block in which predict() uses the average of the weights, where one is kept. All ranks enter it."""
         return contextlib.nullcontext() if self._ema is None else self._state.averaged()
 
     def state(self) -> EngineState:
-        """What this rank holds of the training state, as views of it."""
+        """Return what this rank holds of the training state, as views of it."""
         return self._state.state()
 
     def restored(self, scalars: dict[str, Any]) -> None:
@@ -106,13 +106,13 @@ class DeepSpeedEngine:
         return self._zero.overflow
 
     def _gradients(self) -> list[torch.Tensor]:
-        """This rank's part of the gradient of the global batch, reduced; all of it without ZeRO."""
+        """Return this rank's part of the gradient of the global batch, reduced; all of it without ZeRO."""
         if self._engine.zero_optimization_stage() == 0:
             return [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         return [part for group in self._zero.averaged_gradients.values() for part in group]
 
     def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """The L2 norm [] of the whole gradient, on the device; of its parts, those of all ranks."""
+        """Return the L2 norm [] of the whole gradient, on the device; of its parts, those of all ranks."""
         norm = nn.utils.get_total_norm(gradients)
         if self._engine.zero_optimization_stage() == 0:
             return norm

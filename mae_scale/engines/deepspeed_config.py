@@ -86,7 +86,7 @@ def _refuse_contents(config: dict[str, Any], source: str) -> None:
 
 
 def checks_gradients(config: dict[str, Any], precision: str | None = None) -> bool:
-    """Whether the engine takes the gradient's norm, clips it and leaves out steps that are not finite, on the device.
+    """Return whether the engine norms and clips the gradient and skips steps that are not finite, on the device.
 
     DeepSpeed does each of these on the host, which then waits for the device several times a step. It can be told not
     to (zero_optimization.compute_grad_norm, bf16.check_grad_overflow) without ZeRO in fp32, and in ZeRO 1 (fp32) and 2

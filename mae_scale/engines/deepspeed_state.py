@@ -30,7 +30,7 @@ class Fragment:
     n: int
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The fragment's elements of a tensor that is laid out as the master is."""
+        """Return the fragment's elements of a tensor that is laid out as the master is."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.n)
 
 
@@ -53,7 +53,7 @@ class DeepSpeedState:
             optimizer.state[master] = fresh_state(optimizer, master, ema=ema)
 
     def state(self) -> EngineState:
-        """The pieces and numbers of this rank."""
+        """Return the pieces and numbers of this rank."""
         pieces = []
         for f in self._fragments:
             pieces.append(Piece(f"weight/{f.name}", f.start, f.of(f.master)))
@@ -167,7 +167,7 @@ class DeepSpeedState:
 
 
 def buffer_pieces(module: torch.nn.Module) -> list[Piece]:
-    """The buffers of a module's state, which every rank has whole."""
+    """Return the buffers of a module's state, which every rank has whole."""
     persistent = module.state_dict(keep_vars=True).keys() - dict(module.named_parameters()).keys()
     buffers = dict(module.named_buffers())
     return [Piece(f"buffer/{name}", 0, buffers[name].view(-1)) for name in sorted(persistent) if name in buffers]

@@ -10,7 +10,7 @@ from mae_scale.packaged import packaged
 
 
 def zero_stage_of(recipe: Recipe) -> int:
-    """The ZeRO stage that will run: engine.config's where there is one, else engine.zero_stage."""
+    """Return the ZeRO stage that will run: engine.config's where there is one, else engine.zero_stage."""
     if recipe.engine.config is None:
         return recipe.engine.zero_stage
     config, _ = read_template(recipe)

@@ -84,7 +84,7 @@ class FairScaleEngine:
 
     @torch.no_grad()
     def predict(self, *tensors: torch.Tensor) -> torch.Tensor:
-        """What the objective gives in evaluation mode. All ranks call it, equally often."""
+        """Return what the objective gives in evaluation mode. All ranks call it, equally often."""
         self._model.eval()
         with self._autocast:
             return self._model(*tensors)
@@ -94,7 +94,7 @@ class FairScaleEngine:
         return contextlib.nullcontext()
 
     def state(self) -> EngineState:
-        """What this rank holds of the training state, as views of it."""
+        """Return what this rank holds of the training state, as views of it."""
         buffers = buffer_pieces(self.objective)
         pieces, own = list(buffers), share_of(buffers, self._rank, self._world_size)
         optimizer = self._own_optimizer()

@@ -77,7 +77,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def fresh_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, *, ema: bool) -> dict[str, torch.Tensor]:
-    """The optimiser's state of a parameter before its first step, as it makes it itself; with ema the average too."""
+    """Return a parameter's optimiser state before the first step, as it makes it; with ema the average too."""
     adam = isinstance(optimizer, torch.optim.AdamW)
     keys = ("exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
     state = {key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in keys}
@@ -89,7 +89,7 @@ def fresh_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, *, em
 
 
 def moments(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What of a parameter's state has the parameter's own shape, by name."""
+    """Return what of a parameter's state has the parameter's own shape, by name."""
     return {key: value for key, value in state.items() if key != "step"}
 
 

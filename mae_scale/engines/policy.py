@@ -7,7 +7,7 @@ from mae_scale.engines.deepspeed_templates import zero_stage_of
 
 
 def engine_name(recipe: Recipe) -> str:
-    """What the recipe's engine is called in logs and checkpoints."""
+    """Return what the recipe's engine is called in logs and checkpoints."""
     stage = zero_stage_of(recipe)
     if recipe.engine.backend == "fairscale":
         return "fairscale " + ("fully sharded" if stage == 3 else "OSS with DDP")
@@ -20,7 +20,7 @@ def precision_of(recipe: Recipe, gpu: bool) -> str:
 
 
 def compiles(recipe: Recipe, stage: int, gpu: bool) -> bool:
-    """Whether blocks are compiled: the recipe's word, else with a GPU wherever it is known to be right."""
+    """Return whether blocks are compiled: the recipe's word, else with a GPU wherever it is known to be right."""
     wrong = stage == 3 or recipe.engine.activation_checkpointing == "offload"
     return (gpu and not wrong) if recipe.engine.compile is None else recipe.engine.compile
 

@@ -122,7 +122,7 @@ def _wait(ranks: list[subprocess.Popen]) -> tuple[dict[int, int], set[int]]:
 
 
 def _outcome(codes: dict[int, int], given_up: set[int]) -> int:
-    """The exit code of all, or RunError naming the rank that was killed."""
+    """Return the exit code of all. Raises RunError naming a rank that was killed."""
     failed = [(r, c) for r, c in codes.items() if r not in given_up and c not in (EXIT_DONE, EXIT_STOPPED)]
     if not failed:
         return max(codes.values())

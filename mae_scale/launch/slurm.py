@@ -220,7 +220,7 @@ def send(links: list[Link]) -> None:
 
 
 def _link(name: str, overrides: list[str], shape: Shape, out: Path, before: list[Link]) -> Link:
-    """The link after those `before`, checked."""
+    """Return the link after those `before`, checked."""
     classifies = load_recipe(name).task == "classification"
     overrides = [override for override in overrides if classifies or not _of_classifier(override)]
     recipe = load_recipe(name, overrides)
@@ -260,7 +260,7 @@ def _template(name: str) -> str:
 
 
 def _of_classifier(override: str) -> bool:
-    """Whether an override is of the section classifier, which would make a classifier of any recipe."""
+    """Return whether an override is of the section classifier, which would make a classifier of any recipe."""
     return override.partition("=")[0].partition(".")[0] == "classifier"
 
 
@@ -282,7 +282,7 @@ def _sbatch(link: Link, after: str | None) -> list[str]:
 
 
 def _with_site(shape: Shape, prologue: Path) -> Shape:
-    """The shape with what the prologue or the environment says where no option does."""
+    """Return the shape with what the prologue or the environment says where no option does."""
     names = " ".join(f'"${{{variable}:-}}"' for variable in SITE_VARIABLES.values())
     told = subprocess.run(
         ["bash", "-euc", f'source "$1"; printf "%s\\n" {names}', "bash", prologue.absolute()],

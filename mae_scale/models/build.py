@@ -14,12 +14,12 @@ def size_of(model: ModelSection) -> ViTSize:
 
 
 def build_model(recipe: Recipe) -> MaskedAutoencoder:
-    """The autoencoder of a recipe, freshly initialised from torch's generator."""
+    """Return the autoencoder of a recipe, freshly initialised from torch's generator."""
     return build_mae(**recipe.model.model_dump())
 
 
 def build_classifier_of(recipe: Recipe, classes: int) -> Classifier:
-    """The classifier of a recipe for so many classes, freshly initialised from torch's generator."""
+    """Return the classifier of a recipe for so many classes, freshly initialised from torch's generator."""
     model, section = recipe.model, recipe.classifier
     return build_classifier(
         model.name,

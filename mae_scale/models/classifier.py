@@ -67,19 +67,19 @@ class Classifier(nn.Module):
 
     @property
     def frozen_blocks(self) -> int:
-        """So many blocks, from the first one, are not trained at all."""
+        """Number of leading frozen blocks."""
         depth = len(self.encoder.blocks)
         return 0 if self.trained_blocks is None else depth - int(-(-self.trained_blocks // 1))
 
     def train(self, mode: bool = True) -> Classifier:
-        """A frozen encoder stays in evaluation mode."""
+        """Set the mode; a frozen encoder stays in evaluation mode."""
         super().train(mode)
         if self.trained_blocks == 0:
             self.encoder.eval()
         return self
 
     def layer_of(self, name: str) -> int:
-        """The layer of a parameter for layer-wise lr decay: 0 embedding, i + 1 block i, depth + 1 what comes after."""
+        """Return a parameter's layer for layer-wise lr decay: 0 embedding, i + 1 block i, depth + 1 the rest."""
         if name.startswith("encoder.blocks."):
             return int(name.split(".")[2]) + 1
         embedding = ("encoder.cls_token", "encoder.pos_embed", "encoder.patch_embed.")
@@ -147,7 +147,7 @@ def build_classifier(
     trained_blocks: float | None = None,
     drop_path: float = 0.0,
 ) -> Classifier:
-    """A classifier with fresh weights (drawn from torch's generator).
+    """Return a classifier with fresh weights (drawn from torch's generator).
 
     name: one of `mae_scale.models.vit.SIZES`; patch_size (px), width, depth and heads override it, or all are given.
     pool: "mean" of the patch tokens, then LayerNorm; or "cls", the class token after the encoder's norm.

@@ -23,7 +23,7 @@ _POSITIONS_A_GENERATOR = 64
 
 
 def drop_path_rates(drop_path: float, depth: int) -> list[float]:
-    """Each block's probability to drop a branch, from 0 to drop_path in equal steps (timm's rule).
+    """Return each block's probability to drop a branch, from 0 to drop_path in equal steps (timm's rule).
 
     Raises UsageError unless drop_path is in [0, 1).
     """

@@ -218,7 +218,7 @@ def build_mae(
     encoder_mask_tokens: bool = False,
     drop_path: float = 0.0,
 ) -> MaskedAutoencoder:
-    """A masked autoencoder with fresh weights (drawn from torch's generator).
+    """Return a masked autoencoder with fresh weights (drawn from torch's generator).
 
     name: one of `mae_scale.models.vit.SIZES`; patch_size (px), width, depth and heads override it; all
         are needed when name is None.

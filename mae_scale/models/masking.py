@@ -22,7 +22,7 @@ _LOG_ASPECT = math.log(1 / 0.3)
 
 
 def kept_patches(patches: int, mask_ratio: float) -> int:
-    """How many of an image's patches stay visible; rounded down as in the authors' release.
+    """Return how many of an image's patches stay visible; rounded down as in the authors' release.
 
     Raises UsageError when that leaves no visible or no removed patch.
     """
@@ -80,7 +80,7 @@ def mask_noise(
 
 
 def _grid_step(grid_size: int, kept: int) -> int | None:
-    """The side s of the squares of which one patch is kept, or None when no square tiling keeps that many."""
+    """Return the side s of the squares of which one patch is kept, or None when no square tiling keeps that many."""
     step = math.isqrt(grid_size**2 // kept)
     return step if grid_size % step == 0 and (grid_size // step) ** 2 == kept else None
 

@@ -36,7 +36,7 @@ class Target(nn.Module):
         return (prediction.float() - target).square().mean(dim=-1)
 
     def to_pixels(self, prediction: Tensor, patches: Tensor) -> Tensor:
-        """A prediction [..., dim] as pixels [..., P] for figures; patches [..., P] are the true ones."""
+        """Return a prediction [..., dim] as pixels [..., P] for figures; patches [..., P] are the true ones."""
         raise NotImplementedError
 
 
@@ -149,7 +149,7 @@ def fit_pca(patches: np.ndarray | Tensor, k: int = 96) -> tuple[Tensor, Tensor]:
 
 
 def make_target(target: str | Target, patch_size: int) -> Target:
-    """The target named "pixels", "normalised_pixels" or "pca" for a patch_size in px, or `target` itself."""
+    """Return the target named "pixels", "normalised_pixels" or "pca" for a patch_size in px, or `target` itself."""
     if isinstance(target, Target):
         return target
     kinds = {"pixels": Pixels, "normalised_pixels": NormalisedPixels, "pca": PcaCoefficients}

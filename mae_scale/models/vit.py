@@ -44,7 +44,7 @@ def resolve_size(
     depth: int | None = None,
     heads: int | None = None,
 ) -> ViTSize:
-    """The size called `name`, the values given in place of its own; without a name all four must be given.
+    """Return the size called `name`, the values given in place of its own; without a name all four must be given.
 
     Raises UsageError for an unknown name, or naming the sizes that are missing.
     """

@@ -21,7 +21,7 @@ _PEAK_TFLOPS = (
 
 
 def peak_flops_per_s(device_name: str, precision: str = "bf16") -> float | None:
-    """A GPU's dense peak in FLOP/s by its `torch.cuda.get_device_name()`, for "bf16", "fp16" or "fp32".
+    """Return a GPU's dense peak in FLOP/s by its `torch.cuda.get_device_name()`, for "bf16", "fp16" or "fp32".
 
     None for a device that is not in the table, or has no units for that precision (bf16 on V100).
     """

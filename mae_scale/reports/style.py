@@ -18,7 +18,7 @@ def pictures_of(images) -> np.ndarray:
 
 
 def as_array(value) -> np.ndarray:
-    """A float32 array of an array or a tensor on any device; what is not a number becomes 0."""
+    """Return a float32 array of an array or a tensor on any device; what is not a number becomes 0."""
     if hasattr(value, "detach"):
         value = value.detach().cpu().float().numpy()
     return np.nan_to_num(np.asarray(value, dtype=np.float32))

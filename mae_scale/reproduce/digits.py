@@ -60,7 +60,7 @@ def run_demo(out: Path, seed: int) -> None:
 
 
 def mlflow_page(out: Path) -> str:
-    """The command that shows the runs below `out` in a browser."""
+    """Return the command that shows the runs below `out` in a browser."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(out / 'mlflow.db').resolve()}"
     return f"{Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {without_password(uri)}"
 

@@ -31,7 +31,7 @@ def parse_rows(content: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, by step; non-finite values are floats again.
+    """Return the rows of a metrics.jsonl, by step; non-finite values are floats again.
 
     A file that is not there gives no rows; a torn last line (a run is writing, or died) is left out.
     """

@@ -19,7 +19,7 @@ def send_artifact(client, run_id: str, path: Path, entry: Mapping[str, Any]) -> 
 
 
 def steps_of_figure(client, run_id: str, figure: str) -> list[int]:
-    """The steps that MLflow has of a figure, in order; one that is there twice, twice.
+    """Return the steps that MLflow has of a figure, in order; one that is there twice, twice.
 
     MLflow logs an image as KEY+step+STEP+timestamp+...png, and after it the same small, as ...+compressed.webp. It is
     there when both are.

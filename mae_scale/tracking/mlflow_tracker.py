@@ -107,7 +107,7 @@ class MlflowTracker:
         return self._state["run_id"]
 
     def wait_for_run(self, timeout_s: float) -> str | None:
-        """The MLflow run's id when the server has answered in this start; None when not within `timeout_s`."""
+        """Return the MLflow run's id when the server has answered in this start; None when not within `timeout_s`."""
         return self.run_id if self._answered.wait(timeout_s) else None
 
     def notify(self) -> None:
@@ -301,7 +301,7 @@ class MlflowTracker:
         return rows_sent
 
     def _missing(self, row: Mapping[str, Any]) -> dict[str, float]:
-        """The row's metrics, the epoch with them, that MLflow is not known to have at its step."""
+        """Return the row's metrics, the epoch with them, that MLflow is not known to have at its step."""
         step = row["step"]
         return {
             _name(name): float(value)
@@ -311,7 +311,7 @@ class MlflowTracker:
         }
 
     def _new_rows(self) -> list[dict[str, Any]]:
-        """The rows since the last call; all of them after connecting, or when the file was replaced."""
+        """Return the rows since the last call; all of them after connecting, or when the file was replaced."""
         try:
             with open(self._log_path, "rb") as file:
                 status = os.fstat(file.fileno())

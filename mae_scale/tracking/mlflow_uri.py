@@ -18,7 +18,7 @@ SCHEMES = ("http", "https", "databricks", "databricks-uc", "uc", *DATABASES)
 
 
 def tracking_uri(value: str | None, out_dir: Path) -> str | None:
-    """Where the run is tracked: `value`, else MLFLOW_TRACKING_URI, else SQLite in the folder above `out_dir`.
+    """Return where the run is tracked: `value`, else MLFLOW_TRACKING_URI, else SQLite in the folder above `out_dir`.
 
     A `value` without a password takes that of MLFLOW_TRACKING_URI where both name the same store: a run's files hold no
     password. None when tracking is off ("none" or "off"). Raises UsageError for a URI that MLflow cannot track to.
@@ -66,12 +66,12 @@ def hide_password(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The file of a SQLite URI; None for any other."""
+    """Return the file of a SQLite URI; None for any other."""
     return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
 
 
 def artifact_location(uri: str, out_dir: Path) -> str | None:
-    """Where a new experiment keeps its files, as a URI; None: a server decides.
+    """Return where a new experiment keeps its files, as a URI; None: a server decides.
 
     For a database without a server MLflow would take the working folder; here it is beside SQLite's file, or
     above `out_dir`.
@@ -99,7 +99,7 @@ def new_sqlite_file(uri: str, fill: Callable[[str], object]) -> None:
 
 
 def _is_web_address(uri: str) -> bool:
-    """Whether a URI's parts are where its author has meant them: a raw / or # in a password ends the host."""
+    """Return whether a URI's parts are where its author has meant them: a raw / or # in a password ends the host."""
     try:
         address = urlsplit(uri)
         return bool(address.hostname) and address.port != 0 and "@" not in address.path + address.fragment

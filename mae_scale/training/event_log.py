@@ -61,11 +61,11 @@ class Events:
             log.warning("%s: why the run failed could not be noted: %s", self.path, full.strerror)
 
     def count(self, event: str) -> int:
-        """How often it has happened in the whole run, over all its starts."""
+        """Return how often it has happened in the whole run, over all its starts."""
         return sum(row["event"] == event for row in self._rows)
 
     def batch_of(self, step: int) -> int:
-        """The number of the global batch that update `step` (from 0) takes: the step, and what was skipped before."""
+        """Return the number of the global batch that update `step` (from 0) takes: the step plus what was skipped."""
         return step + sum(
             row["skipped_batches"] for row in self._rows if row["event"] == "rollback" and row["step"] <= step
         )

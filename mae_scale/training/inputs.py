@@ -120,12 +120,12 @@ def _refuse_other_order(file: Path, index: Index) -> None:
 
 
 def has_checkpoint(out: Path) -> bool:
-    """Whether the run goes on from a checkpoint, or cannot because all are damaged."""
+    """Return whether the run goes on from a checkpoint, or cannot because all are damaged."""
     return bool(list_checkpoints(out / "checkpoints") or damaged_folders(out / "checkpoints"))
 
 
 def has_step(out: Path) -> bool:
-    """Whether the run in a folder has got anywhere; if not, the folder takes another recipe."""
+    """Return whether the run in a folder has got anywhere; if not, the folder takes another recipe."""
     return has_checkpoint(out) or bool(read_metrics(out / "metrics.jsonl"))
 
 
@@ -187,7 +187,7 @@ def remove_leftovers(out: Path, recipe: Recipe) -> None:
 
 
 def is_prepared(out: Path, recipe: Recipe) -> bool:
-    """Whether this rank's launcher has prepared the folder, and nobody another recipe since."""
+    """Return whether this rank's launcher has prepared the folder, and nobody another recipe since."""
     if PREPARED not in os.environ:
         return False
     return load_recipe(str(out / RECIPE)).flat() == recipe.flat()

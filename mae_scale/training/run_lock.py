@@ -72,12 +72,12 @@ class Owner:
         return f"process {self.process} on {self.host}{job}, since {self.since}"
 
     def succeeds(self, other: Owner) -> bool:
-        """Whether this is a later start of the same Slurm job."""
+        """Return whether this is a later start of the same Slurm job."""
         same_job = self.slurm_job is not None and self.slurm_job == other.slurm_job
         return same_job and self.slurm_restart > other.slurm_restart
 
     def is_running(self) -> bool | None:
-        """Whether the process runs; None where that cannot be seen from here."""
+        """Return whether the process runs; None where that cannot be seen from here."""
         if self.machine != _machine():
             return None
         try:

@@ -25,7 +25,7 @@ def steps_of(recipe: Recipe, images: int) -> Steps:
 
 
 def learning_rate(step: int, *, peak_lr: float, steps_per_epoch: int, epochs: int, warmup_epochs: int) -> float:
-    """The rate for update number `step` (from 0): linear warm-up, then half-cycle cosine to 0 (He et al., table 8).
+    """Return the rate of update `step` (from 0): linear warm-up, then half-cycle cosine to 0 (He et al., table 8).
 
     With e = step / steps_per_epoch: peak * e / warmup_epochs while e < warmup_epochs, then
     peak * (1 + cos(pi * (e - warmup_epochs) / (epochs - warmup_epochs))) / 2.

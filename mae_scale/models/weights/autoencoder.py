@@ -97,7 +97,7 @@ class LoadReport:
 
 
 def to_official(model: MaskedAutoencoder | Encoder, *, decoder: bool = True) -> StateDict:
-    """The authors' release's names and shapes, positions (fp32) included; `decoder=False`: the encoder alone.
+    """Return the authors' release's names and shapes, positions (fp32) included; `decoder=False`: the encoder alone.
 
     Tensors are copies, on the model's device and in its dtype. Raises UsageError for a model with mask tokens
     in the encoder and `decoder=True`: its decoder has no mask token, which that layout requires.
@@ -112,7 +112,7 @@ def to_official(model: MaskedAutoencoder | Encoder, *, decoder: bool = True) -> 
 
 
 def to_timm(model: MaskedAutoencoder | Encoder) -> StateDict:
-    """The encoder for timm's `VisionTransformer(num_classes=0, global_pool="token")` of the same size."""
+    """Return the encoder for timm's `VisionTransformer(num_classes=0, global_pool="token")` of the same size."""
     return to_official(model, decoder=False)
 
 
@@ -142,7 +142,7 @@ def load_hf(model: MaskedAutoencoder | Encoder, state_dict: StateDict) -> LoadRe
 
 
 def read_weights(path: str | Path) -> StateDict:
-    """The tensors of a .safetensors or torch (.pth) file by name; unwraps the release's {"model": ...}.
+    """Return the tensors of a .safetensors or torch (.pth) file by name; unwraps the release's {"model": ...}.
 
     Torch files are read with `weights_only=True`: code hidden in a file is refused, never run.
     Raises UsageError when the file is missing, damaged, refused, or holds anything but named tensors.
@@ -346,7 +346,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 def _rename(key: str, names: Names) -> str | None:
-    """The key with its beginning replaced as the table says; None when no row fits."""
+    """Return the key with its beginning replaced as the table says; None when no row fits."""
     return next((to + key[len(prefix) :] for prefix, to in names if key.startswith(prefix)), None)
 
 

@@ -92,7 +92,7 @@ def classes_in(state: StateDict) -> int | None:
 
 
 def classifier_to_official(model: Classifier) -> StateDict:
-    """The authors' fine-tuned files: cls_token, pos_embed [1, 1 + L, D], patch_embed.proj.*, blocks.*,
+    """Return the authors' fine-tuned files: cls_token, pos_embed [1, 1 + L, D], patch_embed.proj.*, blocks.*,
     fc_norm.* (pooled by mean) or norm.* (by cls), head.*.
 
     Tensors are copies, on the model's device and in its dtype. A probe's BatchNorm, which that layout has no place

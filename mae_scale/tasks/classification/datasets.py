@@ -72,7 +72,7 @@ class EvaluationSet:
 
 
 def open_sets(kind: str, root: Path, *, num_classes: int, class_names: list[str] | None) -> list[EvaluationSet]:
-    """The sets of that kind in `root`: one, or for imagenet-c one a corruption and severity.
+    """Return the sets of that kind in `root`: one, or for imagenet-c one a corruption and severity.
 
     `num_classes` is the model's, `class_names` the names of its classes as the training folder had them, None when
     they are not known. A plain folder's classes are matched by these names and may be fewer; without names by
@@ -95,7 +95,7 @@ def open_sets(kind: str, root: Path, *, num_classes: int, class_names: list[str]
 
 
 def folder_set(index: Index, *, num_classes: int, class_names: list[str] | None) -> EvaluationSet:
-    """The set of a plain folder's index; see `open_sets`."""
+    """Return the set of a plain folder's index; see `open_sets`."""
     _check_labelled(index)
     return EvaluationSet("", index, _folder_classes(index, num_classes, class_names), None, "evaluation")
 
@@ -121,7 +121,7 @@ def corruption_summary(errors: dict[str, float]) -> dict[str, Any]:
 
 @functools.cache
 def imagenet_wnids(name: str = "imagenet") -> list[str]:
-    """The sorted wnids of "imagenet" (ImageNet-1K), "imagenet_a" or "imagenet_r", from timm's lists."""
+    """Return the sorted wnids of "imagenet" (ImageNet-1K), "imagenet_a" or "imagenet_r", from timm's lists."""
     return (resources.files("timm") / "data" / "_info" / f"{name}_synsets.txt").read_text().split()
 
 

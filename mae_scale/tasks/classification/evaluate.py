@@ -51,7 +51,7 @@ def validation_root(recipe: Recipe) -> Path:
 
 
 def evaluate(recipe: Recipe, kind: str) -> dict[str, Any] | None:
-    """The results of the recipe's weights on data.val_root, a set of that kind; on rank 0, else None.
+    """Return the results of the recipe's weights on data.val_root, a set of that kind; on rank 0, else None.
 
     {"set": kind, "top1": percent, "top5": percent, "loss": nats, "images": n, "per_class": [...]}; imagenet-c:
     {"set": kind, "mCE": percent, "corruptions": {name: {"error", "CE"}}, "severities": {"name/severity": results}}.
@@ -78,7 +78,7 @@ def _opened(recipe: Recipe, kind: str) -> tuple[Classifier, list[str] | None, li
 
 
 def trained_classifier(recipe: Recipe) -> tuple[Classifier, list[str] | None]:
-    """The recipe's classifier with its weights, in evaluation mode, and the names of its classes where they are known.
+    """Return the recipe's classifier with its weights, in evaluation mode, and its class names where they are known.
 
     Raises UsageError when the weights have no head, or do not fit.
     """

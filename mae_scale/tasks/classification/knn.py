@@ -105,7 +105,7 @@ def nearest_neighbours(recipe: Recipe, neighbours: int, figure: Path | None) -> 
 
 
 def _opened(recipe: Recipe) -> tuple[Classifier, Index, EvaluationSet]:
-    """The model with its weights, the training images and those to be classified."""
+    """Return the model with its weights, the training images and those to be classified."""
     data = recipe.data
     index = open_index(known_root(recipe), data.index)
     if data.labels_per_class is not None:
@@ -122,7 +122,7 @@ def _opened(recipe: Recipe) -> tuple[Classifier, Index, EvaluationSet]:
 
 
 def features(predict: Predict, index: Index, recipe: Recipe, ranks: Ranks, device: torch.device) -> Features:
-    """This rank's part of the images of an index."""
+    """Return this rank's part of the images of an index."""
     vectors, labels, images = [], [], []
     with evaluation_loader(recipe, index, "evaluation", ranks) as loader:
         for batch in loader:
@@ -135,7 +135,7 @@ def features(predict: Predict, index: Index, recipe: Recipe, ranks: Ranks, devic
 
 
 def gathered(part: Features) -> Features:
-    """The features of all ranks, on each, in the order of the images: the same for any number of ranks."""
+    """Return the features of all ranks, on each, in the order of the images: the same for any number of ranks."""
     world_size = torch.distributed.get_world_size()
     counts = [torch.zeros(1, dtype=torch.int64, device=part.labels.device) for _ in range(world_size)]
     torch.distributed.all_gather(counts, torch.tensor([len(part.labels)], device=part.labels.device))

@@ -20,7 +20,7 @@ CONFUSIONS_SHOWN = 3
 
 
 def evaluation_loader(recipe: Recipe, index: Index, augmentation: str, ranks: Ranks) -> EvaluationLoader:
-    """This rank's part of each image once, cut as the recipe's model takes them."""
+    """Return this rank's part of each image once, cut as the recipe's model takes them."""
     data = recipe.data
     return EvaluationLoader(
         index,
@@ -47,7 +47,7 @@ def measure(
     ranks: Ranks,
     device: torch.device,
 ) -> Accuracy:
-    """The counts over all ranks. predict takes images [B, 3, S, S] on the device and gives logits [B, classes].
+    """Return the counts over all ranks. predict takes images [B, 3, S, S] on the device and gives logits [B, classes].
 
     All ranks call it, and each calls predict equally often.
     """
@@ -62,7 +62,7 @@ def measure(
 
 
 def report(accuracy: Accuracy, names: list[str] | None, index: Index) -> dict[str, Any]:
-    """What goes into a JSON file: the results, and for each class its accuracy and what it is taken for most.
+    """Return what goes into a JSON file: the results, and for each class its accuracy and what it is taken for most.
 
     left_out: images of the index's folder that were not counted, for they cannot be read.
     """

@@ -30,7 +30,7 @@ class Mix:
 
 
 def draw_mix(*, mixup: float, cutmix: float, image_size: int, seed: int, step: int, positions: np.ndarray) -> Mix:
-    """The mix of images at `positions` int [n] of the global batch of a step, in pairs; one alpha is not 0.
+    """Return the mix of images at `positions` int [n] of the global batch of a step, in pairs; one alpha is not 0.
 
     A pure function of (seed, step, position). With both alphas each pair is cut or mixed with equal chance; the share
     is Beta(alpha, alpha), and with cutmix 1 - (area of the clipped box) / (area of the image).

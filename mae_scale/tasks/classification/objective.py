@@ -38,7 +38,7 @@ class Classify(nn.Module):
         return len(self.blocks) + 2
 
     def layer_of(self, name: str) -> int:
-        """The layer, from 0, of one of the objective's parameters."""
+        """Return the layer, from 0, of one of the objective's parameters."""
         return self.model.layer_of(name.removeprefix("model."))
 
     @property

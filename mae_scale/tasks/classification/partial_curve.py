@@ -19,7 +19,7 @@ from mae_scale.tracking.mlflow_uri import tracking_uri
 
 
 def partial_curve(runs: list[Path], picture: Path) -> list[dict[str, Any]]:
-    """The curve of some runs' folders, drawn as a PNG that is also given to their MLflow runs.
+    """Return the curve of some runs' folders, drawn as a PNG that is also given to their MLflow runs.
 
     [{"trained_blocks": k, "top1": mean percent, "std": of several runs or None, "runs": n}, ...], by k.
     Raises UsageError for a folder that is no finished classifier, and for runs of encoders of different depths.
