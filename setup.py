@@ -21,6 +21,8 @@ setup(
     packages=[*find_packages(include=["mae_scale*", "data_pipeline*"]), *DATA],
     package_dir=DATA,
     package_data={
+        "mae_scale": ["py.typed"],
+        "data_pipeline": ["py.typed"],
         "mae_scale.recipes": ["**/*.yaml"],
         "mae_scale.ds_configs": ["*.json"],
         "mae_scale.slurm": ["*.sbatch", "*.sh"],
