@@ -98,7 +98,8 @@ def test_the_wheel_has_every_file_that_is_data_and_no_folder_that_is_not_ours(wh
         assert expected
         assert expected <= names
     assert {name.split("/")[0] for name in names} == {"mae_scale", "data_pipeline"}
-    assert {Path(name).suffix for name in names} == {".py", ".yaml", ".json", ".sbatch", ".sh"}
+    assert {"mae_scale/py.typed", "data_pipeline/py.typed"} <= names
+    assert {Path(name).suffix for name in names} == {".py", ".yaml", ".json", ".sbatch", ".sh", ".typed"}
     assert not [name for name in names if "test" in name or "__pycache__" in name]
 
 
