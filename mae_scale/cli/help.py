@@ -1,6 +1,6 @@
-"""How the commands are called and explain themselves: `mae-scale --version`, and help without Python's types."""
+"""The command line itself: calling it, `mae-scale --version`, and help without Python's types."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -8,17 +8,17 @@ from mae_scale import __version__
 
 
 def run(app: typer.Typer, *, speaks: bool) -> int | None:
-    """Run the command line. One that speaks says what is wrong with its arguments, and raises SystemExit.
+    """Run the command line; return the exit code.
 
-    Else click's own errors are raised, and the exit code is returned.
+    With `speaks` wrong arguments are explained on stderr and SystemExit is raised; else click's own errors are raised.
     """
     command = typer.main.get_command(app)
     _hide_types(command)
     return command(prog_name="mae-scale", standalone_mode=speaks)
 
 
-def _hide_types(command) -> None:
-    """Let no type be shown behind a flag or an argument, <bool> or <list[str]>; an option's metavar stays."""
+def _hide_types(command: Any) -> None:
+    """Hide Python's types behind flags and arguments, such as <bool> or <list[str]>; an option's metavar stays."""
     for parameter in command.get_params(typer.Context(command)):
         if parameter.param_type_name == "argument" or parameter.is_flag:
             parameter.display_type_rich = lambda ctx: None
@@ -37,4 +37,4 @@ def common(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """The options of `mae-scale` itself."""
+    """Take the options of `mae-scale` itself."""

@@ -1,9 +1,9 @@
-"""What the commands have in common: options by name, and how a JSON file is written."""
+"""Options and arguments that several commands have, and what they do with them."""
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
 import typer
 
@@ -11,8 +11,13 @@ from data_pipeline.errors import UsageError
 from mae_scale.cli.completion import complete_override, complete_recipe
 from mae_scale.distributed import stop_requests
 
+if TYPE_CHECKING:
+    from mae_scale.config.schema import Recipe
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045  (typer reads it at run time)
+    list[str] | None,
     typer.Argument(
         metavar="section.key=value",
         help="Changes to the recipe.",
@@ -23,52 +28,60 @@ Overrides = Annotated[
 RecipeName = Annotated[
     str,
     typer.Argument(
-        metavar="RECIPE", help="A packaged name, or a path.", show_default=False, autocompletion=complete_recipe
+        metavar="RECIPE",
+        help="A packaged recipe's name, or the path of a YAML file.",
+        show_default=False,
+        autocompletion=complete_recipe,
     ),
 ]
-Out = Annotated[Path, typer.Option(metavar="DIR", help="Output folder; a run found there goes on.", show_default=False)]
-Nproc = Annotated[int, typer.Option(metavar="N", min=1, help="Local ranks to start when no launcher has.")]
+Out = Annotated[
+    Path, typer.Option(metavar="DIR", help="Output folder; a run found there is resumed.", show_default=False)
+]
+Nproc = Annotated[
+    int,
+    typer.Option(
+        metavar="N", min=1, help="Number of local ranks to start; ignored under torchrun, deepspeed and srun."
+    ),
+]
 TrackingUri = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(metavar="URI", help="MLflow tracking URI; off: none.", show_default=False),
+    str | None,
+    typer.Option(metavar="URI", help="MLflow tracking URI; off: no tracking.", show_default=False),
 ]
 Weights = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option(
         metavar="PATH",
         help="A run's folder, a checkpoint, or a file of weights (ours, the authors', timm's, Hugging Face's).",
     ),
 ]
-Json = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--json", metavar="FILE", help="Write the figures there, too.", show_default=False),
-]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Check everything and say what the start would do; write nothing, train nothing."),
+    typer.Option("--dry-run", help="Check everything and print what the start would do; write nothing, train nothing."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show errors and the last line only.")]
 LogFile = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option(
-        metavar="FILE", help="Append there all that is said, also under --quiet; without the bar.", show_default=False
+        metavar="FILE",
+        help="Append all output to FILE, also under --quiet, without the progress bar.",
+        show_default=False,
     ),
 ]
 
 
-def can_be_stopped(command: Callable) -> Callable:
+def can_be_stopped(command: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Return the command as one that listens to SIGTERM, SIGUSR1 and Ctrl-C, from before its heavy imports on."""
 
     @functools.wraps(command)
-    def listening(*arguments, **options):
+    def listening(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
         stop_requests.listen()
         return command(*arguments, **options)
 
     return listening
 
 
-def read_recipe(recipe: str, overrides: list[str] | None):
-    """Return the recipe with the overrides; what is wrong with them is so on every rank."""
+def read_recipe(recipe: str, overrides: list[str] | None) -> "Recipe":
+    """Return the recipe with the overrides. Raises UsageError, the same on every rank."""
     from mae_scale.config.load import load_recipe
 
     try:
@@ -79,19 +92,13 @@ def read_recipe(recipe: str, overrides: list[str] | None):
 
 
 def with_weights(overrides: list[str] | None, weights: Path | None) -> list[str]:
+    """Return the overrides with those of --weights."""
     return [*(overrides or []), *([f"classifier.weights={weights}"] if weights else [])]
 
 
-def check_file(option: str, path: Path | None) -> None:
-    """UsageError, before the work is done, when there is no folder for the file that an option asks for."""
+def check_folder_of(option: str, path: Path | None) -> None:
+    """Raise UsageError, before the work is done, when there is no folder for the file that an option asks for."""
     if path is not None and not path.absolute().parent.is_dir():
         raise UsageError(
             f"{option} {path}: there is no folder {path.absolute().parent}; make it, or choose another place"
         )
-
-
-def write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--json {path} cannot be written: {error.strerror}") from None

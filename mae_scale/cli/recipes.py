@@ -1,4 +1,4 @@
-"""The commands on recipes, `mae-scale recipes ...`, and what a shell completes: their names, and keys of overrides."""
+"""The commands on recipes: `mae-scale recipes ...`."""
 
 import shutil
 
@@ -6,12 +6,12 @@ import typer
 
 from mae_scale.cli.options import Overrides, RecipeName
 
-recipes_app = typer.Typer(help="The recipes that come with mae-scale, and what they say.")
+recipes_app = typer.Typer(help="List and show recipes.")
 
 
 @recipes_app.command("list")
 def recipes_list() -> None:
-    """The packaged recipes: name, what each trains, and what it should reach.
+    """List the packaged recipes: name, what each trains, and the expected result.
 
     Example: `mae-scale recipes list`
     """
@@ -22,7 +22,7 @@ def recipes_list() -> None:
 
 @recipes_app.command("show")
 def recipes_show(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """A recipe with every value, and where each comes from; what is printed is a recipe, too.
+    """Show a recipe with every value and where each comes from; the output is itself a recipe.
 
     Example: `mae-scale recipes show pretrain/vit_huge_1600ep data.global_batch=2048 > my.yaml`
     """

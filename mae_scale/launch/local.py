@@ -41,7 +41,7 @@ def launch_local_ranks(
 
     Raises RunError when a rank was killed by a signal, KeyboardInterrupt, all ranks killed, after a second Ctrl-C.
     """
-    ranks: list[subprocess.Popen] = []
+    ranks: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(passing_on())
         output = None if log is None else stack.enter_context(open(log, "w", encoding="utf-8"))
@@ -64,7 +64,11 @@ def launch_local_ranks(
 
 
 def _start(
-    ranks: list[subprocess.Popen], nproc: int, command: list[str], variables: dict[str, str], output: IO | None
+    ranks: list[subprocess.Popen[bytes]],
+    nproc: int,
+    command: list[str],
+    variables: dict[str, str],
+    output: IO[str] | None,
 ) -> None:
     """Start nproc processes, each appended to `ranks` at once."""
     common = {
@@ -91,7 +95,7 @@ def _start(
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _wait(ranks: list[subprocess.Popen]) -> tuple[dict[int, int], set[int]]:
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> tuple[dict[int, int], set[int]]:
     """Pass a request on until all have ended; exit codes in the order of ending, and the ranks that were given up."""
     codes: dict[int, int] = {}
     given_up: set[int] = set()

@@ -1,4 +1,4 @@
-"""`mae-scale submit`: renders the Slurm templates for a chain of recipes, and sends each link after the one before."""
+"""`mae-scale submit`: render the Slurm templates for a chain of recipes, and send each link after the one before."""
 
 import os
 import shlex
@@ -27,7 +27,7 @@ SITE_VARIABLES = {"partition": "SBATCH_PARTITION", "account": "SBATCH_ACCOUNT", 
 
 @dataclass(frozen=True)
 class Shape:
-    """What each link of the chain asks Slurm for; None leaves it to the site, the template and the cluster."""
+    """The resources that each link asks Slurm for; None leaves them to the site, the template and the cluster."""
 
     nodes: int
     gpus_per_node: int | None = None
@@ -42,7 +42,7 @@ class Shape:
         return self.nodes * (self.ntasks_per_node or 1)
 
     def on(self, template: str) -> "Shape":
-        """Return it with what a template says where this says nothing; one rank a GPU where GPUs are asked for here."""
+        """Return the shape with a template's values for what is None; one rank per GPU where GPUs are given here."""
         lines = sbatch_options(template)
         gpus = gpus_of(lines) if self.gpus_per_node is None else self.gpus_per_node
         ntasks = lines.get("ntasks-per-node", "") if self.gpus_per_node is None else ""
@@ -54,7 +54,7 @@ class Shape:
         )
 
     def options(self, template: str) -> dict[str, str | int | None]:
-        """Return sbatch's options, by name; None: the template's line goes. What is not here stays as it is there."""
+        """Return sbatch's options by name; None removes the template's line, an option not listed keeps it."""
         given = {"cpus-per-task": self.cpus_per_task}
         given |= {name: getattr(self, name) for name in ("partition", "account", "time")}
         return {
@@ -67,7 +67,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Link:
-    """One job of the chain: its recipe, its folder, its script and what the script says."""
+    """One job of the chain: its recipe, its folder, its script and the script's text."""
 
     name: str
     recipe: Recipe
@@ -124,9 +124,9 @@ def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
 
 
 def check(recipe: Recipe, name: str, shape: Shape, out: Path, start: Link | None = None) -> None:
-    """What can be refused before a job waits in a queue; UsageError says what to do.
+    """Raise UsageError for all that can be refused before a job waits in a queue.
 
-    out: the job's folder; start: the link whose weights, which are not there yet, the recipe starts from.
+    `out` is the job's folder, `start` the link whose weights, not there yet, the recipe starts from.
     """
     try:
         if recipe.data.root is None:
@@ -135,7 +135,7 @@ def check(recipe: Recipe, name: str, shape: Shape, out: Path, start: Link | None
         refuse_wrong_combinations(recipe, gpu=bool(shape.gpus_per_node))
         if start is not None:
             refuse_other_model(start, recipe)
-            needs_none = recipe.classifier.model_copy(update={"weights": None, "from_scratch": True})
+            needs_none = recipe.classification.model_copy(update={"weights": None, "from_scratch": True})
             recipe = recipe.model_copy(update={"classifier": needs_none})
         task_of(recipe, out).check(layout)
         training_augmentation(recipe)
@@ -144,7 +144,7 @@ def check(recipe: Recipe, name: str, shape: Shape, out: Path, start: Link | None
 
 
 def refuse_other_model(start: Link, recipe: Recipe) -> None:
-    """UsageError when the classifier of a recipe cannot start from what a link will leave."""
+    """Raise UsageError when the classifier of a recipe cannot start from the weights that a link will leave."""
     classes = 2  # as many on both sides: the data are not looked at
     try:
         with torch.device("meta"):
@@ -158,7 +158,7 @@ def refuse_other_model(start: Link, recipe: Recipe) -> None:
 
 
 def check_partition(shape: Shape) -> None:
-    """UsageError when the partition is not there or has fewer nodes than asked for."""
+    """Raise UsageError when the partition does not exist or has fewer nodes than asked for."""
     listed = _run(["sinfo", "--noheader", "--format=%P %D"])
     if listed.returncode:
         raise UsageError(f"sinfo failed: {_last_line(listed.stderr)}; is the cluster up?")
@@ -183,7 +183,7 @@ def check_partition(shape: Shape) -> None:
 
 
 def write(links: list[Link], prologue: Path) -> None:
-    """The scripts and their prologue, into DIR/slurm."""
+    """Write the scripts and their prologue into DIR/slurm."""
     folder = links[0].script.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -195,7 +195,7 @@ def write(links: list[Link], prologue: Path) -> None:
 
 
 def send(links: list[Link]) -> None:
-    """sbatch for each link, after the one before; when one is refused, those before it are cancelled again.
+    """Send each link to run after the one before; cancel those before it when one is refused.
 
     Slurm is asked first whether it could ever run them: it may take a shape that no node has, and let it wait for ever.
     """
@@ -224,7 +224,7 @@ def _link(name: str, overrides: list[str], shape: Shape, out: Path, before: list
     classifies = load_recipe(name).task == "classification"
     overrides = [override for override in overrides if classifies or not _of_classifier(override)]
     recipe = load_recipe(name, overrides)
-    if classifies and recipe.classifier.weights is None and not recipe.classifier.from_scratch:
+    if classifies and recipe.classification.weights is None and not recipe.classification.from_scratch:
         if not before:
             raise UsageError(
                 f"{name} has no weights to start from; put the recipe that trains them before it, or add "
@@ -232,7 +232,7 @@ def _link(name: str, overrides: list[str], shape: Shape, out: Path, before: list
             )
         overrides.append(f"classifier.weights={before[-1].out}")
         recipe = load_recipe(name, overrides)
-    weights = recipe.classifier.weights if classifies else None
+    weights = recipe.classification.weights if classifies else None
     start = next((link for link in before if weights and link.out == weights.absolute()), None)
     template = _template(f"{TASKS[recipe.task].command}.sbatch")
     shape = shape.on(template)
@@ -248,7 +248,7 @@ def _link(name: str, overrides: list[str], shape: Shape, out: Path, before: list
 
 
 def _template(name: str) -> str:
-    """Return what a template says, the site's own or the package's."""
+    """Return the text of a template, the site's own or the package's."""
     path = find_template(name)
     try:
         text = path.read_text(encoding="utf-8")
@@ -282,7 +282,7 @@ def _sbatch(link: Link, after: str | None) -> list[str]:
 
 
 def _with_site(shape: Shape, prologue: Path) -> Shape:
-    """Return the shape with what the prologue or the environment says where no option does."""
+    """Return the shape with the values of the prologue or the environment where no option gave one."""
     names = " ".join(f'"${{{variable}:-}}"' for variable in SITE_VARIABLES.values())
     told = subprocess.run(
         ["bash", "-euc", f'source "$1"; printf "%s\\n" {names}', "bash", prologue.absolute()],
@@ -295,7 +295,7 @@ def _with_site(shape: Shape, prologue: Path) -> Shape:
     return Shape(**{**vars(shape), **{k: v or None for k, v in site.items() if getattr(shape, k) is None}})
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess:
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in SITE_VARIABLES.values()}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 

@@ -87,10 +87,10 @@ def render(template: str, options: Mapping[str, str | int | None], arguments: li
     """
     lines, left = [], dict(options)
     for line in template.splitlines():
-        name = (re.match(r"#SBATCH --([a-z-]+)", line) or [None, None])[1]
-        if name in options:
-            value = left.pop(name, None)
-            lines += [] if value is None else [f"#SBATCH --{name}={value}"]
+        option = re.match(r"#SBATCH --([a-z-]+)", line)
+        if option and option[1] in options:
+            value = left.pop(option[1], None)
+            lines += [] if value is None else [f"#SBATCH --{option[1]}={value}"]
         else:
             lines.append(line)
     new = [f"#SBATCH --{name}={value}" for name, value in left.items() if value is not None]

@@ -15,13 +15,13 @@ from mae_scale.config.schema import Recipe
 from mae_scale.launch.local import launch_local_ranks
 from mae_scale.passwords import without_password
 
-LABELS_A_CLASS = 10
+LABELS_PER_CLASS = 10
 LABEL_DRAWS = 5
 RANKS = 2
 
 
 def run_demo(out: Path, seed: int) -> None:
-    """The whole story below `out`; a second call goes on where the first one stopped."""
+    """Run the whole story below `out`; a second call goes on where the first one stopped."""
     began, console = time.monotonic(), Console(highlight=False, soft_wrap=True)
     digits, run = out / "digits", out / f"run-seed{seed}"
     overrides = [f"data.root={digits}/train", f"data.val_root={digits}/val", f"seed={seed}"]
@@ -38,10 +38,10 @@ def run_demo(out: Path, seed: int) -> None:
 
     console.rule("3. What it learned", align="left")
     recipe = load_recipe("demo", overrides)
-    before = probe(recipe, weights=None)
-    after = probe(recipe, weights=run / "export" / "model.safetensors")
+    before = probe(recipe, digits, weights=None)
+    after = probe(recipe, digits, weights=run / "export" / "model.safetensors")
     console.print(
-        f"held-out accuracy of logistic regression on frozen features, {LABELS_A_CLASS} labels a class\n"
+        f"held-out accuracy of logistic regression on frozen features, {LABELS_PER_CLASS} labels per class\n"
         f"(mean of {LABEL_DRAWS} draws of the labels): "
         f"[bold]{before:.3f}[/] with random weights, [bold]{after:.3f}[/] after pre-training"
     )
@@ -65,23 +65,23 @@ def mlflow_page(out: Path) -> str:
     return f"{Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {without_password(uri)}"
 
 
-def probe(recipe: Recipe, weights: Path | None) -> float:
-    """Held-out accuracy of logistic regression on frozen mean-pooled features, ten labels a class.
+def probe(recipe: Recipe, digits: Path, weights: Path | None) -> float:
+    """Return the held-out accuracy of logistic regression on frozen mean-pooled features, ten labels per class.
 
-    The labelled images are drawn LABEL_DRAWS times; the mean accuracy over all of data.val_root is returned.
-    weights is a file in the authors' layout; None: the recipe's initial weights.
+    The labelled images are drawn LABEL_DRAWS times; the accuracy over all of val/ is their mean.
+    `weights` is a file in the authors' layout; None: the recipe's initial weights.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    train_x, train_y = features(recipe, recipe.data.root, weights)
-    test_x, test_y = features(recipe, recipe.data.val_root, weights)
+    train_x, train_y = features(recipe, digits / "train", weights)
+    test_x, test_y = features(recipe, digits / "val", weights)
     accuracies = []
     for draw in range(LABEL_DRAWS):
         random = np.random.default_rng(draw)
         chosen = np.concatenate(
-            [random.choice(np.flatnonzero(train_y == c), LABELS_A_CLASS, replace=False) for c in np.unique(train_y)]
+            [random.choice(np.flatnonzero(train_y == c), LABELS_PER_CLASS, replace=False) for c in np.unique(train_y)]
         )
         classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
         classifier.fit(train_x[chosen], train_y[chosen])
@@ -90,7 +90,7 @@ def probe(recipe: Recipe, weights: Path | None) -> float:
 
 
 def features(recipe: Recipe, root: Path, weights: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """Mean-pooled encoder features [N, D] float32 and labels [N] int64 of every image below root."""
+    """Return mean-pooled encoder features [N, D] float32 and labels [N] int64 of every image below `root`."""
     import torch
 
     from data_pipeline.index_build import open_index

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.errors import EXIT_STOPPED, RunError, UsageError
+from data_pipeline.errors import EXIT_STOPPED, RunError
 from data_pipeline.samples import write_digits
 from mae_scale.distributed.stop_requests import passing_on
 from mae_scale.launch.local import launch_local_ranks
@@ -55,20 +55,18 @@ DOUBLE = Way(
 
 
 def run_transfer(
-    out: Path, json_file: Path | None, *, seeds: tuple[int, ...] = SEEDS, overrides: tuple[str, ...] = ()
+    out: Path, *, seeds: tuple[int, ...] = SEEDS, overrides: tuple[str, ...] = ()
 ) -> dict[str, dict[str, Any]]:
-    """Pre-training and every way of transfer for each seed, below `out`; a second call goes on where the first stopped.
+    """Pre-train and transfer in every way for each seed, below `out`; a second call goes on where the first stopped.
 
     {way: {"mean", "std", "seeds"}} of top-1 in percent on the held-out digits; std is the sample's. `overrides` go to
     every command.
     """
     began, console = time.monotonic(), Console(highlight=False, soft_wrap=True)
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise UsageError(f"--json {json_file}: there is no folder {json_file.absolute().parent}; make it first")
     digits = out / "digits"
     write_digits(digits)
     data = [f"data.root={digits}/train", f"data.val_root={digits}/val", *overrides]
-    console.print(f"{len(seeds)} seeds: pre-training on all images without labels, then ten labels a class")
+    console.print(f"{len(seeds)} seeds: pre-training on all images without labels, then ten labels per class")
     found: dict[str, list[float]] = {way.name: [] for way in (*WAYS, DOUBLE)}
     workers = min(os.cpu_count() or 1, len(WAYS))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # several run side by side
@@ -99,8 +97,6 @@ def run_transfer(
     console.print(f"curve of partial fine-tuning: {curve}")
     console.print(f"what each command said and measured: {out}/transfer; their runs in MLflow: {mlflow_page(out)}")
     console.print(f"({time.monotonic() - began:.0f} s in all)")
-    if json_file is not None:
-        json_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
 
 
@@ -138,7 +134,7 @@ def _call(words: list[str], log: Path, ranks: int = 1) -> None:
 
 
 def _show(console: Console, results: dict[str, dict[str, Any]]) -> None:
-    table = Table(title="top-1 on held-out digits, ten labels a class", title_justify="left")
+    table = Table(title="top-1 on held-out digits, ten labels per class", title_justify="left")
     table.add_column("way")
     table.add_column("mean", justify="right")
     table.add_column("std", justify="right")

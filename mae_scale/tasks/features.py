@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from mae_scale.tasks.classification.evaluate import all_ranks, predictor
 from mae_scale.tasks.classification.measure import evaluation_loader
 
 Kind = Literal["cls", "mean", "patch"]
+KINDS: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
 
 
 class _Tokens(torch.nn.Module):
@@ -40,10 +41,10 @@ class _Tokens(torch.nn.Module):
         return tokens[:, 1:].mean(dim=1) if self._kind == "mean" else tokens[:, 1:]
 
 
-def check(recipe: Recipe, weights: Path, out: Path, kind: str) -> None:
-    """Raise UsageError for what can be refused before a rank is started."""
+def check(recipe: Recipe, weights: Path, out: Path, kind: str) -> Kind:
+    """Return the kind, checked like the rest before a rank is started. Raises UsageError."""
     required(recipe.data.root, "data.root", "add data.root=/path/to/images, a folder of images or of tar shards")
-    if kind not in ("cls", "mean", "patch"):
+    if kind not in KINDS:
         raise UsageError(f"--kind {kind} is not known; expected cls, mean or patch")
     if not weights.exists():
         raise UsageError(f"--weights {weights} does not exist; give a folder or a file of weights")
@@ -51,6 +52,7 @@ def check(recipe: Recipe, weights: Path, out: Path, kind: str) -> None:
         raise UsageError(f"--out {out}: expected a name that ends in .safetensors")
     if not out.absolute().parent.is_dir():
         raise UsageError(f"--out {out}: there is no folder {out.absolute().parent}; make it, or choose another place")
+    return KINDS[kind]
 
 
 def write_features(recipe: Recipe, weights: Path, out: Path, kind: Kind) -> list[int] | None:

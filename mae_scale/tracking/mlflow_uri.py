@@ -11,7 +11,7 @@ from data_pipeline.errors import UsageError
 from data_pipeline.files import create_whole
 from mae_scale.passwords import redacted, without_password
 
-VARIABLE, OVERRIDE = "MLFLOW_TRACKING_URI", "tracking.uri"
+VARIABLE, OVERRIDE, OPTION = "MLFLOW_TRACKING_URI", "tracking.uri", "--tracking-uri"
 OFF = ("none", "off")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 SCHEMES = ("http", "https", "databricks", "databricks-uc", "uc", *DATABASES)
@@ -54,13 +54,18 @@ def tracking_uri(value: str | None, out_dir: Path) -> str | None:
 
 
 def hide_password(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Return a command's arguments without the password in tracking.uri, and the environment that has it instead."""
-    shown, environment = [], {}
+    """Return a command's arguments without the password of its tracking URI, and variables that hold it instead."""
+    shown: list[str] = []
+    environment = {}
     for argument in arguments:
-        key, _, uri = argument.partition("=")
-        if key == OVERRIDE and uri != without_password(uri):
+        key, sign, uri = argument.partition("=")
+        if shown and shown[-1] == OPTION:
+            key, sign, uri = "", "", argument
+        elif key not in (OVERRIDE, OPTION):
+            uri = ""
+        if uri != without_password(uri):
             environment[VARIABLE] = uri
-            argument = f"{key}={without_password(uri)}"
+            argument = f"{key}{sign}{without_password(uri)}"
         shown.append(argument)
     return shown, environment
 

@@ -27,11 +27,6 @@ class Output:
         self._file: BinaryIO | None = None
         self._handler = _Warnings(self)
 
-    def arguments(self) -> list[str]:
-        """Return the options that ask another process for the same."""
-        file = [] if self.log_file is None else ["--log-file", str(self.log_file)]
-        return [*(["--quiet"] if self.quiet else []), *file]
-
     def log(self, text: str) -> None:
         """Append to the log file, if there is one; a disk that refuses is one warning, and no more is written."""
         if self._file is None:

@@ -29,7 +29,7 @@ STEPS = 3 * (100 // 24)
 
 
 def few(digits: Path, *more: str) -> list[str]:
-    """Overrides of a tiny classifier on ten labels a class."""
+    """Overrides of a tiny classifier on ten labels per class."""
     return [f"data.root={digits}/train", f"data.val_root={digits}/val", *TINY, *SHORT, *more]
 
 

@@ -92,6 +92,10 @@ def test_ranks_get_a_password_by_the_environment():
         ["pretrain", "demo", "tracking.uri=http://me@host", "seed=1"],
         {"MLFLOW_TRACKING_URI": "http://me:secret@host"},
     )
+    for option in (["--tracking-uri", "http://me:secret@host"], ["--tracking-uri=http://me:secret@host"]):
+        shown, environment = hide_password(["pretrain", *option, "seed=1"])
+        assert shown == ["pretrain", *(word.replace(":secret", "") for word in option), "seed=1"]
+        assert environment == {"MLFLOW_TRACKING_URI": "http://me:secret@host"}
     assert hide_password(["tracking.uri=http://host", "seed=1"]) == (
         ["tracking.uri=http://host", "seed=1"],
         {},
