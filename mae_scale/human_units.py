@@ -1,10 +1,10 @@
-"""Numbers as people read them."""
+"""Human-readable numbers."""
 
 import math
 
 
 def duration(seconds: float | None) -> str:
-    """Hours, minutes and seconds, with days in front; dashes when not known."""
+    """Return hours, minutes and seconds, with days in front; dashes when unknown."""
     if seconds is None:
         return "--:--:--"
     minutes, second = divmod(math.ceil(seconds), 60)

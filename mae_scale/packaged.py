@@ -1,4 +1,4 @@
-"""Where the files are that are no code: the DeepSpeed files and the Slurm templates."""
+"""Places of the packaged files that are not code: DeepSpeed files and Slurm templates."""
 
 from pathlib import Path
 

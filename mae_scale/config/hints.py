@@ -1,4 +1,4 @@
-"""Errors in a recipe, told so that a user can mend them: the nearest key, and what contradicts what."""
+"""Explanations of errors in a recipe: the nearest known key, and keys that contradict each other."""
 
 import difflib
 
@@ -9,7 +9,7 @@ from mae_scale.config.schema import Recipe, keys_of
 
 
 def contradiction(recipe: Recipe) -> str | None:
-    """Return what two keys say against each other, where one of them would be ignored in silence."""
+    """Return how two keys contradict each other, where one of them would be ignored silently; else None."""
     classifier, optim = recipe.classifier, recipe.optim
     if recipe.data.cache_gib is not None and recipe.data.cache is None:
         return f"data.cache_gib={recipe.data.cache_gib:g} bounds data.cache, which is not set; add data.cache=DIR"
@@ -35,7 +35,7 @@ def contradiction(recipe: Recipe) -> str | None:
 
 
 def subject(key: str, error: ErrorDetails) -> str:
-    """Return what an error of pydantic's is about: the key and its value, or the nearest key to one not known."""
+    """Return the subject of a pydantic error: the key and its value, or an unknown key and the nearest known one."""
     if error["type"] != "extra_forbidden":
         return f"{key}={error['input']!r}: "
     if key in RENAMED:
@@ -50,5 +50,5 @@ def subject(key: str, error: ErrorDetails) -> str:
 
 
 def reason(error: ErrorDetails) -> str:
-    """Return what pydantic says is wrong with a value; nothing for a key that is not known."""
+    """Return pydantic's reason for refusing a value; empty for an unknown key."""
     return "" if error["type"] == "extra_forbidden" else error["msg"][0].lower() + error["msg"][1:]

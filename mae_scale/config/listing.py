@@ -1,4 +1,4 @@
-"""Recipes for people to read: what there are, and one whole with where each of its values comes from."""
+"""Human-readable recipes: the list of them, and one in full with the source of each value."""
 
 import re
 import textwrap
@@ -30,13 +30,13 @@ class Header:
 
     @property
     def title(self) -> str:
-        """Return what the recipe trains: the first sentence, to its colon or full stop."""
+        """The first sentence, to its colon or full stop: what the recipe trains."""
         about = " ".join(self.lines[: self._begin("Expected")])
         return re.split(r"[:.](?: |$)", about, maxsplit=1)[0]
 
     @property
     def expected(self) -> str:
-        """Return the result it should reach; empty when the header does not say."""
+        """The expected result; empty when the header has none."""
         rest = self.lines[self._begin("Expected") :]
         more = next((k for k, line in enumerate(rest[1:], 1) if re.match(r"[A-Z][a-z]+[:,]", line)), len(rest))
         return " ".join(line.strip() for line in rest[:more])
@@ -56,7 +56,7 @@ def header(name_or_path: str) -> Header:
 
 
 def listing(columns: int) -> str:
-    """Return the packaged recipes in groups: name, what it trains, and what it should reach."""
+    """Return the packaged recipes in groups: name, what each trains, and the expected result."""
 
     def entry(name: str) -> str:
         about = header(name)

@@ -1,4 +1,4 @@
-"""From a packaged name or a YAML file, with `section.key=value` overrides, to a recipe."""
+"""Load a recipe: a packaged name or a YAML file, with `section.key=value` overrides."""
 
 import difflib
 from importlib import resources
@@ -15,7 +15,7 @@ from mae_scale.config.schema import Recipe
 
 
 def packaged_recipes() -> list[str]:
-    """Names of the recipes that come with the package, such as `pretrain/vit_huge_1600ep`."""
+    """Return the names of the recipes that come with the package, such as `pretrain/vit_huge_1600ep`."""
     root = Path(str(resources.files("mae_scale.recipes")))
     return sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml"))
 
@@ -42,7 +42,7 @@ def stored_recipe(tree: dict[str, Any], source: str) -> Recipe:
 
 
 def layers(name_or_path: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """Return the files of a recipe by name, the one that all others extend first; each (name, content).
+    """Return the files of a recipe as (name, content), the base that the others extend first.
 
     Raises UsageError for what cannot be found or read.
     """
@@ -85,7 +85,7 @@ def find_recipe(name_or_path: str) -> Path:
 
 
 def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """Return what a file says, over what the one that it extends says: section by section, key by key."""
+    """Return a recipe's tree merged over that of the one it extends, section by section, key by key."""
     both = dict(base)
     for key, value in top.items():
         sections = isinstance(value, dict) and isinstance(both.get(key), dict)
@@ -94,7 +94,7 @@ def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_override(override: str) -> tuple[list[str], Any]:
-    """Return the parts of the key and the value of `section.key=value`. Raises UsageError when it is not that."""
+    """Return the parts of the key and the value of `section.key=value`. Raises UsageError for any other form."""
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise UsageError(f"'{override}' is not an override; expected section.key=value, such as data.global_batch=1024")
@@ -106,12 +106,12 @@ def parse_override(override: str) -> tuple[list[str], Any]:
 
 
 def yaml_text(value: Any) -> str:
-    """One line of YAML for a value, which reads as itself."""
+    """Return a value as one line of YAML, which loads as the same value."""
     return yaml.safe_dump([value], default_flow_style=True, width=10**6).strip()[1:-1]
 
 
 def put(tree: dict[str, Any], key: list[str], value: Any) -> None:
-    """Set a value in a tree of sections. Raises UsageError when what should hold it is none."""
+    """Set a value in a tree of sections. Raises UsageError when a parent is not a section."""
     *sections, last = key
     for section in sections:
         tree = tree.setdefault(section, {})

@@ -1,4 +1,4 @@
-"""The recipe: what a run is. Typed sections, every default, and when two recipes are one run."""
+"""The recipe of a run: typed sections, every default, and which keys may differ between two starts of one run."""
 
 import hashlib
 import json
@@ -14,78 +14,92 @@ from mae_scale.passwords import without_password
 
 
 class Section(BaseModel):
-    """A part of a recipe; keys that it does not know are refused."""
+    """A section of a recipe; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelSection(Section):
-    """The autoencoder, or a classifier's encoder. A name brings patch size, width, depth, heads."""
+    """The autoencoder, or a classifier's encoder; `name` sets patch size, width, depth and heads."""
 
-    name: str | None = "vit_large_patch16"
+    name: str | None = Field("vit_large_patch16", description="model that sets the sizes below; null: give them")
     image_size: int = Field(224, gt=0, description="pixels per side")
-    patch_size: int | None = Field(None, gt=0)
-    width: int | None = Field(None, gt=0)
-    depth: int | None = Field(None, gt=0)
-    heads: int | None = Field(None, gt=0)
-    mask_ratio: float = Field(0.75, gt=0, lt=1)
-    masking: Literal["random", "block", "grid"] = "random"
-    encoder_mask_tokens: bool = False
-    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth: the rate at the encoder's last block")
-    decoder_depth: int = Field(8, gt=0)
+    patch_size: int | None = Field(None, gt=0, description="pixels per side; null: the model's")
+    width: int | None = Field(None, gt=0, description="null: the model's")
+    depth: int | None = Field(None, gt=0, description="number of blocks; null: the model's")
+    heads: int | None = Field(None, gt=0, description="attention heads per block; null: the model's")
+    mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of removed patches")
+    masking: Literal["random", "block", "grid"] = Field("random", description="how patches are chosen for removal")
+    encoder_mask_tokens: bool = Field(False, description="encode mask tokens too, as the paper's ablation does")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth: rate at the encoder's last block")
+    decoder_depth: int = Field(8, gt=0, description="number of decoder blocks")
     decoder_width: int = Field(512, gt=0)
     decoder_heads: int = Field(16, gt=0)
-    target: Literal["pixels", "normalised_pixels", "pca"] = "normalised_pixels"
+    target: Literal["pixels", "normalised_pixels", "pca"] = Field(
+        "normalised_pixels", description="what is predicted for each removed patch"
+    )
 
 
 class DataSection(Section):
-    """Where the images are and how a batch is made of them."""
+    """The images, and how batches are made of them."""
 
-    root: Path | None = Field(None, description="the training images: a folder, a folder per class, or tar shards")
-    val_root: Path | None = Field(None, description="the validation images")
-    index: Path | None = Field(None, description="index file; by default beside the data")
+    root: Path | None = Field(None, description="training images: a folder, a folder per class, or tar shards")
+    val_root: Path | None = Field(None, description="validation images, in the same forms")
+    index: Path | None = Field(None, description="index file; null: beside the data")
     augmentation: Literal[
         "random_resized_crop", "random_resized_crop_color_jitter", "fixed_crop", "none", "rand_augment"
-    ] = "random_resized_crop"
-    crop_scale: float | None = Field(None, gt=0, le=1, description="smallest share of the area; else the kind's")
-    flip: float | None = Field(None, ge=0, le=1, description="probability of a horizontal flip; else the kind's")
-    exif_orientation: bool = Field(False, description="turn images as their EXIF says; else they are taken as stored")
-    random_erasing: float = Field(0.0, ge=0, le=1, description="probability to fill a rectangle with noise")
+    ] = Field("random_resized_crop", description="how training images are cropped, flipped and coloured")
+    crop_scale: float | None = Field(
+        None, gt=0, le=1, description="smallest crop as a share of the area; null: the augmentation's own"
+    )
+    flip: float | None = Field(
+        None, ge=0, le=1, description="probability of a horizontal flip; null: the augmentation's own"
+    )
+    exif_orientation: bool = Field(
+        False, description="turn images upright by their EXIF orientation; false: take them as stored"
+    )
+    random_erasing: float = Field(0.0, ge=0, le=1, description="probability of filling a rectangle with noise")
     labels_per_class: int | None = Field(None, gt=0, description="train on this many images per class, drawn by seed")
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="where images are decoded")
     threads: int = Field(4, gt=0, description="decoding threads per rank")
-    cache: Path | None = Field(None, description="folder on the node's own disk that is filled as images are read")
-    cache_gib: float | None = Field(None, gt=0, description="its bound; else until 10 % of the disk is free")
-    global_batch: int = Field(4096, gt=0)
-    on_bad_image: Literal["replace", "stop"] = "replace"
-    bad_image_limit: float = Field(0.001, ge=0, le=1, description="share of the images; above it the run stops")
+    cache: Path | None = Field(None, description="folder on the node's own disk that keeps each image once read")
+    cache_gib: float | None = Field(
+        None, gt=0, description="size limit of data.cache in GiB; null: until 10 % of the disk is free"
+    )
+    global_batch: int = Field(4096, gt=0, description="images per update, over all ranks")
+    on_bad_image: Literal["replace", "stop"] = Field(
+        "replace", description="replace an unreadable image by the next readable one, or stop"
+    )
+    bad_image_limit: float = Field(0.001, ge=0, le=1, description="share of bad images above which the run stops")
 
 
 class OptimSection(Section):
     """lr = base_lr x global_batch / 256."""
 
-    name: Literal["adamw", "lars"] = "adamw"
-    base_lr: float = Field(1.5e-4, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    momentum: float = Field(0.9, ge=0, lt=1, description="of lars")
+    name: Literal["adamw", "lars"] = Field("adamw", description="lars: for linear probing")
+    base_lr: float = Field(1.5e-4, gt=0, description="learning rate per 256 images of the global batch")
+    weight_decay: float = Field(0.05, ge=0, description="not on biases, norms, the cls token and positions")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of LARS")
     layer_decay: float = Field(1.0, gt=0, le=1, description="layer-wise lr decay factor (1: none)")
-    clip_grad_norm: float | None = Field(None, gt=0)
+    clip_grad_norm: float | None = Field(None, gt=0, description="maximum gradient norm; null: no clipping")
 
 
 class ScheduleSection(Section):
     """Linear warm-up, then half-cycle cosine to 0 at the end of the last epoch; set every step."""
 
-    epochs: int = Field(800, gt=0)
-    warmup_epochs: int = Field(40, ge=0)
-    stop_after_steps: int | None = Field(None, gt=0, description="end early, the curve unchanged")
+    epochs: int = Field(800, gt=0, description="length of the schedule")
+    warmup_epochs: int = Field(40, ge=0, description="epochs of linear warm-up")
+    stop_after_steps: int | None = Field(
+        None, gt=0, description="end after this many steps, without changing the schedule"
+    )
 
 
 class ClassifierSection(Section):
-    """What stands on the encoder and what of both is trained; a recipe with this section trains a classifier."""
+    """The classifier on the encoder, its starting weights, and which part of both is trained."""
 
-    weights: Path | None = Field(None, description="where it starts: a file, a checkpoint or a run's folder")
-    from_scratch: bool = Field(False, description="supervised training from fresh weights")
+    weights: Path | None = Field(None, description="starting weights: a file, a checkpoint or a run's folder")
+    from_scratch: bool = Field(False, description="train from random weights")
     pool: Literal["mean", "cls"] = Field("mean", description="mean of the patch tokens, then a norm; or the cls token")
     batch_norm: bool = Field(False, description="affine-free BatchNorm before the head, over all ranks; frozen encoder")
     trained_blocks: float | None = Field(
@@ -93,29 +107,38 @@ class ClassifierSection(Section):
         ge=0,
         description="number of final blocks to train; 0.5: the last block's MLP only; 0: the head alone; null: all",
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target spread over all classes")
     mixup: float = Field(0.0, ge=0, description="alpha of the Beta distribution; 0: off")
     cutmix: float = Field(0.0, ge=0, description="alpha of the Beta distribution; 0: off")
-    ema: float | None = Field(None, gt=0, lt=1, description="decay of an average of the weights, which is evaluated")
-    evaluate_every_epochs: int = Field(1, gt=0, description="on data.val_root; and at the end")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of the moving average of the weights, which is what is evaluated; null: none",
+    )
+    evaluate_every_epochs: int = Field(1, gt=0, description="interval of evaluation on data.val_root; also at the end")
 
 
 class EngineSection(Section):
-    """How the run is spread over devices; never what is computed."""
+    """How the computation is distributed over devices; nothing here changes what is computed."""
 
-    backend: Literal["deepspeed", "fairscale"] = "deepspeed"
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    offload: bool = Field(False, description="parameters and optimiser state in host memory (ZeRO 3)")
-    config: Path | None = Field(None, description="a DeepSpeed file of one's own, instead of ds_configs/")
-    precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="bf16 with a GPU, else fp32")
+    backend: Literal["deepspeed", "fairscale"] = Field("deepspeed", description="library that shards")
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="sharded: 1 optimiser state, 2 gradients too, 3 weights too")
+    offload: bool = Field(False, description="keep parameters and optimiser state in host memory (ZeRO 3)")
+    config: Path | None = Field(None, description="DeepSpeed file to use instead of those in ds_configs/")
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="null: bf16 on a GPU, else fp32")
     micro_batch: int | None = Field(
-        None, gt=0, description="images per forward pass, at most; else a rank's whole share"
+        None, gt=0, description="maximum number of images per forward pass; null: the rank's whole share"
     )
-    compile: bool | None = Field(None, description="compile the blocks; with a GPU yes (not under ZeRO 3), else no")
+    compile: bool | None = Field(
+        None, description="compile the transformer blocks; null: on a GPU, but not under ZeRO 3"
+    )
     activation_checkpointing: Literal["none", "all", "offload"] | int = Field(
-        "none", description="none, all blocks, every n-th block, or all with their inputs in host memory"
+        "none", description="none; all blocks; n: every n-th block; offload: all, with their inputs kept in host memory"
     )
-    collective_timeout_s: float = Field(600, gt=0)
+    collective_timeout_s: float = Field(
+        600, gt=0, description="seconds after which a rank that does not answer is lost"
+    )
 
     @field_validator("activation_checkpointing")
     @classmethod
@@ -126,32 +149,37 @@ class EngineSection(Section):
 
 
 class CheckpointSection(Section):
-    """When checkpoints are written, which stay, and when the run goes back to one."""
+    """When checkpoints are written, which are kept, and when the run rolls back to one."""
 
-    every_steps: int | None = Field(None, gt=0)
-    every_epochs: int | None = Field(1, gt=0)
-    keep: int = Field(2, gt=0, description="number of newest checkpoints that stay")
-    keep_every_epochs: int | None = Field(None, gt=0, description="those of every n-th epoch stay too")
-    keep_best: bool = Field(False, description="the one with the lowest training loss since the one before stays too")
-    background: bool = Field(True, description="write while training goes on; needs host memory for a rank's part")
-    rollback_after_skips: int = Field(
-        20, gt=0, description="steps in a row with gradients that are not finite, before the run goes back"
+    every_steps: int | None = Field(None, gt=0, description="interval in steps")
+    every_epochs: int | None = Field(1, gt=0, description="interval in epochs; the last step is always saved")
+    keep: int = Field(2, gt=0, description="number of newest checkpoints to keep")
+    keep_every_epochs: int | None = Field(None, gt=0, description="also keep those of every n-th epoch")
+    keep_best: bool = Field(
+        False, description="also keep the one with the lowest mean training loss since its predecessor"
     )
-    max_rollbacks: int = Field(3, ge=0, description="rollbacks per run; one more stops it")
+    background: bool = Field(True, description="write while training goes on; needs host memory for the rank's shard")
+    rollback_after_skips: int = Field(
+        20, gt=0, description="number of consecutive steps with non-finite gradients before the run rolls back"
+    )
+    max_rollbacks: int = Field(3, ge=0, description="maximum number of rollbacks; one more stops the run")
 
 
 class TrackingSection(Section):
     """MLflow and the log."""
 
-    uri: str | None = Field(None, description="MLflow tracking URI; off: none")
-    experiment: str = "mae-scale"
-    run_name: str | None = None
-    registered_model: str | None = Field(
-        None, description="a classifier's name in MLflow's model registry; null: logged to the run only"
+    uri: str | None = Field(
+        None,
+        description="MLflow URI; null: MLFLOW_TRACKING_URI, else SQLite beside the output folder; off: none",
     )
-    log_every_steps: int = Field(20, gt=0)
+    experiment: str = Field("mae-scale", description="MLflow experiment")
+    run_name: str | None = Field(None, description="name of the MLflow run; null: the output folder's")
+    registered_model: str | None = Field(
+        None, description="name of the classifier in MLflow's model registry; null: logged to the run only"
+    )
+    log_every_steps: int = Field(20, gt=0, description="interval of log lines and metrics")
     reconstruct_every_epochs: int = Field(
-        20, gt=0, description="pre-training draws reconstructions; and at the end of each start"
+        20, gt=0, description="interval of drawing reconstructions; also at the end of each start"
     )
 
     @field_validator("uri", mode="before")
@@ -161,15 +189,15 @@ class TrackingSection(Section):
 
     @field_serializer("uri")
     def _stored(self, uri: str | None) -> str | None:
-        """Leave the password out of all that is written: recipe.yaml, checkpoints, MLflow."""
+        """Return the URI without its password, for all that is written: recipe.yaml, checkpoints, MLflow."""
         return uri and without_password(uri)
 
 
 class Recipe(Section):
-    """A training run, whole."""
+    """A complete training run."""
 
-    task: str = Field("mae", description="what is trained: mae (masked autoencoder), classification")
-    seed: int = Field(0, ge=0)
+    task: str = Field("mae", description="task: mae (masked autoencoder) or classification")
+    seed: int = Field(0, ge=0, description="of weights, order, augmentation, masks and mixing")
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     optim: OptimSection = OptimSection()
@@ -182,14 +210,14 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _task_of_old_recipes(cls, tree: Any) -> Any:
-        """Understand a recipe without `task`, as all were once: a section classifier makes it classification."""
+        """Add the task to a recipe written before the key existed: classification if it has the section classifier."""
         if isinstance(tree, dict) and "task" not in tree and tree.get("classifier") is not None:
             return {**tree, "task": "classification"}
         return tree
 
     @property
     def classification(self) -> ClassifierSection:
-        """The section classifier of a recipe whose task is classification, which has one."""
+        """The section classifier; TypeError where the task has none."""
         if self.classifier is None:
             raise TypeError(f"a recipe with task: {self.task} has no section classifier")
         return self.classifier
@@ -200,15 +228,15 @@ class Recipe(Section):
         return self.optim.base_lr * self.data.global_batch / 256
 
     def flat(self) -> dict[str, Any]:
-        """{"section.key": value} with every default resolved; paths as text."""
+        """Return {"section.key": value} with every default resolved; paths as text."""
         return _flatten(self.model_dump(mode="json"))
 
     def digest(self) -> str:
-        """Of all that decides what is computed; the same for two starts of one run."""
+        """Return a digest of all keys that decide what is computed; the same for every start of one run."""
         return hashlib.sha256(json.dumps(_computed(self.flat()), sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
-        """Write the recipe as YAML, every default resolved. Other ranks may read it at that moment."""
+        """Write the recipe as YAML with every default resolved, atomically: other ranks may be reading it."""
         write_atomically(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False).encode())
 
 

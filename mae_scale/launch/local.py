@@ -81,7 +81,7 @@ def _start(
     defaults = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc)),
         "GLOO_SOCKET_IFNAME": "lo",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # a lost peer is otherwise a C++ stack trace a rank
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # otherwise a lost peer prints a C++ stack trace per rank
     }
     stderr = None if output is None else subprocess.STDOUT
     # A process starts with the signals blocked that its parent blocks. So a request, and a Ctrl-C in a terminal, which

@@ -17,7 +17,7 @@ OWN = Path("slurm")
 BESIDE = '$(dirname "$templates")/.venv'
 """The virtual environment that the prologue takes where nothing else is said; right in a checkout only."""
 GPUS = {"gres": r"(?:^|,)gpu:(?:[^:,]*:)?(\d+)(?=,|$)", "gpus-per-node": r"(?:^|:)(\d+)$"}
-"""The number of GPUs of a node in the value of sbatch's option, which may name a type before it."""
+"""The number of GPUs per node in the value of sbatch's option, which may begin with their type."""
 
 
 def find_template(name: str) -> Path:
@@ -63,7 +63,7 @@ def sbatch_options(template: str) -> dict[str, str]:
 
 
 def gpus_of(options: Mapping[str, str]) -> int:
-    """Return the GPUs that sbatch's options ask for on a node."""
+    """Return the GPUs per node that sbatch's options ask for."""
     found = (re.search(pattern, options.get(name, "")) for name, pattern in GPUS.items())
     return next((int(match[1]) for match in found if match), 0)
 

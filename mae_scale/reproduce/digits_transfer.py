@@ -101,7 +101,7 @@ def run_transfer(
 
 
 def _top1(way: Way, out: Path, seed: int, overrides: list[str]) -> float:
-    """Top-1 in percent of one way, from the command's own JSON file."""
+    """Run one way of transfer; return its top-1 in percent, from the command's own JSON file."""
     answer = _file(out, way.name, seed, "json")
     places = {"weights": _folder(out, "run", seed), "finetuned": _folder(out, "finetune", seed)}
     words = [word.format(**places) for word in way.command]
@@ -114,7 +114,7 @@ def _top1(way: Way, out: Path, seed: int, overrides: list[str]) -> float:
 
 
 def _folder(out: Path, name: str, seed: int) -> Path:
-    """Of a run; all lie side by side, and so share one MLflow database."""
+    """Return the folder of a run; all lie side by side, and so share one MLflow database."""
     return out / f"{name}-seed{seed}"
 
 
@@ -124,7 +124,7 @@ def _file(out: Path, name: str, seed: int, kind: str) -> Path:
 
 
 def _call(words: list[str], log: Path, ranks: int = 1) -> None:
-    """`mae-scale WORDS`, what it says kept in a file. RunError with its last lines when it fails."""
+    """Run `mae-scale WORDS` with its output in a file. Raises RunError with its last lines when it fails."""
     code = launch_local_ranks(ranks, words, log=log)
     if code == EXIT_STOPPED:
         raise SystemExit(code)

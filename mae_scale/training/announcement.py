@@ -1,4 +1,4 @@
-"""The lines that a start prints: as it begins, when there is nothing to do, and under --dry-run."""
+"""The lines that a start prints: at its beginning, when nothing is left to do, and under --dry-run."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ from mae_scale.training.schedule import Steps, steps_of
 
 
 def headline(recipe: Recipe, index: Index, layout: BatchLayout, device: torch.device, start: int) -> str:
-    """Return lines about a start that resumes after `start` updates, and about what of the data is not used."""
+    """Return lines about a start that resumes after `start` updates, and about data that is not used."""
     steps, used = steps_of(recipe, len(index)), settings_used(recipe, layout, device)
     whence = f"going on from step {start}" if start else "from the beginning"
     if start >= steps.last:
@@ -43,9 +43,9 @@ def nothing_to_do(recipe: Recipe, steps: Steps, start: int) -> str:
 
 
 def plan(recipe: Recipe, out: Path, index: Index, layout: BatchLayout, device: torch.device) -> list[str]:
-    """Return what a start would do in the folder `out`, in short in the last line; nothing is written.
+    """Return lines on what a start would do in the folder `out`, summarised in the last; nothing is written.
 
-    Raises UsageError or RunError where it would be refused because of what lies there.
+    Raises UsageError or RunError where the start would be refused because of the folder's content.
     """
     _refuse_unwritable(out)
     refuse_held(out)

@@ -1,4 +1,4 @@
-"""What a training run is given; everything else is a function of the step."""
+"""The context of a training run: all that its stages share."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +27,11 @@ class RunContext:
     layout: BatchLayout
     index: Index
     facts: dict[str, Any]
-    """What a checkpoint's manifest says about the run beside the step."""
+    """Facts about the run that each checkpoint's manifest holds."""
     training_flops: int
-    """Per image, forward and backward."""
+    """FLOPs per image, forward and backward."""
     peak_flops_per_s: float | None
-    """Of the device in the run's precision; None where that is not known."""
+    """Peak rate of the device in the run's precision; None where unknown."""
     control: Control
     saver: Saver
     events: Events

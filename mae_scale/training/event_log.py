@@ -1,4 +1,4 @@
-"""events.jsonl: what happened to a run beside its steps: how it started and ended, skipped steps, going back.
+"""events.jsonl: the events of a run beside its steps: starts and their ends, skipped steps, rollbacks.
 
 Every start has one event that closes it: `stop` (a signal), `end` (done, stopped early, nothing to do) or `failure`;
 one that has none was killed.

@@ -1,7 +1,7 @@
-"""What a run starts from, wherever it lies: its images are known by their index, and paths may differ between starts.
+"""The inputs of a run: images and starting weights, recognised by content, so that paths may differ between starts.
 
-A run keeps the indexes of its first start. Until it has made a step, nothing counts on them or on its recipe, and all
-that an earlier start has left is replaced.
+A run keeps the indexes of its first start. Until it has made a step, nothing depends on them or on its recipe, and
+whatever an earlier start has left is replaced.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ class Folder:
     """A folder of images that a recipe names."""
 
     key: str
-    """The recipe's, for errors."""
+    """The recipe's key, for errors."""
     root: Path
     open: Callable[[], Index]
     """Indexes `root`."""
@@ -54,7 +54,7 @@ def run_images(
 ) -> RunImages:
     """Return the images of a folder: those of the index file `kept` once the run has a step, else what is found.
 
-    choose: what of it a first start takes; part: whether that may be a part.
+    `choose` selects the images of a first start; `part`: whether it may select only some of them.
     Raises UsageError when the folder is not there, or holds other images than the run has.
     """
     root = folder.root
@@ -105,7 +105,7 @@ def _kept_index(file: Path) -> Index | None:
 
 
 def _refuse_other_order(file: Path, index: Index) -> None:
-    """Say that a run's own index is built again; raise UsageError when its checkpoints were trained on another one."""
+    """Warn that a run's own index is built again; raise UsageError when its checkpoints were trained on another one."""
     problem = "is damaged" if file.exists() else "is missing"
     known = _recorded(file.parent, "index") if file.name == IMAGES else None
     if known not in (None, index.digest()):
@@ -125,12 +125,12 @@ def has_checkpoint(out: Path) -> bool:
 
 
 def has_step(out: Path) -> bool:
-    """Return whether the run in a folder has got anywhere; if not, the folder takes another recipe."""
+    """Return whether the run in a folder has made a step; if not, the folder accepts another recipe."""
     return has_checkpoint(out) or bool(read_metrics(out / "metrics.jsonl"))
 
 
 def refuse_other_recipe(recipe: Recipe, out: Path) -> None:
-    """Raise UsageError when a folder holds a run of another recipe that has got somewhere."""
+    """Raise UsageError when a folder holds a run of another recipe that has made a step."""
     if not ((out / RECIPE).exists() and has_step(out)):
         return
     different = differing_keys(load_recipe(str(out / RECIPE)), recipe)
@@ -142,7 +142,7 @@ def refuse_other_recipe(recipe: Recipe, out: Path) -> None:
 
 
 def started_from(out: Path, source: Path | None) -> dict[str, Any] | None:
-    """Return what a checkpoint's manifest says of the starting weights: their place and digest; None when not known.
+    """Return the starting weights' place and digest, as a checkpoint's manifest holds them; None when unknown.
 
     source: the file or checkpoint that this start has read; None where it goes on from a checkpoint of its own.
     """
@@ -178,7 +178,7 @@ def _recorded(out: Path, fact: str) -> Any:
 
 
 def remove_leftovers(out: Path, recipe: Recipe) -> None:
-    """Remove what starts without a step have left in a folder when they had another recipe; its MLflow run too."""
+    """Remove what earlier starts of another recipe, without a step, left in a folder; so too their link to MLflow."""
     with contextlib.suppress(UsageError):  # not there, or no longer readable
         if load_recipe(str(out / RECIPE)).flat() == recipe.flat():
             return
@@ -187,7 +187,7 @@ def remove_leftovers(out: Path, recipe: Recipe) -> None:
 
 
 def is_prepared(out: Path, recipe: Recipe) -> bool:
-    """Return whether this rank's launcher has prepared the folder, and nobody another recipe since."""
+    """Return whether this rank's launcher has prepared the folder, and no other recipe has been written there since."""
     if PREPARED not in os.environ:
         return False
     return load_recipe(str(out / RECIPE)).flat() == recipe.flat()

@@ -1,4 +1,4 @@
-"""The one loop of every task: updates, log lines, evaluations, checkpoints, and going back to one."""
+"""The training loop of every task: updates, log lines, evaluations, checkpoints, rollbacks."""
 
 import contextlib
 import logging
@@ -25,7 +25,7 @@ from mae_scale.training.task import Evaluator
 log = logging.getLogger("mae_scale")
 
 OpenLoader = Callable[[int], ImageLoader]
-"""Opens this rank's batches from a step on."""
+"""Opens this rank's batches, beginning at a step."""
 
 
 @dataclass
@@ -35,14 +35,14 @@ class Loop:
     context: RunContext
     engine: Engine
     tensors_of: Callable[[Batch, torch.device], tuple[torch.Tensor, ...]]
-    """What the engine's objective takes, from a micro-batch."""
+    """Maps a micro-batch to the objective's inputs."""
     tracking: Tracking
     evaluator: Evaluator | None
     _losses: list[float] = field(default_factory=list)
-    """Of the steps that were logged since the last checkpoint."""
+    """Losses logged since the last checkpoint."""
 
     def train(self, start: int, open_loader: OpenLoader) -> str | None:
-        """Do the updates after `start` up to the last of this start; write a checkpoint of the end.
+        """Run the updates after `start` to the last of this start, and write a final checkpoint.
 
         Returns None when all are done, or the signal that asked to stop. Raises RunError when the run cannot go on.
         """

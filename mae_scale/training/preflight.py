@@ -1,4 +1,4 @@
-"""All that is checked, and then written into the output folder, before the ranks of a start meet."""
+"""Checks before the ranks of a start meet, and preparation of the output folder."""
 
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def check(task: Task[Any], world_size: int) -> None:
 
 
 def check_images(task: Task[Any], *, keep: bool = True, progress: bool = True) -> dict[str, RunImages]:
-    """Read the indexes of what the run starts from; return the images by the names that their indexes have in --out.
+    """Read the indexes of the run's images; return them by the names of their index files in --out.
 
     Nothing is written into --out; with keep the folders' indexes are written beside them, or into data.index. Takes a
     scan of the folders at a first start, and where they lie elsewhere than at the last one. The images stay those of

@@ -128,7 +128,7 @@ def _context(
 
 
 def _facts(recipe: Recipe, engine: Engine, index: Index, world_size: int) -> dict[str, Any]:
-    """Return what a checkpoint's manifest says about the run."""
+    """Return the facts about the run that a checkpoint's manifest holds."""
     return {
         "world_size": world_size,
         "engine": engine.name,
@@ -164,7 +164,7 @@ def _tracking(context: RunContext, start: int, output: Output, guard: Guard | No
 
 
 def _begin(context: RunContext, engine: Engine, tracking: Tracking, start: int, notes: list[str]) -> None:
-    """Print the headline, and write down what this start uses."""
+    """Print the headline, and write the settings that this start uses."""
     recipe, out = context.recipe, context.out
     said = headline(recipe, context.index, context.layout, context.device, start)
     tracking.console.message("\n".join([said, *notes]))
@@ -214,7 +214,7 @@ def _open_loader(context: RunContext, objective: Objective, start: int) -> Image
 
 
 def _conclude(task: Task[Any], context: RunContext, tracking: Tracking, start: int, stopped: str | None) -> None:
-    """Leave what a start leaves, and print its last line."""
+    """Write the start's figures and weights, close its events, and print its last line."""
     if stopped:
         again = "goes on from the last checkpoint" if list_checkpoints(context.checkpoints) else "begins again"
         last = f"stopped by {stopped}; the same command {again}"

@@ -1,4 +1,4 @@
-"""How many steps there are, and the learning rate of each."""
+"""The number of steps, and the learning rate of each."""
 
 import math
 from typing import NamedTuple
@@ -12,13 +12,13 @@ class Steps(NamedTuple):
 
     per_epoch: int
     total: int
-    """Of the whole schedule."""
+    """Updates of the whole schedule."""
     last: int
-    """After this one a start ends."""
+    """The update after which a start ends."""
 
 
 def steps_of(recipe: Recipe, images: int) -> Steps:
-    """Return how many updates a recipe makes with so many images. Raises UsageError when they are less than a batch."""
+    """Return the numbers of updates of a recipe on `images` images. Raises UsageError for less than one batch."""
     per_epoch = steps_per_epoch(images, recipe.data.global_batch)
     total = recipe.schedule.epochs * per_epoch
     return Steps(per_epoch, total, min(total, recipe.schedule.stop_after_steps or total))

@@ -1,4 +1,4 @@
-"""A few of a run's images for pictures and statistics, the same on every rank and at every start."""
+"""A few of a run's images for figures and statistics, the same on every rank and at every start."""
 
 import torch
 
@@ -11,14 +11,14 @@ from mae_scale.training.inputs import VALIDATION
 
 
 def shown_images(context: RunContext, count: int) -> torch.Tensor:
-    """Some validation images (training images without data.val_root) [N, 3, S, S], cut as in evaluation."""
+    """Return some validation images (training images without data.val_root) [N, 3, S, S], cut as in evaluation."""
     root = context.recipe.data.val_root
     index = context.index if root is None else load_index(context.out / VALIDATION, root)
     return some_images(index, count, context.recipe, augmentation("evaluation"))
 
 
 def some_images(index: Index, count: int, recipe: Recipe, kind: Augmentation) -> torch.Tensor:
-    """Up to `count` images [N, 3, S, S] float32 drawn by the recipe's seed, decoded on the CPU."""
+    """Return up to `count` images [N, 3, S, S] float32 drawn by the recipe's seed, decoded on the CPU."""
     count = min(count, len(index))
     with ImageLoader(
         index,

@@ -1,4 +1,4 @@
-"""The steps whose gradients were not finite, and when a run goes back because of them."""
+"""Steps with non-finite gradients, and when they make a run roll back."""
 
 import logging
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The metrics of a logged step: loss over all ranks, rates, memory, and what happened to the images."""
+"""The metrics of a logged step: loss over all ranks, rates, memory, replaced and cached images."""
 
 import resource
 import time
@@ -21,7 +21,7 @@ class StepClock:
         self.restart(None)
 
     def restart(self, done: int | None) -> None:
-        """Begin to measure at a step; None: at the first one, which is not timed by itself."""
+        """Begin to measure after update `done`; None: at the first update, which is not timed by itself."""
         self.began, self.from_step, self.data_wait_s = time.perf_counter(), done, 0.0
 
     def count(self, batch: Batch) -> None:

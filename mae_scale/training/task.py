@@ -1,4 +1,4 @@
-"""What training asks of a task. Each kind of training is one folder of mae_scale.tasks that answers it."""
+"""The Protocol of a task: what a folder of mae_scale.tasks defines for one kind of training."""
 
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
@@ -15,16 +15,16 @@ class Origin(NamedTuple):
     """Where an objective's weights come from."""
 
     notes: list[str]
-    """Lines for people, printed at the start."""
+    """Human-readable lines, printed at the start."""
     facts: dict[str, Any]
-    """What each checkpoint's manifest says of it."""
+    """Facts about it for each checkpoint's manifest."""
 
 
 FROM_SCRATCH = Origin([], {})
 
 
 class Evaluator(Protocol):
-    """Measures or draws beside the loss; the loop knows nothing more of it. All ranks call it."""
+    """Measures or draws beside the loss. All ranks call it."""
 
     def due(self, done: int) -> bool:
         """Return whether it is to be called after update `done`."""
@@ -37,7 +37,7 @@ ObjectiveT = TypeVar("ObjectiveT", bound=Objective)
 
 
 class Task(Protocol[ObjectiveT]):
-    """One recipe under one task; what is the same for every task lies in mae_scale.training.
+    """A recipe and its output folder under one task; everything common to all tasks lies in mae_scale.training.
 
     A task inherits from this class, and defines `command`, build(), training_flops() and finish().
     """
@@ -65,7 +65,7 @@ class Task(Protocol[ObjectiveT]):
         ...
 
     def initialise(self, objective: ObjectiveT, index: Index) -> Origin:
-        """Load what the run starts from, unless a checkpoint of its own has it. All ranks call it."""
+        """Load the starting weights, unless the run has a checkpoint of its own. All ranks call it."""
         return FROM_SCRATCH
 
     def training_flops(self) -> int:
@@ -77,7 +77,7 @@ class Task(Protocol[ObjectiveT]):
         return []
 
     def evaluator(self, context: RunContext, engine: Engine, tracking: Tracking) -> Evaluator | None:
-        """Return what is measured or drawn now and then beside the loss."""
+        """Return what measures or draws at intervals beside the loss; None: nothing."""
         return None
 
     def finish(self, context: RunContext, tracking: Tracking) -> str:

@@ -100,7 +100,7 @@ class Accuracy:
             self.loss_sum += loss_sum
 
     def results(self) -> dict[str, Any]:
-        """top1 and top5 (percent), loss (nats, mean), images; non_finite: how many had no finite logits.
+        """Return top1 and top5 (percent), loss (nats, mean), images; non_finite: how many had no finite logits.
 
         Percentages and loss are NaN when no image was counted.
         """
@@ -116,14 +116,14 @@ class Accuracy:
         }
 
     def per_class(self) -> list[tuple[int, int, float]]:
-        """(class, its images, top-1 percent) of the classes that had images, by class."""
+        """Return (class, its images, top-1 percent) of the classes that had images, by class."""
         images: Counter[int] = Counter()
         for (true, _), count in self.pairs.items():
             images[true] += count
         return [(true, images[true], _percent(self.pairs[true, true], images[true])) for true in sorted(images)]
 
     def confusion(self) -> np.ndarray:
-        """int64 [C, C]: images by true class (rows) and predicted class; without those that are not finite."""
+        """Return int64 [C, C]: images by true class (rows) and predicted class; without those that are not finite."""
         matrix = np.zeros((self.num_classes, self.num_classes), np.int64)
         for (true, predicted), count in self.pairs.items():
             if predicted != NO_PREDICTION:

@@ -101,7 +101,7 @@ def folder_set(index: Index, *, num_classes: int, class_names: list[str] | None)
 
 
 def corruption_summary(errors: dict[str, float]) -> dict[str, Any]:
-    """ImageNet-C in numbers, from top-1 errors in percent by set name ("gaussian_noise/3").
+    """Return ImageNet-C's summary, from top-1 errors in percent by set name ("gaussian_noise/3").
 
     {"mCE": percent, "corruptions": {"gaussian_noise": {"error": percent, "CE": percent}, ...}}. `error` is the mean
     of the five severities, CE that of the model divided by that of AlexNet, mCE the mean CE of the 15 corruptions
@@ -138,7 +138,7 @@ def _check_labelled(index: Index) -> None:
         found = f"{len(unlabelled):,} of the {len(index):,} images in {index.root}, such as {index.name(unlabelled[0])}"
         if index.kind == "shards":
             raise UsageError(f"{found}, have no label; expected a .cls member beside each image, add it to the shards")
-        raise UsageError(f"{found}, lie in no class folder; expected a folder a class, move them into such folders")
+        raise UsageError(f"{found}, lie in no class folder; expected a folder per class, move them into such folders")
 
 
 def _folder_classes(index: Index, num_classes: int, class_names: list[str] | None) -> np.ndarray:
@@ -186,7 +186,7 @@ def _check_model(kind: str, num_classes: int, class_names: list[str] | None) -> 
 
 
 def _open_imagenet(kind: str, root: Path) -> EvaluationSet:
-    """ImageNet-A, -R or -Sketch: all of its class folders, and no other."""
+    """Open ImageNet-A, -R or -Sketch: all of its class folders, and no other."""
     expected = imagenet_wnids("imagenet" if kind == "imagenet-sketch" else kind.replace("-", "_"))
     found = _folders(root)
     missing, strange = sorted(set(expected) - found), sorted(found - set(expected))
@@ -203,7 +203,7 @@ def _open_imagenet(kind: str, root: Path) -> EvaluationSet:
 
 
 def _corruptions(root: Path) -> dict[str, Path]:
-    """ImageNet-C's folders by set name; UsageError names all that are missing."""
+    """Return ImageNet-C's folders by set name. Raises UsageError that names all missing ones."""
     places = [root, *(root / group for group in CORRUPTION_GROUPS if group in _folders(root))]
     at = {corruption: place / corruption for place in reversed(places) for corruption in _folders(place)}
     folders: dict[str, Path] = {}
@@ -249,12 +249,12 @@ def _compare_with_published(kind: str, root: Path, sets: list[EvaluationSet]) ->
 
 
 def _wnid_classes(wnids: list[str]) -> np.ndarray:
-    """int64 [n]: the ImageNet-1K class of each wnid."""
+    """Return int64 [n], the ImageNet-1K class of each wnid."""
     return np.searchsorted(imagenet_wnids(), wnids).astype(np.int64)
 
 
 def _folders(path: Path) -> set[str]:
-    """Names of the folders in `path`, without hidden ones."""
+    """Return the names of the folders in `path`, without hidden ones."""
     try:
         with os.scandir(path) as entries:
             return {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
@@ -263,7 +263,7 @@ def _folders(path: Path) -> set[str]:
 
 
 def _numbers(count: int) -> list[str]:
-    """Class names of shards."""
+    """Return the classes of shards by name."""
     return [str(number) for number in range(count)]
 
 

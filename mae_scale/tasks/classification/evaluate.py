@@ -96,7 +96,7 @@ def trained_classifier(recipe: Recipe) -> tuple[Classifier, list[str] | None]:
 
 
 Predict = Callable[[torch.Tensor], torch.Tensor]
-"""Images [B, 3, S, S] to what a model gives, float32, on the device."""
+"""Images [B, 3, S, S] to a model's output, float32, on the device."""
 
 
 def predictor(model: torch.nn.Module, recipe: Recipe, device: torch.device) -> Predict:
@@ -114,14 +114,14 @@ def predictor(model: torch.nn.Module, recipe: Recipe, device: torch.device) -> P
 
 @contextlib.contextmanager
 def all_ranks(recipe: Recipe) -> Iterator[tuple[Ranks, torch.device]]:
-    """This process among the ranks that do an evaluation together."""
+    """Join the ranks that evaluate together; yield this one's place and device."""
     ranks, timeout_s = ranks_from_environment(), recipe.engine.collective_timeout_s
     with process_group(ranks, timeout_s) as device, Control(ranks, timeout_s):
         yield ranks, device
 
 
 def _names_of(one: EvaluationSet, classes: int) -> list[str]:
-    """Names of the model's classes by the folders that stand for them."""
+    """Return names of the model's classes, from the folders that hold their images."""
     names = [str(number) for number in range(classes)]
     for label, number in enumerate(one.class_of):
         if number >= 0 and label < len(one.index.classes):
@@ -130,7 +130,7 @@ def _names_of(one: EvaluationSet, classes: int) -> list[str]:
 
 
 def describe(results: dict[str, Any], root: Path) -> str:
-    """Lines for people."""
+    """Return human-readable lines."""
     if "mCE" in results:
         rows = [
             f"  {name:18} error {found['error']:6.2f} %" + (f"   CE {found['CE']:6.2f}" if "CE" in found else "")

@@ -1,4 +1,4 @@
-"""k-NN on frozen features: how much the nearest training images say of a class, without training anything.
+"""k-NN classification on frozen features, without training anything.
 
 Source: the weighted vote of Wu et al., arXiv 1805.01978, with the settings that DINO made usual (arXiv 2104.14294):
 cosine similarity, each of the k nearest votes with exp(similarity / 0.07).
@@ -43,7 +43,10 @@ CHUNK = 4096  # training features compared with a batch at a time
 
 @dataclass(frozen=True)
 class Features:
-    """Of n images: `vectors` float32 [n, D] of length 1, `labels` int64 [n], `images` int64 [n], rows of the index."""
+    """Features of n images.
+
+    `vectors` float32 [n, D] of length 1, `labels` int64 [n], `images` int64 [n], rows of the index.
+    """
 
     vectors: Tensor
     labels: Tensor
@@ -63,7 +66,7 @@ class FeaturesOf(torch.nn.Module):
 
 
 def check(recipe: Recipe) -> None:
-    """What can be refused before a rank is started."""
+    """Raise UsageError for what can be refused before a rank is started."""
     evaluate.check(recipe)
     known_root(recipe)
 
@@ -75,7 +78,7 @@ def known_root(recipe: Recipe) -> Path:
 
 
 def nearest_neighbours(recipe: Recipe, neighbours: int, figure: Path | None) -> dict[str, Any] | None:
-    """Top-1 and top-5 of k-NN: data.val_root's images by those of data.root; on rank 0, else None.
+    """Return top-1 and top-5 of k-NN: data.val_root's images by those of data.root; on rank 0, else None.
 
     Training images (data.labels_per_class of each class, where set) and validation images are cut as in evaluation.
     {"k": k, "top1": percent, "top5": percent, "images": n, "per_class": [...]}.
@@ -154,7 +157,7 @@ def gathered(part: Features) -> Features:
 
 
 def search(asked: Tensor, known: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
-    """asked [B, D], known [n, D] -> similarity [B, k] and rows int64 [B, k] of the k nearest, the nearest first."""
+    """Map asked [B, D], known [n, D] -> similarity [B, k] and rows int64 [B, k] of the k nearest, the nearest first."""
     similarity = asked.new_empty((len(asked), 0))
     rows = torch.empty((len(asked), 0), dtype=torch.int64, device=asked.device)
     for first in range(0, len(known), CHUNK):
@@ -167,14 +170,14 @@ def search(asked: Tensor, known: Tensor, neighbours: int) -> tuple[Tensor, Tenso
 
 
 def vote(similarity: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """similarity [B, k], the neighbours' labels int64 [B, k] -> logarithms of each class's votes, [B, classes]."""
+    """Map similarity [B, k], the neighbours' labels int64 [B, k] -> log votes of each class [B, classes]."""
     weights = (similarity / TEMPERATURE).exp()
     votes = torch.zeros((len(labels), classes), device=labels.device).scatter_add_(1, labels, weights)
     return votes.clamp_min(torch.finfo(votes.dtype).tiny).log()
 
 
 def _draw(asked: Features, known: Features, validation: Index, index: Index, recipe: Recipe, path: Path) -> None:
-    """Some validation images of this rank, each with its nearest training images."""
+    """Draw some validation images of this rank, each with its nearest training images."""
     rows = torch.linspace(0, len(asked.labels) - 1, min(SHOWN, len(asked.labels))).long()
     _, nearest = search(asked.vectors[rows], known.vectors, NEAREST_SHOWN)
     near = nearest.flatten()
@@ -185,7 +188,7 @@ def _draw(asked: Features, known: Features, validation: Index, index: Index, rec
 
 
 def _to_mlflow(recipe: Recipe, figure: Path) -> None:
-    """Where the weights are those of a tracked run, the picture goes to it."""
+    """Add the figure to the MLflow run that trained the weights, where there is one."""
     weights = evaluate.weights_path(recipe)
     uri = tracking_uri(recipe.tracking.uri, weights)
     if uri is not None:
@@ -193,7 +196,7 @@ def _to_mlflow(recipe: Recipe, figure: Path) -> None:
 
 
 def _images(index: Index, rows: Tensor, recipe: Recipe) -> Tensor:
-    """Images [n, 3, S, S] float32 of the index, as in evaluation, decoded on the host."""
+    """Return images [n, 3, S, S] float32 of the index, cut as in evaluation, decoded on the host."""
     loader = EvaluationLoader(
         index.take(rows.cpu().numpy()),
         image_size=recipe.model.image_size,

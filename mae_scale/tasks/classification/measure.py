@@ -1,4 +1,4 @@
-"""A classifier's accuracy on an evaluation set: every image once, over all ranks."""
+"""Measuring a classifier on an evaluation set: every image once, over all ranks."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def measure(
 
 
 def report(accuracy: Accuracy, names: list[str] | None, index: Index) -> dict[str, Any]:
-    """Return what goes into a JSON file: the results, and for each class its accuracy and what it is taken for most.
+    """Return the results as JSON holds them, with each class's accuracy and its most frequent confusions.
 
-    left_out: images of the index's folder that were not counted, for they cannot be read.
+    `left_out` is the number of images that could not be read and are not counted.
     """
     names = names or [str(number) for number in range(accuracy.num_classes)]
     taken: dict[int, list[tuple[int, int]]] = {}

@@ -1,4 +1,4 @@
-"""Mixup and cutmix of neighbours in the global batch, and the smoothed targets of what results.
+"""Mixup and cutmix of neighbours in the global batch, and the smoothed targets of the mixed images.
 
 Sources: mixup, Zhang et al., arXiv 1710.09412; cutmix, Yun et al., arXiv 1905.04899; label smoothing, Szegedy et al.,
 arXiv 1512.00567. As timm's `Mixup(mode="pair", switch_prob=0.5)` mixes, with one difference: an image's partner is its
@@ -53,7 +53,7 @@ def draw_mix(*, mixup: float, cutmix: float, image_size: int, seed: int, step: i
 
 
 def mix_images(images: Tensor, share: Tensor, box: Tensor) -> Tensor:
-    """images [n, 3, S, S] of neighbours in pairs -> mixed images, of the same shape, dtype and device.
+    """Mix images [n, 3, S, S] of neighbours in pairs -> mixed images, of the same shape, dtype and device.
 
     share [n] and box [n, 4] of a Mix, on that device; no host waits for it.
     """
@@ -66,7 +66,7 @@ def mix_images(images: Tensor, share: Tensor, box: Tensor) -> Tensor:
 
 
 def soft_targets(labels: Tensor, classes: int, *, label_smoothing: float, share: Tensor | None) -> Tensor:
-    """labels int64 [n] -> float32 [n, classes], each row's sum 1: smoothed, and shared with the neighbour's label.
+    """Map labels int64 [n] -> float32 [n, classes], rows summing to 1: smoothed, and shared with the neighbour's label.
 
     share [n] of a Mix, on the labels' device; None: nothing is mixed.
     """
@@ -80,5 +80,5 @@ def soft_targets(labels: Tensor, classes: int, *, label_smoothing: float, share:
 
 
 def _neighbours(rows: Tensor) -> Tensor:
-    """[n, ...] with rows 2j and 2j + 1 changed for each other."""
+    """Return [n, ...] with rows 2j and 2j + 1 exchanged."""
     return rows.reshape(-1, 2, *rows.shape[1:]).flip(1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""The classification objective: cross-entropy with soft targets, for everything that comes after pre-training."""
+"""The classification objective: cross-entropy with soft targets."""
 
 from __future__ import annotations
 

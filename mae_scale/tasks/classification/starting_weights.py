@@ -1,4 +1,4 @@
-"""Where a classifier's weights come from, and the file in the run's folder that keeps what is not trained."""
+"""A classifier's starting weights, and the file in the run's folder that keeps its frozen weights."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from mae_scale.training.task import Origin
 def initialise(model: Classifier, recipe: Recipe, out: Path, *, classes: list[str]) -> Origin:
     """Load the weights that the run in `out` starts from, unless it has a checkpoint. All ranks call it.
 
-    With a frozen part: what is not trained is written into `out` once, and every rank and every start reads it there.
+    Frozen weights are written into `out` once; every rank and every start reads them there.
     Raises UsageError when weights are lost or do not fit, RunError when the frozen part is damaged.
     """
     weights = recipe.classification.weights
@@ -52,7 +52,7 @@ def load_weights(model: Classifier, source: Path) -> LoadReport:
     if "pos_embed" in loaded.not_set:
         raise UsageError(
             f"{source} has no positions, so the image size that it was trained at is not known; "
-            "write it anew with `mae-scale export --format official`"
+            "write it again with `mae-scale export --format official`"
         )
     return loaded
 
@@ -67,7 +67,7 @@ def _load(model: Classifier, path: Path) -> tuple[Path, list[str]]:
 
 
 def _keep_frozen(model: Classifier, recipe: Recipe, out: Path, begun: bool) -> tuple[Path, list[str]] | None:
-    """Write what is not trained into the folder of the run, where it is missing; return what was read for it."""
+    """Write the frozen weights into the run's folder, where they are missing; return the source that was read."""
     file, read = out / FROZEN, None
     # Without a checkpoint nothing has counted on the file: it may be of an older state of --weights.
     if file.exists() and (begun or torch.distributed.get_rank() > 0):

@@ -37,7 +37,7 @@ FIGURE_IMAGES = 8
 
 
 class Classification(Task[Classify]):
-    """A classifier is trained on labels, all of it or a part."""
+    """Train a classifier, or a part of it, on labels."""
 
     command: ClassVar[str] = "finetune"
 
@@ -174,7 +174,7 @@ def refuse_more_than_head(recipe: Recipe) -> None:
 
 
 def draw_figures(model: Classifier, context: RunContext) -> list[Path]:
-    """Draw where the model looks, and the accuracy of each class where it was measured; return the figures' files."""
+    """Draw the attention, and the accuracy per class where it was measured; return the figures' files."""
     figures = context.out / "figures"
     pictures = [figures / "attention.png"]
     images = shown_images(context, FIGURE_IMAGES)

@@ -47,7 +47,7 @@ class Reconstruct(nn.Module):
         return tuple(tensor.to(device, non_blocking=True) for tensor in (batch.images, *batch.drawn))
 
     def noise(self, stream: str, step: int, positions: np.ndarray) -> torch.Tensor:
-        """Mask noise [B, L] float32 on the host for positions of the global batch of a step."""
+        """Return mask noise [B, L] float32 on the host for positions in the global batch of a step."""
         model = self.model
         scores = mask_noise(
             model.masking,

@@ -1,4 +1,4 @@
-"""Figures of what an autoencoder reconstructs: during training, and by `mae-scale reconstruct`."""
+"""Figures of an autoencoder's reconstructions: during training, and by `mae-scale reconstruct`."""
 
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +32,7 @@ log = logging.getLogger("mae_scale")
 
 
 class Reconstructions:
-    """An evaluator that draws; every tracking.reconstruct_every_epochs and at the end of each start.
+    """An evaluator that draws reconstructions every tracking.reconstruct_every_epochs and at the end of each start.
 
     DIR/figures/reconstructions/step_00001250.png, the newest also as DIR/figures/reconstructions.png, and in MLflow as
     steps of one figure. All ranks reconstruct, for each may hold a part of the weights. Rank 0 draws, in a thread: a
@@ -40,7 +40,7 @@ class Reconstructions:
     """
 
     def __init__(self, context: RunContext, engine: Engine, tracking: Tracking):
-        """All ranks make one. Raises what reading the images raises, on all ranks alike."""
+        """Read the images to draw. All ranks make one; an error in reading is raised on all of them."""
         self._context, self._engine, self._tracking = context, engine, tracking
         self._images = first_then_others(lambda: shown_images(context, IMAGES))
         with torch.device("meta"):  # only its masks are asked for
@@ -64,7 +64,7 @@ class Reconstructions:
         return {}
 
     def _reconstruct(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """mask [N, L] and pixels [N, L, p*p*3] of all images, on the host; in micro-batches, as training does."""
+        """Return mask [N, L] and pixels [N, L, p*p*3] of all images, on the host, computed in micro-batches."""
         device, size = self._context.device, self._context.layout.micro_batch
         masks, pixels = [], []
         # Eager: these few images must not make compiled blocks be compiled again.
@@ -76,7 +76,7 @@ class Reconstructions:
         return torch.cat(masks), torch.cat(pixels)
 
     def _draw(self, done: int, mask: torch.Tensor, pixels: torch.Tensor) -> None:
-        """Rank 0's thread. A picture that cannot be drawn is a warning, and the run goes on."""
+        """Draw one figure, in rank 0's thread; a failure is a warning, and training goes on."""
         context, figures = self._context, self._context.out / "figures"
         path, newest = figures / NAME / f"step_{done:08d}.png", figures / f"{NAME}.png"
         title = f"epoch {round(done / context.steps.per_epoch, 2):g} of {context.recipe.schedule.epochs}, step {done:,}"
@@ -93,12 +93,12 @@ class Reconstructions:
 
 
 def fixed_noise(objective: Reconstruct, count: int) -> torch.Tensor:
-    """Mask noise [count, L] on the host, the same at every call of a run."""
+    """Return mask noise [count, L] on the host, the same at every call of a run."""
     return objective.noise("figure", 0, np.arange(count))
 
 
 def draw_reconstructions(model: MaskedAutoencoder, recipe: Recipe, images: torch.Tensor, path: Path) -> None:
-    """Original, masked and reconstructed: images [N, 3, S, S] as a model on the host sees them."""
+    """Draw images [N, 3, S, S] as original, masked and reconstructed by a model on the host."""
     objective = Reconstruct(model, seed=recipe.seed).eval()
     with torch.inference_mode():
         _, mask, pixels = objective(images, fixed_noise(objective, len(images)))

@@ -1,4 +1,4 @@
-"""Pre-training as a task: a masked autoencoder learns to reconstruct, and is drawn now and then; it leaves weights."""
+"""Pre-training as a task: train a masked autoencoder, draw its reconstructions, export its weights."""
 
 from typing import ClassVar
 
@@ -25,7 +25,7 @@ PCA_IMAGES = 256
 
 
 class MaskedAutoencoding(Task[Reconstruct]):
-    """A masked autoencoder is trained to reconstruct (He et al., section 3)."""
+    """Train a masked autoencoder to reconstruct removed patches (He et al., section 3)."""
 
     command: ClassVar[str] = "pretrain"
 
