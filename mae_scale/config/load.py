@@ -41,12 +41,14 @@ def stored_recipe(tree: dict[str, Any], source: str) -> Recipe:
     return _validated(with_new_names(tree), source)
 
 
-def layers(name_or_path: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+def layers(
+    name_or_path: str, seen: tuple[str, ...] = (), *, folder: Path = Path()
+) -> list[tuple[str, dict[str, Any]]]:
     """Return the files of a recipe as (name, content), the base that the others extend first.
 
-    Raises UsageError for what cannot be found or read.
+    A path in `extends:` is relative to the file's own folder. Raises UsageError for what cannot be found or read.
     """
-    path = find_recipe(name_or_path)
+    path = find_recipe(name_or_path, folder).resolve()
     if str(path) in seen:
         raise UsageError(f"recipe {name_or_path}: `extends` goes round in a circle: {' -> '.join([*seen, str(path)])}")
     try:
@@ -60,7 +62,7 @@ def layers(name_or_path: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dic
     if _is_of_a_run(path):
         tree = with_new_names(tree)
     base = tree.pop("extends", None)
-    below = [] if base is None else layers(str(base), (*seen, str(path)))
+    below = [] if base is None else layers(str(base), (*seen, str(path)), folder=path.parent)
     return [*below, (name_or_path, tree)]
 
 
@@ -69,10 +71,13 @@ def _is_of_a_run(path: Path) -> bool:
     return path.name == "recipe.yaml" and (path.parent / "index.npz").exists()
 
 
-def find_recipe(name_or_path: str) -> Path:
-    """Return the file of a packaged name or a path. Raises UsageError, with the nearest name, when there is none."""
+def find_recipe(name_or_path: str, folder: Path = Path()) -> Path:
+    """Return the file of a packaged name, or of a path relative to `folder`.
+
+    Raises UsageError, with the nearest name, when there is none.
+    """
     packaged = Path(str(resources.files("mae_scale.recipes"))) / f"{name_or_path}.yaml"
-    for path in (packaged, Path(name_or_path)):
+    for path in (packaged, folder / name_or_path):
         if path.is_file():
             return path
     names = packaged_recipes()

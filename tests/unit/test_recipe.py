@@ -1,5 +1,6 @@
 """A recipe says what a run is, refuses what it does not know, and knows when two recipes are one run."""
 
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
@@ -173,6 +174,20 @@ def test_a_file_that_is_no_recipe_is_refused_and_not_run(tmp_path, content, mess
     path.write_text(content.replace("{self}", str(path)))
     with pytest.raises(UsageError, match=message):
         load_recipe(str(path))
+
+
+def test_extends_takes_a_path_relative_to_the_recipe_and_not_to_where_the_command_runs(tmp_path, monkeypatch):
+    (tmp_path / "recipes" / "mine").mkdir(parents=True)
+    (tmp_path / "recipes" / "base.yaml").write_text("extends: demo\nseed: 7\n")
+    top = tmp_path / "recipes" / "mine" / "top.yaml"
+    top.write_text("extends: ../base.yaml\nmodel: {depth: 3}\n")
+    for folder in (tmp_path, tmp_path / "recipes" / "mine"):
+        monkeypatch.chdir(folder)
+        recipe = load_recipe(os.path.relpath(top))
+        assert (recipe.seed, recipe.model.depth) == (7, 3)
+    (tmp_path / "recipes" / "base.yaml").write_text("extends: mine/../mine/top.yaml\n")
+    with pytest.raises(UsageError, match="circle"):
+        load_recipe(str(top))
 
 
 def test_a_recipe_extends_another_and_overrides_win(tmp_path):
