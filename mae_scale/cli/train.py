@@ -126,13 +126,16 @@ def _train(start: Start) -> NoReturn:
     check_json(start.json)
     check_folder_of("--log-file", start.output.log_file)
     with Output(start.output.quiet) if start.dry_run else start.output:
-        task = _task(start)
-        if start.dry_run:
-            _say_plan(start, task)
-            raise typer.Exit(EXIT_DONE)
-        if starts_ranks(start.nproc):
-            raise typer.Exit(_train_on_local_ranks(start, task))
-        raise typer.Exit(_train_as_this_rank(start, task))
+        code = _run(start, _task(start))
+    raise typer.Exit(code)
+
+
+def _run(start: Start, task: Task[Any]) -> int:
+    if start.dry_run:
+        return _say_plan(start, task)
+    if starts_ranks(start.nproc):
+        return _train_on_local_ranks(start, task)
+    return _train_as_this_rank(start, task)
 
 
 def _task(start: Start) -> Task[Any]:
@@ -159,12 +162,13 @@ def _world_size(start: Start) -> int:
     return this_rank().world_size if launched() else start.nproc
 
 
-def _say_plan(start: Start, task: Task[Any]) -> None:
+def _say_plan(start: Start, task: Task[Any]) -> int:
     from mae_scale.training.preflight import dry_run
 
     if this_rank().is_first:
         lines = dry_run(task, _world_size(start), progress=not start.output.quiet)
         typer.echo("\n".join(lines[-1:] if start.output.quiet else lines))
+    return EXIT_DONE
 
 
 def _train_on_local_ranks(start: Start, task: Task[Any]) -> int:

@@ -41,9 +41,7 @@ def stored_recipe(tree: dict[str, Any], source: str) -> Recipe:
     return _validated(with_new_names(tree), source)
 
 
-def layers(
-    name_or_path: str, seen: tuple[str, ...] = (), *, folder: Path = Path()
-) -> list[tuple[str, dict[str, Any]]]:
+def layers(name_or_path: str, seen: tuple[str, ...] = (), *, folder: Path = Path()) -> list[tuple[str, dict[str, Any]]]:
     """Return the files of a recipe as (name, content), the base that the others extend first.
 
     A path in `extends:` is relative to the file's own folder. Raises UsageError for what cannot be found or read.
