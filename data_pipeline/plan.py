@@ -35,7 +35,7 @@ class BatchPlan:
     float32 [n, 3] (brightness, contrast, saturation factors) applied in the order `jitter_order` int32 [n,
     3]. `operations` int32 [n, 2] of RandAugment (-1: none) have `arguments` float32 [n, 2]. `erase` int32 [n, 4]
     (y, x, height, width) is the box of the output that is filled with noise, all 0 for none. `valid` bool [n] is
-    False for positions that only fill up the last batch of an evaluation.
+    False for positions that only fill up the last batch of an evaluation, and in place of its bad images.
     """
 
     positions: np.ndarray
@@ -57,11 +57,10 @@ class BatchPlan:
         return BatchPlan(**{name: column[rows] for name, column in vars(self).items()})
 
     def with_row(self, row: int, other: BatchPlan) -> BatchPlan:
-        """Return this plan with another image, the only one of `other`, in the place `row`, which stays as valid."""
+        """Return this plan with another image, the only one of `other`, in row `row`."""
         columns = {name: column.copy() for name, column in vars(self).items()}
         for name, column in columns.items():
-            if name != "valid":
-                column[row] = getattr(other, name)[0]
+            column[row] = getattr(other, name)[0]
         return BatchPlan(**columns)
 
 
@@ -131,36 +130,6 @@ def plan_batch(
         erase=_boxes_to_erase(augmentation, image_size=image_size, **place),
         valid=np.ones(len(positions), bool),
     )
-
-
-def plan_evaluation(
-    index: Index,
-    augmentation: Augmentation,
-    *,
-    number: int,
-    global_batch: int,
-    positions: slice,
-    image_size: int = 224,
-) -> BatchPlan:
-    """Return the plan of `positions` of evaluation batch `number`: every image once, in the order of the index.
-
-    The last batch is filled up with the last image, marked not valid, so that all ranks have as many batches.
-    """
-    positions = np.arange(global_batch)[positions]
-    wanted = number * global_batch + positions
-    sample_ids = np.minimum(wanted, len(index) - 1)
-    plan = plan_batch(
-        index,
-        augmentation,
-        seed=0,
-        number=number,
-        global_batch=global_batch,
-        positions=positions,
-        image_size=image_size,
-        sample_ids=sample_ids,
-    )
-    plan.valid[:] = wanted < len(index)
-    return plan
 
 
 def _operations(
