@@ -8,20 +8,19 @@ import sys
 import tarfile
 import threading
 import time
-from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
 
-from data_pipeline.bad_images import DEFAULT_POLICY, BadImagePolicy
+from data_pipeline.bad_images import BadImagePolicy
 from data_pipeline.batch_layout import batch_layout
 from data_pipeline.batch_order import EvaluationOrder, TrainingOrder
 from data_pipeline.errors import RunError, UsageError
 from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
 from data_pipeline.samples import write_digits
-from tests.loaders import on_cpu
+from tests.loaders import SEED, collect, on_cpu, same, training
 
 DECODING, EVALUATION = on_cpu(), on_cpu(kind="evaluation")
 
@@ -42,43 +41,6 @@ def copy(digits, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(digits, root)
     return build_index(root, progress=False)
-
-
-def training(world_size=1, *, micro_batch=None, steps=(0, 4), rank=0, seed=11) -> TrainingOrder:
-    """The order of batches of 24 images."""
-    layout = batch_layout(24, world_size, micro_batch)
-    return TrainingOrder(layout, rank, seed=seed, start_step=steps[0], stop_step=steps[1])
-
-
-def collect(index, world_size=1, decoding=DECODING, bad_images=DEFAULT_POLICY, prefetch=2, **options):
-    """Step to (images, labels, sample ids, positions, replaced) of the whole global batch, from all ranks."""
-    parts = defaultdict(list)
-    for rank in range(world_size):
-        order = training(world_size, rank=rank, **options)
-        with ImageLoader(index, order, decoding, bad_images=bad_images, prefetch=prefetch) as loader:
-            for batch in loader:
-                parts[batch.number].append(batch)
-    return {
-        step: (
-            torch.cat([b.images for b in batches]),
-            torch.cat([b.labels for b in batches]),
-            np.concatenate([b.sample_ids for b in batches]),
-            np.concatenate([b.positions for b in batches]),
-            sum(b.replaced for b in batches),
-        )
-        for step, batches in parts.items()
-    }
-
-
-def same(one, other) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(a[0], b[0])
-        and torch.equal(a[1], b[1])
-        and np.array_equal(a[2], b[2])
-        and np.array_equal(a[3], b[3])
-        and a[4] == b[4]
-        for a, b in zip(one.values(), other.values(), strict=True)
-    )
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +248,7 @@ def test_a_shard_cut_in_the_middle_of_training_is_bad_images(index, digits, tmp_
         for i in range(60):
             archive.add(digits / index.name(i), index.name(i))
     shards = build_index(tmp_path, progress=False)
-    order = TrainingOrder(batch_layout(12), seed=11, stop_step=10)
+    order = TrainingOrder(batch_layout(12), seed=SEED, stop_step=10)
     loader = ImageLoader(shards, order, DECODING, bad_images=BadImagePolicy(0.5))
     os.truncate(tmp_path / "a.tar", int(shards.offset[50]) + 10)
     with loader:
@@ -335,7 +297,7 @@ def test_the_interpreter_ends_while_a_loader_runs(digits, end):
         "from data_pipeline.batch_order import TrainingOrder\n"
         "from data_pipeline.index_build import build_index\n"
         "from data_pipeline.loader import ImageLoader\n"
-        "from tests.loaders import on_cpu\n"
+        "from tests.loaders import SEED, collect, on_cpu, same, training\n"
         f"index = build_index({str(digits)!r}, progress=False)\n"
         "loader = ImageLoader(index, TrainingOrder(batch_layout(24, micro_batch=4)), on_cpu())\n"
         "batches = iter(loader)\n"
