@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from data_pipeline.arrays import Int64Array
 from data_pipeline.batch_layout import BatchLayout, batch_layout
 from data_pipeline.dali_graph import Decoding
 from data_pipeline.index import Index
@@ -106,8 +107,8 @@ def _plan(
     decoding: Decoding,
     *,
     number: int,
-    positions: slice | np.ndarray,
-    sample_ids: np.ndarray | None = None,
+    positions: slice | Int64Array,
+    sample_ids: Int64Array | None = None,
 ) -> BatchPlan:
     return plan_batch(
         index,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.utils.dlpack import from_dlpack
 
-from data_pipeline.augment.random_erasing import erase, erasing_noise
+from data_pipeline.arrays import BoolArray, Int64Array, Uint8Array
+from data_pipeline.augment.random_erasing import Patch, erase, erasing_noise
 from data_pipeline.bad_images import BadImages, listed
 from data_pipeline.batch_order import BatchOrder
 from data_pipeline.byte_reader import ByteReader
@@ -23,8 +26,15 @@ from data_pipeline.index import Index
 from data_pipeline.plan import BatchPlan
 from data_pipeline.read_ahead import ReadAhead
 
-Read = Callable[[int], tuple[np.ndarray, bool]]  # an image's encoded bytes, and whether they come from the cache
-Draw = Callable[[int, np.ndarray], tuple[torch.Tensor, ...]]  # (batch number, positions) -> what is drawn for them
+if TYPE_CHECKING:
+    from data_pipeline.decoder import Decoded
+
+Read = Callable[[int], tuple[Uint8Array, bool]]
+"""Returns an image's encoded bytes, and whether they come from the cache."""
+Reads = list[Future[tuple[Uint8Array, bool]]]
+"""The results of `Read` for the images of a plan."""
+Draw = Callable[[int, Int64Array], tuple[torch.Tensor, ...]]
+"""Draws tensors for the positions of a batch, from its number and the positions."""
 
 log = logging.getLogger("data_pipeline")
 
@@ -47,16 +57,16 @@ class Batch:
 
     images: torch.Tensor
     labels: torch.Tensor
-    sample_ids: np.ndarray
-    positions: np.ndarray
-    valid: np.ndarray
+    sample_ids: Int64Array
+    positions: Int64Array
+    valid: BoolArray
     number: int
     replaced: int
     cache_hits: int = 0
     drawn: tuple[torch.Tensor, ...] = ()
 
 
-def draw_nothing(number: int, positions: np.ndarray) -> tuple[torch.Tensor, ...]:
+def draw_nothing(number: int, positions: Int64Array) -> tuple[torch.Tensor, ...]:
     """Return no tensors."""
     return ()
 
@@ -67,7 +77,7 @@ class _Filling:
 
     number: int
     plan: BatchPlan
-    encoded: list[np.ndarray]
+    encoded: list[Uint8Array]
     replaced: set[int] = field(default_factory=set)
 
 
@@ -98,7 +108,7 @@ class Loading:
         if self.cache is not None:
             self.cache.close()
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch]:
         """Yield the batches of the order.
 
         While a batch is decoded, the reads of at least one more plan go on, and of enough plans that twice the
@@ -106,7 +116,7 @@ class Loading:
         """
         read = self._reading()
         with ReadAhead(read) as ahead:
-            waiting: deque[tuple[int, BatchPlan, list[Future]]] = deque()
+            waiting: deque[tuple[int, BatchPlan, Reads]] = deque()
             for number, plan in self.order.plans(self.index, self.decoder.decoding):
                 waiting.append((number, plan, [ahead.submit(int(image)) for image in plan.sample_ids]))
                 while sum(len(plan) for _, plan, _ in waiting) - len(waiting[0][1]) >= max(1, 2 * ahead.in_flight):
@@ -120,7 +130,7 @@ class Loading:
             return lambda image: (reader.read(image), False)
         return lambda image: cache.read(image, reader.read)
 
-    def _finish(self, read: Read, number: int, plan: BatchPlan, reads: list[Future[tuple[np.ndarray, bool]]]) -> Batch:
+    def _finish(self, read: Read, number: int, plan: BatchPlan, reads: Reads) -> Batch:
         filling = _Filling(number, plan, [np.zeros(0, np.uint8)] * len(plan))
         cache_hits = 0
         for row, future in enumerate(reads):
@@ -146,7 +156,7 @@ class Loading:
             drawn=tuple(_pinned(tensor) for tensor in self.draw(number, plan.positions)),
         )
 
-    def _decode(self, read: Read, filling: _Filling):
+    def _decode(self, read: Read, filling: _Filling) -> Decoded:
         """Return the decoded images, those that cannot be decoded replaced."""
         try:
             return self.decoder.decode(filling.encoded, filling.plan)
@@ -189,7 +199,7 @@ class Loading:
             self._stream = torch.cuda.Stream(self.decoder.device_id)
         return self._stream
 
-    def _name_damaged(self, encoded: list[np.ndarray], plan: BatchPlan) -> None:
+    def _name_damaged(self, encoded: list[Uint8Array], plan: BatchPlan) -> None:
         """Say once which images of the batch just decoded are damaged, yet were decoded.
 
         When decoders complained more often than there are damaged images known, the others are decoded one by one.
@@ -225,7 +235,7 @@ def _no_image_is_bad(number: int, failure: BadImage) -> RunError:
 
 
 def to_torch(
-    images, labels: np.ndarray, patches: list[tuple[tuple, np.ndarray]], stream: torch.cuda.Stream | None
+    images: Decoded, labels: Int64Array, patches: list[Patch], stream: torch.cuda.Stream | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """DALI's dense float32 tensor list, with `patches` (of `erasing_noise`) written over it, and int64 labels as
     torch tensors, complete when this returns.
@@ -234,10 +244,10 @@ def to_torch(
     the copy is made and waited for on `stream`; the consumer's stream is recorded in `Stream`.
     """
     if stream is None:
-        return _pinned(erase(torch.from_dlpack(images.as_tensor()), patches)), _pinned(torch.from_numpy(labels))
+        return _pinned(erase(from_dlpack(images.as_tensor()), patches)), _pinned(torch.from_numpy(labels))
     with torch.cuda.stream(stream):
         tensors = (
-            erase(torch.from_dlpack(images.as_tensor()).clone(), patches),
+            erase(from_dlpack(images.as_tensor()).clone(), patches),
             torch.from_numpy(labels).to(stream.device),
         )
     stream.synchronize()

@@ -52,7 +52,7 @@ class ImageLoader:
         decoder = Decoder(decoding, order.layout.micro_batch)
         self._loading = Loading(index, order, decoder, draw=draw, bad_images=self.bad_images, cache=cache)
         self._prefetch = prefetch
-        self._closing: weakref.finalize | None = None
+        self._closing: weakref.finalize[[], ImageLoader] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         self._end_stream()
