@@ -29,7 +29,10 @@ from report import machine, show
 from sizes import SIZES
 
 from data_pipeline import dali_graph
-from data_pipeline.dali_graph import decoding_device
+from data_pipeline.augment.kinds import augmentation
+from data_pipeline.batch_layout import batch_layout
+from data_pipeline.batch_order import TrainingOrder
+from data_pipeline.dali_graph import Decoding, decoding_device
 from data_pipeline.index import Index
 from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
@@ -40,6 +43,7 @@ from mae_scale.distributed.ranks import ranks_from_environment
 
 HW_LOADS = (0.0, 0.65, 1.0)
 COMPARED = 64  # images whose pixels are compared
+CROP = augmentation("random_resized_crop")
 
 
 @contextlib.contextmanager
@@ -75,10 +79,8 @@ def images_per_s(loader: ImageLoader, device: torch.device, step: Callable[[], o
 def decoded(index: Index, size: int, where: str, micro_batch: int) -> torch.Tensor:
     """Return the first COMPARED images of an epoch, in levels of 255 up to the mean: float32 [n, 3, S, S]."""
     total = min(COMPARED, len(index))
-    loader = ImageLoader(
-        index, image_size=size, global_batch=total, micro_batch=min(micro_batch, total), device=where, stop_step=1
-    )
-    with loader:
+    order = TrainingOrder(batch_layout(total, 1, micro_batch), stop_step=1)
+    with ImageLoader(index, order, Decoding(CROP, size, device=where)) as loader:
         images = torch.cat([batch.images.cpu() for batch in loader])
     return images * 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1)
 
@@ -131,16 +133,9 @@ def main() -> int:
         loop.step()
 
         def rate(where: str, threads: int, step: Callable[[], object] | None = None) -> float:
-            loader = ImageLoader(
-                index,
-                image_size=image_size,
-                global_batch=options.micro_batch,
-                micro_batch=options.micro_batch,
-                threads=threads,
-                device=where,
-                stop_step=len(index) // options.micro_batch,
-            )
-            return images_per_s(loader, device, step)
+            order = TrainingOrder(batch_layout(options.micro_batch), stop_step=len(index) // options.micro_batch)
+            decoding = Decoding(CROP, image_size, device=where, threads=threads)
+            return images_per_s(ImageLoader(index, order, decoding), device, step)
 
         for where, threads in itertools.product(["cpu", *["gpu"] * mixed], options.threads):
             found = {"device": where, "threads": threads, "alone_images_per_s": rate(where, threads)}

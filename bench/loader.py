@@ -25,7 +25,10 @@ from PIL import Image
 from torchvision import io as tvio
 from torchvision.transforms import InterpolationMode, v2
 
-from data_pipeline.dali_graph import decoding_device
+from data_pipeline.augment.kinds import augmentation
+from data_pipeline.batch_layout import batch_layout
+from data_pipeline.batch_order import TrainingOrder
+from data_pipeline.dali_graph import Decoding, decoding_device
 from data_pipeline.index import Index
 from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
@@ -37,16 +40,8 @@ BATCH = 32
 
 def ours(index: Index, size: int, device: str, kind: str = "random_resized_crop") -> Callable[[], int]:
     """A round: one epoch through a loader that is kept."""
-    loader = ImageLoader(
-        index,
-        kind,
-        image_size=size,
-        global_batch=BATCH,
-        micro_batch=BATCH,
-        threads=1,
-        device=device,
-        stop_step=len(index) // BATCH,
-    )
+    order = TrainingOrder(batch_layout(BATCH), stop_step=len(index) // BATCH)
+    loader = ImageLoader(index, order, Decoding(augmentation(kind), size, device=device, threads=1))
 
     def run() -> int:
         return sum(len(batch.images) for batch in loader)

@@ -22,7 +22,11 @@ from functools import partial
 from pathlib import Path
 
 from data_pipeline import batches
+from data_pipeline.augment.kinds import augmentation
+from data_pipeline.batch_layout import batch_layout
+from data_pipeline.batch_order import TrainingOrder
 from data_pipeline.byte_reader import ByteReader
+from data_pipeline.dali_graph import Decoding
 from data_pipeline.index import Index
 from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
@@ -60,9 +64,9 @@ def measure(index: Index, micro_batch: int, read_ms: float, rounds: int) -> dict
     """Medians of each way over interleaved rounds, after one that is not counted."""
     steps = len(index) // micro_batch
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    with ImageLoader(
-        index, image_size=32, global_batch=micro_batch, micro_batch=micro_batch, device="cpu", stop_step=steps
-    ) as loader:
+    order = TrainingOrder(batch_layout(micro_batch), stop_step=steps)
+    decoding = Decoding(augmentation("random_resized_crop"), 32, device="cpu")
+    with ImageLoader(index, order, decoding) as loader:
         for number in range(rounds + 1):
             for way in WAYS:
                 result = one_round(loader, read_ms, way)

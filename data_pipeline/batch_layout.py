@@ -15,8 +15,15 @@ class BatchLayout:
     accumulation: int
     """Micro-batches per step and rank."""
 
+    def positions(self, rank: int) -> slice:
+        """Return the positions of a global batch that `rank` has. Raises UsageError when there is no such rank."""
+        if not 0 <= rank < self.world_size:
+            raise UsageError(f"rank {rank} of {self.world_size} ranks; expected 0 to {self.world_size - 1}")
+        share = self.global_batch // self.world_size
+        return slice(rank * share, (rank + 1) * share)
 
-def batch_layout(global_batch: int, world_size: int, micro_batch: int | None = None) -> BatchLayout:
+
+def batch_layout(global_batch: int, world_size: int = 1, micro_batch: int | None = None) -> BatchLayout:
     """Return how a global batch is spread over the ranks.
 
     A rank's micro-batch is `micro_batch`, or all of its share where that is less or nothing is given.

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.utils.dlpack import from_dlpack
 
-from data_pipeline.augment.random_erasing import erase, erasing_noise
+from data_pipeline.arrays import BoolArray, Int64Array, Uint8Array
+from data_pipeline.augment.random_erasing import Patch, erase, erasing_noise
+from data_pipeline.bad_images import BadImages, listed
+from data_pipeline.batch_order import BatchOrder
 from data_pipeline.byte_reader import ByteReader
 from data_pipeline.cache import ImageCache
 from data_pipeline.decoder import Decoder
 from data_pipeline.errors import BadImage, RunError
-from data_pipeline.folder_listing import folder_problem
 from data_pipeline.index import Index
 from data_pipeline.plan import BatchPlan
 from data_pipeline.read_ahead import ReadAhead
 
-SHOWN = 20  # bad images listed when a run stops
+if TYPE_CHECKING:
+    from data_pipeline.decoder import Decoded
 
-Read = Callable[[int], tuple[np.ndarray, bool]]  # an image's encoded bytes, and whether they come from the cache
+Read = Callable[[int], tuple[Uint8Array, bool]]
+"""Returns an image's encoded bytes, and whether they come from the cache."""
+Reads = list[Future[tuple[Uint8Array, bool]]]
+"""The results of `Read` for the images of a plan."""
+Draw = Callable[[int, Int64Array], tuple[torch.Tensor, ...]]
+"""Draws tensors for the positions of a batch, from its number and the positions."""
 
 log = logging.getLogger("data_pipeline")
 
@@ -48,54 +57,67 @@ class Batch:
 
     images: torch.Tensor
     labels: torch.Tensor
-    sample_ids: np.ndarray
-    positions: np.ndarray
-    valid: np.ndarray
+    sample_ids: Int64Array
+    positions: Int64Array
+    valid: BoolArray
     number: int
     replaced: int
     cache_hits: int = 0
     drawn: tuple[torch.Tensor, ...] = ()
 
 
-class Loading:
-    """Turns plans into batches, replacing images that cannot be read or decoded by the next readable ones.
+def draw_nothing(number: int, positions: Int64Array) -> tuple[torch.Tensor, ...]:
+    """Return no tensors."""
+    return ()
 
-    `replan(number, position, sample_id)` gives the one-row plan of another image in that place, with the same
-    random numbers; `draw(number, positions)` gives `Batch.drawn`; `seed` is for the noise of random erasing; `cache` is
-    read before the source. Whether an image is bad is judged anew each time, so that a batch depends on the files alone
-    and not on what this process met before. `bad_images` maps each bad name met so far to its reason.
+
+@dataclass
+class _Filling:
+    """A micro-batch before it is a `Batch`: its plan and encoded images, and the rows whose images were replaced."""
+
+    number: int
+    plan: BatchPlan
+    encoded: list[Uint8Array]
+    replaced: set[int] = field(default_factory=set)
+
+
+class Loading:
+    """The work of a loader: the micro-batches of an order as tensors, bad images replaced by the next readable ones.
+
+    `draw(number, positions)` gives `Batch.drawn`; `cache` is read before the source. Whether an image is bad is judged
+    anew each time, so that a batch depends on the files alone and not on what this process met before.
     """
 
     def __init__(
         self,
         index: Index,
+        order: BatchOrder,
         decoder: Decoder,
-        replan: Callable[[int, int, int], BatchPlan],
-        draw: Callable[[int, np.ndarray], tuple[torch.Tensor, ...]],
         *,
-        seed: int,
-        limit: float,
-        on_bad_image: Literal["replace", "stop"],
-        invalidate: bool = False,
-        cache: ImageCache | None = None,
+        draw: Draw,
+        bad_images: BadImages,
+        cache: ImageCache | None,
     ):
-        self.index, self.decoder, self.replan, self.draw = index, decoder, replan, draw
-        self.seed, self.on_bad_image, self.invalidate = seed, on_bad_image, invalidate
-        self.allowed = max(1, int(limit * len(index)))
-        self.limit, self.cache = limit, cache
-        self.bad_images: dict[str, str] = {}
+        self.index, self.order, self.decoder = index, order, decoder
+        self.draw, self.bad_images, self.cache = draw, bad_images, cache
         self._stream: torch.cuda.Stream | None = None
 
-    def batches(self, plans: Iterator[tuple[int, BatchPlan]]) -> Iterator[Batch]:
-        """Yield one batch for each (number, plan).
+    def close(self) -> None:
+        """Let go of the decoder's memory and the cache's temporary folder."""
+        self.decoder.close()
+        if self.cache is not None:
+            self.cache.close()
+
+    def batches(self) -> Generator[Batch]:
+        """Yield the batches of the order.
 
         While a batch is decoded, the reads of at least one more plan go on, and of enough plans that twice the
         reads in flight are ahead.
         """
         read = self._reading()
         with ReadAhead(read) as ahead:
-            waiting: deque[tuple[int, BatchPlan, list[Future]]] = deque()
-            for number, plan in plans:
+            waiting: deque[tuple[int, BatchPlan, Reads]] = deque()
+            for number, plan in self.order.plans(self.index, self.decoder.decoding):
                 waiting.append((number, plan, [ahead.submit(int(image)) for image in plan.sample_ids]))
                 while sum(len(plan) for _, plan, _ in waiting) - len(waiting[0][1]) >= max(1, 2 * ahead.in_flight):
                     yield self._finish(read, *waiting.popleft())
@@ -108,56 +130,68 @@ class Loading:
             return lambda image: (reader.read(image), False)
         return lambda image: cache.read(image, reader.read)
 
-    def _finish(self, read: Read, number: int, plan: BatchPlan, reads: list[Future]) -> Batch:
-        encoded: list[np.ndarray] = [None] * len(plan)
-        replaced: set[int] = set()
+    def _finish(self, read: Read, number: int, plan: BatchPlan, reads: Reads) -> Batch:
+        filling = _Filling(number, plan, [np.zeros(0, np.uint8)] * len(plan))
         cache_hits = 0
-
-        def put_another(row: int, error: BadImage) -> None:
-            nonlocal plan
-            self._note(int(plan.sample_ids[row]), error)
-            encoded[row], plan = self._neighbour(read, number, plan, row)
-            replaced.add(row)
-
         for row, future in enumerate(reads):
             try:
-                encoded[row], is_cached = future.result()
+                filling.encoded[row], is_cached = future.result()
                 cache_hits += is_cached
             except BadImage as error:
-                put_another(row, error)
-        try:
-            images = self.decoder.decode(encoded, plan)
-        except BadImage as failure:  # DALI does not say which: decode one by one
-            before = len(replaced)
-            for row in set(range(len(plan))) - replaced:
-                try:
-                    self.decoder.decode([encoded[row]], plan[row : row + 1])
-                except BadImage as error:
-                    put_another(row, error)
-            if len(replaced) == before:
-                raise _no_image_is_bad(number, failure) from failure
-            try:
-                images = self.decoder.decode(encoded, plan)
-            except BadImage as again:
-                raise _no_image_is_bad(number, again) from again
-        valid = plan.valid.copy()
-        if self.invalidate:
-            valid[list(replaced)] = False
+                self._replace(read, filling, row, error)
+        images = self._decode(read, filling)
+        plan = filling.plan
         labels = self.index.label[plan.sample_ids].astype(np.int64)
-        patches = erasing_noise(plan.erase, plan.positions, seed=self.seed, number=number)
+        patches = erasing_noise(plan.erase, plan.positions, seed=self.order.seed, number=number)
         tensors = to_torch(images, labels, patches, self._copy_stream())
-        self._name_damaged(encoded, plan)
-        drawn = tuple(_pinned(tensor) for tensor in self.draw(number, plan.positions))
+        self._name_damaged(filling.encoded, plan)
         return Batch(
             *tensors,
             plan.sample_ids,
             plan.positions,
-            valid,
+            plan.valid,
             number=number,
-            replaced=len(replaced),
+            replaced=len(filling.replaced),
             cache_hits=cache_hits,
-            drawn=drawn,
+            drawn=tuple(_pinned(tensor) for tensor in self.draw(number, plan.positions)),
         )
+
+    def _decode(self, read: Read, filling: _Filling) -> Decoded:
+        """Return the decoded images, those that cannot be decoded replaced."""
+        try:
+            return self.decoder.decode(filling.encoded, filling.plan)
+        except BadImage as failure:  # DALI does not say which: decode one by one
+            before = set(filling.replaced)
+            for row in set(range(len(filling.plan))) - before:
+                try:
+                    self.decoder.decode([filling.encoded[row]], filling.plan[row : row + 1])
+                except BadImage as error:
+                    self._replace(read, filling, row, error)
+            if filling.replaced == before:
+                raise _no_image_is_bad(filling.number, failure) from failure
+            try:
+                return self.decoder.decode(filling.encoded, filling.plan)
+            except BadImage as again:
+                raise _no_image_is_bad(filling.number, again) from again
+
+    def _replace(self, read: Read, filling: _Filling, row: int, error: BadImage) -> None:
+        """Put the next readable image in the place of a bad one. Raises RunError when none is left or allowed."""
+        plan = filling.plan
+        bad, position = int(plan.sample_ids[row]), int(plan.positions[row])
+        self._note(bad, error)
+        for ahead in range(1, len(self.index)):
+            image = (bad + ahead) % len(self.index)
+            one = self.order.replan(self.index, self.decoder.decoding, filling.number, position, image)
+            try:
+                encoded, _ = read(image)
+                self.decoder.decode([encoded], one)
+            except BadImage as another:
+                self._note(image, another)
+                continue
+            filling.encoded[row], filling.plan = encoded, plan.with_row(row, one)
+            filling.replaced.add(row)
+            return
+        raise RunError(f"no image of {self.index.root} can be read any more: {listed(self.bad_images.found)}")
 
     def _copy_stream(self) -> torch.cuda.Stream | None:
         """Return the stream on which images are copied; None on the CPU. One: the allocator keeps memory by stream."""
@@ -165,22 +199,7 @@ class Loading:
             self._stream = torch.cuda.Stream(self.decoder.device_id)
         return self._stream
 
-    def _neighbour(self, read: Read, number: int, plan: BatchPlan, row: int) -> tuple[np.ndarray, BatchPlan]:
-        """Return the bytes of the next readable image, and the plan with it in the place of the bad one."""
-        bad = int(plan.sample_ids[row])
-        for ahead in range(1, len(self.index)):
-            image = (bad + ahead) % len(self.index)
-            one = self.replan(number, int(plan.positions[row]), image)
-            try:
-                encoded, _ = read(image)
-                self.decoder.decode([encoded], one)
-            except BadImage as error:
-                self._note(image, error)
-                continue
-            return encoded, plan.with_row(row, one)
-        raise RunError(f"no image of {self.index.root} can be read any more: {_listed(self.bad_images)}")
-
-    def _name_damaged(self, encoded: list[np.ndarray], plan: BatchPlan) -> None:
+    def _name_damaged(self, encoded: list[Uint8Array], plan: BatchPlan) -> None:
         """Say once which images of the batch just decoded are damaged, yet were decoded.
 
         When decoders complained more often than there are damaged images known, the others are decoded one by one.
@@ -205,27 +224,7 @@ class Loading:
     def _note(self, image: int, error: BadImage) -> None:
         if self.cache is not None:
             self.cache.forget(image)
-        name = self.index.name(image)
-        if name in self.bad_images:
-            return
-        if problem := folder_problem(self.index.root):
-            raise RunError(
-                f"{problem} any more; mount or restore it, the same command goes on from the last checkpoint"
-            )
-        self.bad_images[name] = str(error)
-        if self.on_bad_image == "stop":
-            raise RunError(f"bad image {self.index.root}/{name}: {error}; data.on_bad_image is 'stop'")
-        log.warning("bad image %s/%s: %s; another takes its place", self.index.root, name, error)
-        self.check(self.bad_images)
-
-    def check(self, found: dict[str, str]) -> None:
-        """Raise RunError, with the list, when more images were found bad than the limit allows."""
-        if len(found) > self.allowed:
-            raise RunError(
-                f"{len(found)} images turned bad after indexing, more than data.bad_image_limit allows "
-                f"({self.limit:g} of {len(self.index)} images: {self.allowed}); restore them, or start a new run "
-                f"(another --out), whose index leaves them out: {_listed(found)}"
-            )
+        self.bad_images.add(image, error)
 
 
 def _no_image_is_bad(number: int, failure: BadImage) -> RunError:
@@ -235,14 +234,8 @@ def _no_image_is_bad(number: int, failure: BadImage) -> RunError:
     )
 
 
-def _listed(found: dict[str, str]) -> str:
-    shown = [f"{name} ({reason})" for name, reason in list(found.items())[:SHOWN]]
-    more = len(found) - len(shown)
-    return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
-
-
 def to_torch(
-    images, labels: np.ndarray, patches: list[tuple[tuple, np.ndarray]], stream: torch.cuda.Stream | None
+    images: Decoded, labels: Int64Array, patches: list[Patch], stream: torch.cuda.Stream | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """DALI's dense float32 tensor list, with `patches` (of `erasing_noise`) written over it, and int64 labels as
     torch tensors, complete when this returns.
@@ -251,10 +244,10 @@ def to_torch(
     the copy is made and waited for on `stream`; the consumer's stream is recorded in `Stream`.
     """
     if stream is None:
-        return _pinned(erase(torch.from_dlpack(images.as_tensor()), patches)), _pinned(torch.from_numpy(labels))
+        return _pinned(erase(from_dlpack(images.as_tensor()), patches)), _pinned(torch.from_numpy(labels))
     with torch.cuda.stream(stream):
         tensors = (
-            erase(torch.from_dlpack(images.as_tensor()).clone(), patches),
+            erase(from_dlpack(images.as_tensor()).clone(), patches),
             torch.from_numpy(labels).to(stream.device),
         )
     stream.synchronize()

@@ -8,6 +8,7 @@ from collections import OrderedDict
 
 import numpy as np
 
+from data_pipeline.arrays import Uint8Array
 from data_pipeline.errors import BadImage
 from data_pipeline.image_header.read import check_whole
 from data_pipeline.index import Index
@@ -23,7 +24,7 @@ class ByteReader:
         self._shards: OrderedDict[int, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, image: int) -> np.ndarray:
+    def read(self, image: int) -> Uint8Array:
         """Return the encoded bytes of image `image`, uint8 [bytes].
 
         Raises BadImage when they are gone, are not as many as the index says, or do not begin and end as an

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.arrays import BoolArray, Int64Array, Uint8Array
 from data_pipeline.index import Index
 from data_pipeline.rng import generator
 
@@ -47,7 +48,7 @@ class ImageCache:
         self.folder = Path(folder)
         self._index = index
         digest = hashlib.blake2b(index.digest().encode(), digest_size=16)
-        digest.update(np.ascontiguousarray(index.mtime_ns))
+        digest.update(np.ascontiguousarray(index.mtime_ns).data)
         self._data = self.folder / digest.hexdigest()
         self._cacheable = _cacheable(index.num_bytes, limit_gib)
         self._reads = self._fills = True
@@ -57,7 +58,7 @@ class ImageCache:
         self._own_fd = -1
         self._numbers = itertools.count()
 
-    def read(self, image: int, source: Callable[[int], np.ndarray]) -> tuple[np.ndarray, bool]:
+    def read(self, image: int, source: Callable[[int], Uint8Array]) -> tuple[Uint8Array, bool]:
         """Return the encoded bytes of `image`, uint8 [bytes], and whether they come from the cache.
 
         What is not there is read by `source(image)`, whose exceptions pass through, and is cached.
@@ -88,7 +89,7 @@ class ImageCache:
     def _path(self, image: int) -> str:
         return f"{self._data}/{image % FOLDERS:02x}/{image}"
 
-    def _find(self, image: int) -> np.ndarray | None:
+    def _find(self, image: int) -> Uint8Array | None:
         expected = int(self._index.num_bytes[image])
         try:
             fd = os.open(self._path(image), os.O_RDONLY | os.O_CLOEXEC)
@@ -106,15 +107,15 @@ class ImageCache:
             return None
         return np.frombuffer(data, np.uint8, expected)
 
-    def _fill(self, image: int, data: np.ndarray) -> None:
+    def _fill(self, image: int, data: Uint8Array) -> None:
         try:
             temporary = self._own_folder() / str(next(self._numbers))
             if not self._has_room():
                 return
             try:
                 with open(temporary, "wb") as file:
-                    file.write(data)
-                    file.write(_checksum(data))
+                    file.write(data.data)
+                    file.write(_checksum(data.data))
                 os.replace(temporary, self._path(image))
             except OSError:
                 with contextlib.suppress(OSError):
@@ -163,7 +164,7 @@ class ImageCache:
                 log.warning("data.cache %s %s", self.folder, message)
 
 
-def _cacheable(num_bytes: np.ndarray, limit_gib: float | None) -> np.ndarray:
+def _cacheable(num_bytes: Int64Array, limit_gib: float | None) -> BoolArray:
     """Return which images may be cached, bool [n]: as many as fit in a pseudo-random order that is always the same."""
     if limit_gib is None:
         return np.ones(len(num_bytes), bool)
@@ -174,7 +175,7 @@ def _cacheable(num_bytes: np.ndarray, limit_gib: float | None) -> np.ndarray:
     return fits
 
 
-def _checksum(data: bytes | np.ndarray) -> bytes:
+def _checksum(data: bytes | memoryview) -> bytes:
     return zlib.crc32(data).to_bytes(CHECKSUM_BYTES, "little")
 
 

@@ -13,6 +13,7 @@ import resource
 
 import numpy as np
 
+from data_pipeline.arrays import Uint8Array
 from data_pipeline.errors import BadImage, RunError
 from data_pipeline.image_header.read import read_header
 
@@ -49,7 +50,7 @@ def names_an_image(error: Exception) -> bool:
     return bool(_REFUSED.search(reason_in(error)))
 
 
-def control_image(encoded: np.ndarray) -> np.ndarray | None:
+def control_image(encoded: Uint8Array) -> Uint8Array | None:
     """Return a sound JPEG, uint8 [bytes], of the height and width of `encoded`; None when its header gives none.
 
     It is progressive, which takes a decoder the most memory. Raises MemoryError.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline.augment.colour_jitter import jitter_colours
 from data_pipeline.augment.crop import resize_crop
@@ -17,13 +19,17 @@ from data_pipeline.augment.rand_augment import apply_operations
 from data_pipeline.errors import UsageError
 from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
+if TYPE_CHECKING:
+    from nvidia.dali.data_node import DataNode
+    from nvidia.dali.pipeline import Pipeline
+
 # Options of the decoder on a GPU. An image's pixels must not depend on the images decoded beside it:
 # - hw_decoder_load: nvImageCodec gives that share of each batch to the hardware engine (NVJPG), first come first
 #   served among its threads, and the rest to CUDA; the two round differently. With 0 each JPEG goes to CUDA.
 # - jpeg_fancy_upsampling: colour is up-sampled as libjpeg-turbo does, which decodes data.device=cpu, and here too what
 #   nvJPEG does not support.
 # - affine: off, as set_affinity below. hybrid_huffman_threshold keeps its default: it chooses by the image's own size.
-MIXED_DECODER = {"affine": False, "hw_decoder_load": 0.0, "jpeg_fancy_upsampling": True}
+MIXED_DECODER: dict[str, Any] = {"affine": False, "hw_decoder_load": 0.0, "jpeg_fancy_upsampling": True}
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Decoding:
     exif_orientation: bool = False
 
 
-def import_dali():
+def import_dali() -> ModuleType:
     """Return the module `nvidia.dali`. Raises UsageError naming the extra to install."""
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # what it says of an image that it refuses, DALI raises
     try:
@@ -73,41 +79,44 @@ def decoding_device(device: str = "auto") -> str:
     return "mixed" if gpus else "cpu"
 
 
-def training_pipeline(decoding: Decoding, max_batch: int, *, device: str, device_id: int | None):
+def training_pipeline(decoding: Decoding, max_batch: int, *, device: str, device_id: int | None) -> Pipeline:
     """Return the built pipeline that decodes, crops, resizes, flips, augments and normalises up to `max_batch` images.
 
     `device` is mixed or cpu. Its inputs are named as the columns of a plan, see `data_pipeline.decoder`; its output is
     float32 [n, 3, image_size, image_size].
     """
-    dali = import_dali()
-    fn, types = dali.fn, dali.types
+    import_dali()
+    from nvidia.dali import fn
+    from nvidia.dali.pipeline import pipeline_def
+    from nvidia.dali.types import DALIDataType
+
+    float32, int32 = DALIDataType.FLOAT, DALIDataType.INT32
     augmentation = decoding.augmentation
 
     # With conditionals, an operation of RandAugment runs on the images for which it was drawn.
-    @dali.pipeline_def(enable_conditionals=augmentation.rand_augment)
-    def graph():
+    @pipeline_def(enable_conditionals=augmentation.rand_augment)
+    def graph() -> DataNode:
         images = _decoded(decoding, device)
-        region_start = fn.external_source(name="region_start", dtype=types.FLOAT, ndim=1)
-        region_end = fn.external_source(name="region_end", dtype=types.FLOAT, ndim=1)
-        mirror = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
+        region_start = fn.external_source(name="region_start", dtype=float32, ndim=1)
+        region_end = fn.external_source(name="region_end", dtype=float32, ndim=1)
+        flip = fn.external_source(name="flip", dtype=int32, ndim=0)
         images = resize_crop(images, region_start, region_end, decoding.image_size)
         if augmentation.jitter:
-            levels = fn.external_source(name="levels", dtype=types.FLOAT, ndim=2)
-            saturation = fn.external_source(name="saturation", dtype=types.FLOAT, ndim=0)
+            levels = fn.external_source(name="levels", dtype=float32, ndim=2)
+            saturation = fn.external_source(name="saturation", dtype=float32, ndim=0)
             images = jitter_colours(images, levels, saturation)
         if augmentation.rand_augment:
-            operations = fn.external_source(name="operations", dtype=types.INT32, ndim=1)
-            arguments = fn.external_source(name="arguments", dtype=types.FLOAT, ndim=1)
-            matrices = fn.external_source(name="matrices", dtype=types.FLOAT, ndim=3)
-            images = flip_images(images, mirror)  # before the operations, as timm
-            mirror = 0
+            operations = fn.external_source(name="operations", dtype=int32, ndim=1)
+            arguments = fn.external_source(name="arguments", dtype=float32, ndim=1)
+            matrices = fn.external_source(name="matrices", dtype=float32, ndim=3)
+            images = flip_images(images, flip)  # before the operations, as timm
             images = apply_operations(images, operations, arguments, matrices)
         return fn.crop_mirror_normalize(
             images,
-            mirror=mirror,
+            mirror=0 if augmentation.rand_augment else flip,
             mean=[255 * value for value in IMAGENET_MEAN],
             std=[255 * value for value in IMAGENET_STD],
-            dtype=types.FLOAT,
+            dtype=float32,
             output_layout="CHW",
         )
 
@@ -123,31 +132,35 @@ def training_pipeline(decoding: Decoding, max_batch: int, *, device: str, device
     return pipeline
 
 
-def _decoded(decoding: Decoding, device: str):
+def _decoded(decoding: Decoding, device: str) -> DataNode:
     """Return, in a graph, the part of each encoded image that its crop takes: uint8 RGB."""
-    from nvidia.dali import fn, types
+    from nvidia.dali import fn
+    from nvidia.dali.types import DALIDataType, DALIImageType
 
     return fn.decoders.image_slice(
-        fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
-        fn.external_source(name="crop_start", dtype=types.INT32, ndim=1),
-        fn.external_source(name="crop_shape", dtype=types.INT32, ndim=1),
+        fn.external_source(name="encoded", dtype=DALIDataType.UINT8, ndim=1),
+        fn.external_source(name="crop_start", dtype=DALIDataType.INT32, ndim=1),
+        fn.external_source(name="crop_shape", dtype=DALIDataType.INT32, ndim=1),
         axis_names="HW",
         device=device,
-        output_type=types.RGB,
+        output_type=DALIImageType.RGB,
         adjust_orientation=decoding.exif_orientation,
         **(MIXED_DECODER if device == "mixed" else {}),
     )
 
 
-def whole_image_pipeline():
+def whole_image_pipeline() -> Pipeline:
     """Return the built pipeline that decodes one image at a time on the CPU, whole and as stored."""
-    dali = import_dali()
+    import_dali()
+    from nvidia.dali import fn
+    from nvidia.dali.pipeline import pipeline_def
+    from nvidia.dali.types import DALIDataType, DALIImageType
 
-    @dali.pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, set_affinity=False)
-    def graph():
-        encoded = dali.fn.external_source(name="encoded", dtype=dali.types.UINT8, ndim=1)
-        return dali.fn.decoders.image(encoded, output_type=dali.types.RGB, adjust_orientation=False)
+    @pipeline_def
+    def graph() -> DataNode:
+        encoded = fn.external_source(name="encoded", dtype=DALIDataType.UINT8, ndim=1)
+        return fn.decoders.image(encoded, output_type=DALIImageType.RGB, adjust_orientation=False)
 
-    pipeline = graph()
+    pipeline = graph(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, set_affinity=False)
     pipeline.build()
     return pipeline

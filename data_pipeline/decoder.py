@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
+from data_pipeline.arrays import Uint8Array
 from data_pipeline.augment.colour_jitter import jitter_slots
 from data_pipeline.augment.rand_augment import to_matrices
 from data_pipeline.dali_errors import CROP_OUTSIDE, control_image, machine_failure, names_an_image, reason_in
@@ -17,6 +20,12 @@ from data_pipeline.dali_graph import (
 from data_pipeline.decoder_stderr import caught
 from data_pipeline.errors import BadImage
 from data_pipeline.plan import BatchPlan
+
+if TYPE_CHECKING:
+    from nvidia.dali.pipeline import Pipeline
+    from nvidia.dali.tensors import TensorListCPU, TensorListGPU
+
+    Decoded = TensorListCPU | TensorListGPU
 
 
 class Decoder:
@@ -33,9 +42,9 @@ class Decoder:
         self.device = decoding_device(decoding.device)
         self.device_id = (decoding.device_id or 0) if self.device == "mixed" else None
         self.damage: list[str] = []
-        self._pipeline = None
+        self._pipeline: Pipeline | None = None
 
-    def decode(self, encoded: list[np.ndarray], plan: BatchPlan):
+    def decode(self, encoded: list[Uint8Array], plan: BatchPlan) -> Decoded:
         """Return a DALI tensor list, float32 [n, 3, image_size, image_size], of `encoded` (uint8 arrays) cut by
         `plan`.
 
@@ -54,7 +63,7 @@ class Decoder:
             said = self.damage[0] if len(encoded) == 1 and self.damage else reason_in(error)
             raise BadImage(f"cannot be decoded ({said})") from error
 
-    def _decode_control(self, refused: np.ndarray, plan: BatchPlan) -> None:
+    def _decode_control(self, refused: Uint8Array, plan: BatchPlan) -> None:
         """Decode a sound image of the size of the `refused` one; RunError when that fails too."""
         try:
             control = control_image(refused)
@@ -65,7 +74,7 @@ class Decoder:
             if CROP_OUTSIDE not in str(error):
                 raise machine_failure(error, 1, self.device_id, memory=names_an_image(error)) from error
 
-    def _run(self, encoded: list[np.ndarray], plan: BatchPlan):
+    def _run(self, encoded: list[Uint8Array], plan: BatchPlan) -> Decoded:
         if self._pipeline is None:
             self._pipeline = self._build()
         inputs = {
@@ -88,21 +97,22 @@ class Decoder:
         """Let go of the pipeline, its threads and its memory."""
         self._pipeline = None
 
-    def _build(self):
+    def _build(self) -> Pipeline:
         return training_pipeline(self.decoding, self.max_batch, device=self.device, device_id=self.device_id)
 
 
 class WholeDecoder:
     """Decodes one image at a time on the CPU, whole and as stored."""
 
-    def __init__(self):
-        self._pipeline = None
+    def __init__(self) -> None:
+        self._pipeline: Pipeline | None = None
 
-    def size(self, encoded: np.ndarray) -> tuple[int, int]:
+    def size(self, encoded: Uint8Array) -> tuple[int, int]:
         """Decode an image (uint8 [bytes]); return the height and width it has then. Raises RuntimeError, as DALI."""
         try:
             self._pipeline = self._pipeline or whole_image_pipeline()
-            return tuple(self._pipeline.run(encoded=[encoded])[0].at(0).shape[:2])
+            height, width, _ = self._pipeline.run(encoded=[encoded])[0].as_cpu().at(0).shape
+            return height, width
         except RuntimeError:
             self._pipeline = None  # DALI calls it "no longer valid"
             raise

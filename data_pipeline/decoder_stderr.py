@@ -33,7 +33,7 @@ _lock = threading.Lock()  # one batch is decoded at a time: its lines are its ow
 class _Catcher:
     """C's stderr and the file in memory that takes its place."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         libc = ctypes.CDLL(None)
         self.variable = ctypes.c_void_p.in_dll(libc, "stderr")
         libc.fdopen.restype = ctypes.c_void_p

@@ -141,7 +141,7 @@ def _entries(folder: bytes) -> list[tuple[bytes, bool]]:
     return sorted(found, key=lambda entry: entry[0] + b"/" if entry[1] else entry[0])
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link to itself: it will be a file that cannot be read

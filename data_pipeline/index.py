@@ -15,9 +15,11 @@ import zipfile
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from data_pipeline.arrays import Int64Array
 from data_pipeline.errors import UsageError
 from data_pipeline.files import whole_file
 from data_pipeline.index_rows import COLUMNS, Bad, Rows
@@ -119,7 +121,7 @@ class Index:
         inside = os.fsdecode(self.rows.name(int(image))) if shard < 0 else self.shard_names[shard]
         return self.root / inside
 
-    def take(self, images: np.ndarray) -> Index:
+    def take(self, images: Int64Array) -> Index:
         """Return an index of these images, int [n], in this order."""
         return self._of(self.rows.take(images))
 
@@ -144,8 +146,14 @@ class Index:
         return self._of(self.rows, root)
 
     def _of(self, rows: Rows, root: Path | None = None) -> Index:
-        about = {"shard_bytes": self.shard_bytes, "remarks": self.remarks}
-        return Index(root or self.root, rows, self.classes, self.shard_names, **about)
+        return Index(
+            root or self.root,
+            rows,
+            self.classes,
+            self.shard_names,
+            shard_bytes=self.shard_bytes,
+            remarks=self.remarks,
+        )
 
     def few(self, count: int, *, seed: int) -> Index:
         """Return an index of `count` images of each class, drawn by the seed, in the order of this one.
@@ -182,10 +190,10 @@ class Index:
         state = hashlib.blake2b(digest_size=16)
         state.update(json.dumps([self.classes, self.shard_names]).encode())
         for column in (self.rows.names, self.rows.ends):
-            state.update(np.ascontiguousarray(column))
+            state.update(np.ascontiguousarray(column).data)
         for name in COLUMNS:
             if name not in _NOT_IN_DIGEST:
-                state.update(np.ascontiguousarray(self.rows.columns[name]))
+                state.update(np.ascontiguousarray(self.rows.columns[name]).data)
         return state.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -202,13 +210,9 @@ class Index:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
-            np.savez(
-                file,
-                about=np.frombuffer(json.dumps(about).encode(), np.uint8),
-                names=self.rows.names,
-                ends=self.rows.ends,
-                **self.rows.columns,
-            )
+            text = np.frombuffer(json.dumps(about).encode(), np.uint8)
+            columns: dict[str, Any] = {"names": self.rows.names, "ends": self.rows.ends, **self.rows.columns}
+            np.savez(file, about=text, **columns)
 
 
 def load_index(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Index:

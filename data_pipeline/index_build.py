@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.arrays import Int64Array
 from data_pipeline.errors import UsageError
 from data_pipeline.folder_listing import Listing, folder_problem, list_folder
 from data_pipeline.index import INDEX_NAME, DamagedIndex, Index, Remarks, load_index
@@ -178,7 +179,7 @@ def _scan_shards(
     tasks = []
     for shard, (name, status) in enumerate(zip(listing.shards, statuses, strict=True)):
         rows = _rows_before(known, name, status) if known else None
-        if rows is None:
+        if known is None or rows is None:
             tasks.append((str(listing.root), shard, name))
         else:
             rows.columns["shard"] = np.full(len(rows), shard, np.int32)
@@ -187,8 +188,8 @@ def _scan_shards(
         workers = 1
     counts = [1] * len(tasks)
     scanned = run_tasks("indexing shards", scan_shard, tasks, counts, workers=workers, progress=progress)
-    for (_, shard, name), (rows, counts) in zip(tasks, scanned, strict=True):
-        parts[shard], left_out[name] = rows, counts
+    for (_, shard, name), (rows, others) in zip(tasks, scanned, strict=True):
+        parts[shard], left_out[name] = rows, others
     rows = Rows.joined([parts[shard] for shard in range(len(listing.shards))])
     files = np.array([same_file(status, name) for status, name in zip(statuses, listing.shards, strict=True)], np.int64)
     twice = _twice(files, listing.shards.__getitem__, "shards")
@@ -232,7 +233,7 @@ def _named_twice(rows: Rows) -> list[str]:
     return _twice(rows.files, lambda row: os.fsdecode(rows.name(row)), "images")
 
 
-def _twice(files: np.ndarray, name: Callable[[int], str], what: str) -> list[str]:
+def _twice(files: Int64Array, name: Callable[[int], str], what: str) -> list[str]:
     order = np.argsort(files, kind="stable")
     again = np.flatnonzero(np.diff(files[order]) == 0)
     if not len(again):

@@ -23,10 +23,10 @@ def differing_images(kept: Index, found: Index, *, part: bool) -> list[str]:
     rows = [(kept, row) for row in np.flatnonzero(~np.isin(before, now))]
     if not part:
         rows += [(found, row) for row in np.flatnonzero(~np.isin(now, before))]
-    return sorted({index.name(row) for index, row in rows} - unreadable)
+    return sorted({index.name(int(row)) for index, row in rows} - unreadable)
 
 
-def _images(index: Index) -> Iterator[tuple]:
+def _images(index: Index) -> Iterator[tuple[str | int, ...]]:
     """Yield what each image is, wherever its folder lies."""
     columns = (index.num_bytes, index.height, index.width, index.offset, index.label)
     for row, (*sizes, label) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from data_pipeline.arrays import Int64Array, Uint8Array
 
 COLUMNS = {
     "label": np.int32,
@@ -33,16 +36,16 @@ class Bad:
 class Rows:
     """Images as columns: `names` are joined bytes, name i ends at `ends[i]`; other columns are COLUMNS."""
 
-    names: np.ndarray
-    ends: np.ndarray
+    names: Uint8Array
+    ends: Int64Array
     columns: dict[str, np.ndarray]
     bad: list[Bad] = field(default_factory=list)
     read: int = 0  # how many were read anew
     same: int = 0  # how many have the name and size of an earlier row
-    files: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # equal where two names are one file
+    files: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))  # equal where two names are one file
 
     @classmethod
-    def of(cls, names: list[bytes], values: list[tuple[int, ...]], bad: list[Bad], read: int, same: int = 0) -> Rows:
+    def of(cls, names: list[bytes], values: Sequence[Sequence[int]], bad: list[Bad], read: int, same: int = 0) -> Rows:
         table = np.array(values, np.int64).reshape(len(values), len(COLUMNS))
         columns = {name: table[:, k].astype(dtype) for k, (name, dtype) in enumerate(COLUMNS.items())}
         ends = np.cumsum([len(name) for name in names], dtype=np.int64)
@@ -74,7 +77,7 @@ class Rows:
         columns = {name: column[first:last] for name, column in self.columns.items()}
         return Rows(self.names[begin : max(begin, end)], self.ends[first:last] - begin, columns)
 
-    def take(self, rows: np.ndarray) -> Rows:
+    def take(self, rows: Int64Array) -> Rows:
         """Return the rows of these numbers, without the bad files."""
         names = [self.name(int(row)) for row in rows]
         columns = {name: column[rows] for name, column in self.columns.items()}

@@ -31,7 +31,8 @@ _LABEL = re.compile(rb"\s*(\d{1,9})\s*\Z")
 def scan_names(task: tuple[str, int, bytes, Rows | None, list[Bad]]) -> Rows:
     """Return the rows of a chunk of files: (root, label, names, earlier rows of these names, earlier bad files)."""
     root, label, joined, known, known_bad = task
-    earlier = {known.name(row): row for row in range(len(known))} if known is not None else {}
+    known = Rows.of([], [], [], 0) if known is None else known
+    earlier = {known.name(row): row for row in range(len(known))}
     bad_before = {bad.name: bad for bad in known_bad}
     names, values, files, bad, read, same = [], [], [], [], 0, 0
     for name in joined.split(b"\0"):
@@ -82,14 +83,16 @@ def scan_shard(task: tuple[str, int, str]) -> tuple[Rows, dict[str, int]]:
     """
     root, shard, relative = task
     path = os.path.join(root, relative)
-    names, values, bad = [], [], []
+    names: list[bytes] = []
+    values: list[list[int]] = []
+    bad: list[Bad] = []
     labels: dict[str, int] = {}
     keys: list[str] = []
     others: Counter[str] = Counter()
     try:
         status = os.stat(path)
         with tarfile.open(path, "r:") as archive, open(path, "rb", buffering=0) as file:
-            for member in _members(archive, relative, bad, status):
+            for member in _members(archive, file.fileno(), relative, bad, status):
                 if not member.isreg():
                     others["links"] += int(member.issym() or member.islnk())
                     continue
@@ -125,15 +128,15 @@ def scan_shard(task: tuple[str, int, str]) -> tuple[Rows, dict[str, int]]:
 
 
 def _members(
-    archive: tarfile.TarFile, relative: str, bad: list[Bad], status: os.stat_result
+    archive: tarfile.TarFile, fd: int, relative: str, bad: list[Bad], status: os.stat_result
 ) -> Iterator[tarfile.TarInfo]:
     """Yield the members, as far as the archive can be read; damage is noted once."""
     damage = None
     try:
         while (member := archive.next()) is not None:
-            archive.members.clear()  # tarfile remembers every member; a shard has tens of thousands
+            vars(archive)["members"].clear()  # tarfile keeps every member; a shard has tens of thousands
             yield member
-        if os.pread(archive.fileobj.fileno(), tarfile.BLOCKSIZE, archive.offset).strip(b"\0"):
+        if os.pread(fd, tarfile.BLOCKSIZE, archive.offset).strip(b"\0"):
             damage = f"no tar header at byte {archive.offset}"  # where tarfile ends without a word
     except tarfile.TarError as error:
         damage = str(error)

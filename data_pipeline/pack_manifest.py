@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from data_pipeline.errors import UsageError, reason_of
 from data_pipeline.process_pool import Progress, run_tasks
@@ -70,14 +70,14 @@ def damage(task: tuple[str, dict[str, Any]]) -> str:
         if num_bytes != record["bytes"]:
             return f"{num_bytes} bytes, {record['bytes']} when it was packed"
         with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
+            digest = _sha256(file)
     except OSError as error:
         return reason_of(error)
-    return "" if digest.hexdigest() == record["sha256"] else "its bytes have changed since it was packed (sha256)"
+    return "" if digest == record["sha256"] else "its bytes have changed since it was packed (sha256)"
 
 
-def _digest(file):
-    digest = hashlib.sha256()  # Python 3.10 has no file_digest
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
     while some := file.read(2**20):
         digest.update(some)
-    return digest
+    return digest.hexdigest()

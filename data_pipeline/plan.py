@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from data_pipeline.arrays import BoolArray, Float32Array, Int32Array, Int64Array
 from data_pipeline.augment import colour_jitter, crop, flip, rand_augment, random_erasing
 from data_pipeline.augment.kinds import Augmentation
 from data_pipeline.errors import UsageError
@@ -35,33 +36,32 @@ class BatchPlan:
     float32 [n, 3] (brightness, contrast, saturation factors) applied in the order `jitter_order` int32 [n,
     3]. `operations` int32 [n, 2] of RandAugment (-1: none) have `arguments` float32 [n, 2]. `erase` int32 [n, 4]
     (y, x, height, width) is the box of the output that is filled with noise, all 0 for none. `valid` bool [n] is
-    False for positions that only fill up the last batch of an evaluation.
+    False for positions that only fill up the last batch of an evaluation, and in place of its bad images.
     """
 
-    positions: np.ndarray
-    sample_ids: np.ndarray
-    crops: np.ndarray
-    regions: np.ndarray
-    flips: np.ndarray
-    jitter: np.ndarray
-    jitter_order: np.ndarray
-    operations: np.ndarray
-    arguments: np.ndarray
-    erase: np.ndarray
-    valid: np.ndarray
+    positions: Int64Array
+    sample_ids: Int64Array
+    crops: Int32Array
+    regions: Float32Array
+    flips: Int32Array
+    jitter: Float32Array
+    jitter_order: Int32Array
+    operations: Int32Array
+    arguments: Float32Array
+    erase: Int32Array
+    valid: BoolArray
 
     def __len__(self) -> int:
         return len(self.sample_ids)
 
-    def __getitem__(self, rows: slice | np.ndarray) -> BatchPlan:
+    def __getitem__(self, rows: slice | Int64Array) -> BatchPlan:
         return BatchPlan(**{name: column[rows] for name, column in vars(self).items()})
 
     def with_row(self, row: int, other: BatchPlan) -> BatchPlan:
-        """Return this plan with another image, the only one of `other`, in the place `row`, which stays as valid."""
+        """Return this plan with another image, the only one of `other`, in row `row`."""
         columns = {name: column.copy() for name, column in vars(self).items()}
         for name, column in columns.items():
-            if name != "valid":
-                column[row] = getattr(other, name)[0]
+            column[row] = getattr(other, name)[0]
         return BatchPlan(**columns)
 
 
@@ -81,7 +81,7 @@ def steps_per_epoch(num_images: int, global_batch: int) -> int:
 
 
 @lru_cache(maxsize=2)
-def epoch_permutation(seed: int, epoch: int, num_images: int) -> np.ndarray:
+def epoch_permutation(seed: int, epoch: int, num_images: int) -> Int64Array:
     """Return the order of epoch `epoch`: int64 [num_images], read-only.
 
     It sorts raw 64-bit draws, so that no release of NumPy can change it (its own `permutation` is not
@@ -100,9 +100,9 @@ def plan_batch(
     seed: int,
     number: int,
     global_batch: int,
-    positions: slice | np.ndarray = slice(None),
+    positions: slice | Int64Array = slice(None),
     image_size: int = 224,
-    sample_ids: np.ndarray | None = None,
+    sample_ids: Int64Array | None = None,
 ) -> BatchPlan:
     """Return the plan of `positions` of global batch `number` (from 0; of epoch number // steps_per_epoch).
 
@@ -116,8 +116,8 @@ def plan_batch(
     heights, widths = index.height[sample_ids], index.width[sample_ids]
     crops, regions = crop.draw_crops(augmentation, draws[:, _CROP], heights, widths, image_size)
     jitter, jitter_order = colour_jitter.draw_jitter(augmentation.jitter, draws[:, _JITTER])
-    place = {"seed": seed, "number": number, "global_batch": global_batch, "positions": positions}
-    operations, arguments = _operations(augmentation, **place)
+    operations, arguments = _operations(augmentation, generator(seed, "rand_augment", number), global_batch, positions)
+    erase = _boxes_to_erase(augmentation, generator(seed, "erasing_box", number), global_batch, positions, image_size)
     return BatchPlan(
         positions=positions,
         sample_ids=np.asarray(sample_ids, np.int64),
@@ -128,59 +128,32 @@ def plan_batch(
         jitter_order=jitter_order,
         operations=operations,
         arguments=arguments,
-        erase=_boxes_to_erase(augmentation, image_size=image_size, **place),
+        erase=erase,
         valid=np.ones(len(positions), bool),
     )
 
 
-def plan_evaluation(
-    index: Index,
-    augmentation: Augmentation,
-    *,
-    number: int,
-    global_batch: int,
-    positions: slice,
-    image_size: int = 224,
-) -> BatchPlan:
-    """Return the plan of `positions` of evaluation batch `number`: every image once, in the order of the index.
-
-    The last batch is filled up with the last image, marked not valid, so that all ranks have as many batches.
-    """
-    positions = np.arange(global_batch)[positions]
-    wanted = number * global_batch + positions
-    sample_ids = np.minimum(wanted, len(index) - 1)
-    plan = plan_batch(
-        index,
-        augmentation,
-        seed=0,
-        number=number,
-        global_batch=global_batch,
-        positions=positions,
-        image_size=image_size,
-        sample_ids=sample_ids,
-    )
-    plan.valid[:] = wanted < len(index)
-    return plan
-
-
 def _operations(
-    augmentation: Augmentation, *, seed: int, number: int, global_batch: int, positions: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+    augmentation: Augmentation, random: np.random.Generator, global_batch: int, positions: Int64Array
+) -> tuple[Int32Array, Float32Array]:
     """Return `operations` and `arguments` of the plan."""
     if not augmentation.rand_augment:
         shape = len(positions), rand_augment.LAYERS
         return np.full(shape, rand_augment.NO_OPERATION, np.int32), np.zeros(shape, np.float32)
     shape = global_batch, rand_augment.LAYERS
-    random = generator(seed, "rand_augment", number)
     uniform, normal = random.random((*shape, 3)), random.standard_normal(shape)
     return rand_augment.draw_operations(uniform[positions], normal[positions])
 
 
 def _boxes_to_erase(
-    augmentation: Augmentation, *, seed: int, number: int, global_batch: int, positions: np.ndarray, image_size: int
-) -> np.ndarray:
+    augmentation: Augmentation,
+    random: np.random.Generator,
+    global_batch: int,
+    positions: Int64Array,
+    image_size: int,
+) -> Int32Array:
     """Return `erase` of the plan."""
     if not augmentation.erasing:
         return np.zeros((len(positions), 4), np.int32)
-    draws = generator(seed, "erasing_box", number).random((global_batch, random_erasing.DRAWS))[positions]
+    draws = random.random((global_batch, random_erasing.DRAWS))[positions]
     return random_erasing.erasing_boxes(draws, image_size, augmentation.erasing)

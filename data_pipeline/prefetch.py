@@ -6,7 +6,7 @@ import atexit
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 
@@ -15,12 +15,14 @@ from data_pipeline.errors import RunError
 
 POLL_S = 0.1
 
+Item = Batch | BaseException | None  # None: there are no more
+
 
 class Stream:
     """Runs an iterator of batches in a thread, `prefetch` batches ahead, and hands them to one consumer."""
 
-    def __init__(self, batches: Iterator[Batch], prefetch: int):
-        self._queue: queue.Queue = queue.Queue(max(1, prefetch))
+    def __init__(self, batches: Generator[Batch], prefetch: int):
+        self._queue: queue.Queue[Item] = queue.Queue(max(1, prefetch))
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=_produce, args=(batches, self._queue, self._stop), name="mae-scale-loader", daemon=True
@@ -65,8 +67,8 @@ def _close_all() -> None:
         stream.close()
 
 
-def _produce(batches: Iterator[Batch], into: queue.Queue, stop: threading.Event) -> None:
-    def put(item: Batch | BaseException | None) -> None:
+def _produce(batches: Generator[Batch], into: queue.Queue[Item], stop: threading.Event) -> None:
+    def put(item: Item) -> None:
         while not stop.is_set():
             try:
                 return into.put(item, timeout=POLL_S)

@@ -10,20 +10,31 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
 
 Progress = bool | Callable[[int, int], None]
 
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
 
 def run_tasks(
-    title: str, function: Callable, tasks: list, counts: list[int], *, workers: int | None, progress: Progress
-) -> list:
+    title: str,
+    function: Callable[[Task], Result],
+    tasks: list[Task],
+    counts: list[int],
+    *,
+    workers: int | None,
+    progress: Progress,
+) -> list[Result]:
     """Return the results of `function` over `tasks`, in order, from `workers` processes (default: one per core, at most
     16).
 
     `counts` are the images or shards of each task; `progress` shows a bar on a terminal, or is called with
     (done, total).
     """
-    done, total, results = 0, sum(counts), []
+    done, total = 0, sum(counts)
+    results: list[Result] = []
 
     def collect(advance: Callable[[int, int], None]) -> None:
         nonlocal done
@@ -53,7 +64,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _in_processes(function: Callable, tasks: list, workers: int | None) -> Iterator:
+def _in_processes(function: Callable[[Task], Result], tasks: list[Task], workers: int | None) -> Iterator[Result]:
     if workers is None:
         workers = min(16, available_cores())
     workers = min(workers, len(tasks))
@@ -83,8 +94,11 @@ def _in_processes(function: Callable, tasks: list, workers: int | None) -> Itera
 def _end_with_parent() -> None:
     """End this process when the one that started it is gone, killed for example: it would wait for work for ever."""
 
+    parent = multiprocessing.parent_process()
+
     def wait() -> None:
-        multiprocessing.parent_process().join()
+        if parent is not None:
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from data_pipeline.arrays import Float32Array, Float64Array, Int32Array, Int64Array
 from data_pipeline.augment.kinds import Augmentation
 
 if TYPE_CHECKING:
-    from nvidia.dali.pipeline import DataNode
+    from nvidia.dali.data_node import DataNode
 
 EVALUATION_CROP = 0.875  # 224 of 256, the share of the shorter side that a fixed-size crop keeps
 ATTEMPTS = 10  # of torchvision's RandomResizedCrop, before it falls back to the middle of the image
@@ -17,8 +18,8 @@ DRAWS = 4 * ATTEMPTS  # numbers in [0, 1) drawn for an image
 
 
 def draw_crops(
-    kind: Augmentation, draws: np.ndarray, heights: np.ndarray, widths: np.ndarray, image_size: int
-) -> tuple[np.ndarray, np.ndarray]:
+    kind: Augmentation, draws: Float64Array, heights: Int32Array, widths: Int32Array, image_size: int
+) -> tuple[Int32Array, Float32Array]:
     """Return crops int32 [n, 4] and regions float32 [n, 4] of a batch's plan, from draws [n, DRAWS] in [0, 1)."""
     if kind.crop == "random_resized":
         crops = random_resized_crops(draws, heights, widths, kind.scale, kind.ratio)
@@ -39,12 +40,8 @@ def draw_crops(
 
 
 def random_resized_crops(
-    draws: np.ndarray,
-    heights: np.ndarray,
-    widths: np.ndarray,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> np.ndarray:
+    draws: Float64Array, heights: Int32Array, widths: Int32Array, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Int32Array:
     """Return what torchvision's RandomResizedCrop.get_params does for n images: int32 [n, 4] (y, x, height, width).
 
     `draws` float64 [n, 40] in [0, 1): area, log-ratio, y and x of each of ten attempts; the first that fits
@@ -53,19 +50,19 @@ def random_resized_crops(
     height, width = heights.astype(np.int64), widths.astype(np.int64)
     boxes = attempted_boxes(draws, height, width, scale, ratio)
     sides = boxes[:, :, 2:]
-    fits = ((sides > 0) & (sides <= np.stack([height, width], axis=1)[:, None])).all(axis=2)
+    fits = np.all((sides > 0) & (sides <= np.stack([height, width], axis=1)[:, None]), axis=2)
     found = boxes[np.arange(len(boxes)), np.argmax(fits, axis=1)]
 
     in_ratio = width / height
     h = np.where(in_ratio < min(ratio), np.rint(width / min(ratio)).astype(np.int64), height)
     w = np.where(in_ratio > max(ratio), np.rint(height * max(ratio)).astype(np.int64), width)
     middle = np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1)
-    return np.where(fits.any(axis=1)[:, None], found, middle).astype(np.int32)
+    return np.where(np.any(fits, axis=1)[:, None], found, middle).astype(np.int32)
 
 
 def attempted_boxes(
-    draws: np.ndarray, height: np.ndarray, width: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
-) -> np.ndarray:
+    draws: Float64Array, height: Int64Array, width: Int64Array, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Int64Array:
     """Return boxes int64 [n, 10, 4] (y, x, height, width) of draws [n, 40], also those that do not fit into [n]
     `height` x `width`."""
     area, log_ratio, y, x = np.moveaxis(draws.reshape(len(draws), ATTEMPTS, 4), 2, 0)
@@ -83,13 +80,15 @@ def attempted_boxes(
 def resize_crop(images: DataNode, start: DataNode, end: DataNode, image_size: int) -> DataNode:
     """Resize, in a DALI graph, the region from `start` to `end` (y, x in pixels of `images`, fractions allowed) to a
     square of `image_size`; what lies around the region takes part in the filter."""
-    from nvidia.dali import fn, types
+    from nvidia.dali import fn
+    from nvidia.dali.types import DALIInterpType
 
-    return fn.resize(
+    resized = fn.resize(
         images,
         size=[image_size, image_size],
-        interp_type=types.INTERP_CUBIC,
+        interp_type=DALIInterpType.INTERP_CUBIC,
         antialias=True,
         roi_start=start,
         roi_end=end,
     )
+    return cast("DataNode", resized)  # a pair only with save_attrs

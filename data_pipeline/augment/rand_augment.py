@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_pipeline.arrays import Float32Array, Float64Array, Int32Array, Int64Array
+
 if TYPE_CHECKING:
-    from nvidia.dali.pipeline import DataNode
+    from nvidia.dali.data_node import DataNode
 
 LAYERS = 2
 NO_OPERATION = -1
@@ -40,7 +42,7 @@ OPERATIONS = 15
 ) = range(OPERATIONS)
 
 
-def draw_operations(uniform: np.ndarray, normal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def draw_operations(uniform: Float64Array, normal: Float64Array) -> tuple[Int32Array, Float32Array]:
     """Return operations int32 [n, 2] and arguments float32 [n, 2] of `uniform` [n, 2, 3] in [0, 1) (which operation,
     whether it is applied, its sign) and `normal` [n, 2] (standard normal).
 
@@ -53,7 +55,7 @@ def draw_operations(uniform: np.ndarray, normal: np.ndarray) -> tuple[np.ndarray
     return np.where(applied, operations, np.int32(NO_OPERATION)), np.where(applied, arguments, np.float32(0))
 
 
-def to_arguments(operations: np.ndarray, magnitudes: np.ndarray, signs: np.ndarray) -> np.ndarray:
+def to_arguments(operations: Int32Array, magnitudes: Float64Array, signs: Int64Array) -> Float32Array:
     """Return timm's arguments of `operations` at `magnitudes` in [0, 10]: float32, of the shape of all three.
 
     Rotate: degrees; Shear: a share; TranslateRel: a share of the side; Posterize: the bits kept; Solarize: the
@@ -76,7 +78,7 @@ def to_arguments(operations: np.ndarray, magnitudes: np.ndarray, signs: np.ndarr
     return np.choose(operations, by_operation).astype(np.float32)
 
 
-def to_matrices(operations: np.ndarray, arguments: np.ndarray, image_size: int) -> np.ndarray:
+def to_matrices(operations: Int32Array, arguments: Float32Array, image_size: int) -> Float32Array:
     """Return where each pixel of the output is found in the input, in pixels from the corner: float32 [..., 3, 3] of
     operations and arguments [...], the identity for an operation that is not geometric.
 
@@ -112,12 +114,17 @@ def _apply(images: DataNode, operation: DataNode, argument: DataNode, matrix: Da
     rounds its step to a whole number of pixels, which matters in images of less than about 200 pixels; sharpness
     leaves the outermost pixels as they are.
     """
-    from nvidia.dali import fn, math, types
+    from nvidia.dali import fn, math
+    from nvidia.dali.types import Constant, DALIDataType, DALIInterpType
 
-    white = types.Constant(255, dtype=types.UINT8)  # x ^ white is 255 - x
+    white = Constant(255, dtype=DALIDataType.UINT8)  # x ^ white is 255 - x
     if operation >= ROTATE:
         images = fn.experimental.warp_perspective(
-            images, matrix=matrix, interp_type=types.INTERP_CUBIC, border_mode="constant", fill_value=list(FILL)
+            images,
+            matrix=matrix,
+            interp_type=DALIInterpType.INTERP_CUBIC,
+            border_mode="constant",
+            fill_value=list(FILL),
         )
     elif operation >= BRIGHTNESS:
         images = _enhance(images, operation, argument)
@@ -145,15 +152,16 @@ def _apply(images: DataNode, operation: DataNode, argument: DataNode, matrix: Da
 def _enhance(images: DataNode, operation: DataNode, factor: DataNode) -> DataNode:
     """Apply Pillow's ImageEnhance: the image x `factor` and what is missing to 1 of the grey image (colour), its mean
     (contrast), the smooth image (sharpness) or black (brightness)."""
-    from nvidia.dali import fn, types
+    from nvidia.dali import fn
+    from nvidia.dali.types import Constant, DALIImageType
 
     if operation == SHARPNESS:
-        smooth = fn.filter(images, types.Constant(SMOOTH, device=images.device), border="clamp")
+        smooth = fn.filter(images, Constant(SMOOTH, device=images.device), border="clamp")
         images = _linear(images, factor, smooth * (1.0 - factor))
     elif operation == BRIGHTNESS:
         images = _linear(images, factor, 0.0)
     else:
-        grey = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
+        grey = fn.color_space_conversion(images, image_type=DALIImageType.RGB, output_type=DALIImageType.GRAY)
         if operation == CONTRAST:
             grey = _uint8(fn.reductions.mean(grey, axis_names="HW", keep_dims=True))
         images = _linear(images, factor, grey * (1.0 - factor))
@@ -166,6 +174,7 @@ def _linear(images: DataNode, scale: DataNode, offset: DataNode | float) -> Data
 
 
 def _uint8(values: DataNode) -> DataNode:
-    from nvidia.dali import fn, types
+    from nvidia.dali import fn
+    from nvidia.dali.types import DALIDataType
 
-    return fn.cast(values, dtype=types.UINT8)  # rounded and clipped
+    return fn.cast(values, dtype=DALIDataType.UINT8)  # rounded and clipped

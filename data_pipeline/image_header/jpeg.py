@@ -19,7 +19,8 @@ def jpeg_header(head: bytes, window: Window) -> tuple[Header, int]:
 
     `head` are the first bytes of the window. Raises BadImage.
     """
-    at, base, size, orientation, is_exif_read = 2, 0, None, 1, False
+    at, base, orientation, is_exif_read = 2, 0, 1, False
+    size: tuple[int, int] | None = None
     while True:
         here = at - base
         if here + 10 > len(head):
@@ -38,7 +39,8 @@ def jpeg_header(head: bytes, window: Window) -> tuple[Header, int]:
         if marker in _JPEG_SIZES and size is None:
             if here + 9 > len(head):
                 raise BadImage("truncated JPEG (its header is not all there)")
-            size = struct.unpack_from(">HH", head, here + 5)
+            height, width = struct.unpack_from(">HH", head, here + 5)
+            size = height, width
         elif marker == 0xE1 and not is_exif_read and head[here + 4 : here + 10] == b"Exif\0\0":
             orientation, is_exif_read = exif_orientation(window, at + 10), True
         at += 2 + length

@@ -21,12 +21,22 @@ _PLACES = ((273, 279), (324, 325))  # offsets and byte counts of strips, of tile
 _TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}
 _JPEG_COMPRESSED = 7
 _GREY, _RGB, _PALETTE, _YCBCR = 1, 2, 3, 6
-_KINDS = {0: "inverted grey", 1: "grey", 2: "RGB", 3: "a palette", 5: "CMYK", 6: "YCbCr", 8: "CIELab"}
+_NO_COLOURS = -1
+_KINDS = {
+    _NO_COLOURS: "colours that it does not name",
+    0: "inverted grey",
+    1: "grey",
+    2: "RGB",
+    3: "a palette",
+    5: "CMYK",
+    6: "YCbCr",
+    8: "CIELab",
+}
 
 
 class _Entry(NamedTuple):
     kind: int
-    count: int
+    values: int
     at: int  # where its place for a value, or the offset of one, begins
     place: bytes
 
@@ -36,7 +46,7 @@ def tiff_header(window: Window) -> Header:
     entries, order, end = _directory(window, 0)
     window.whole(end, 4, "TIFF")  # where the next page lies
     tables = entries.get(_JPEG_TABLES)
-    if tables is not None and struct.unpack(order + "I", tables.place[:4])[0] + tables.count > window.num_bytes:
+    if tables is not None and struct.unpack(order + "I", tables.place[:4])[0] + tables.values > window.num_bytes:
         raise BadImage("truncated TIFF (its JPEG tables are not all there)")
     numbers = {tag: _numbers(window, entries[tag], order) for tag in (_WIDTH, _HEIGHT) if tag in entries}
     if len(numbers) < 2:
@@ -69,7 +79,7 @@ _CHECKED = (_BITS, _COMPRESSION, _COLOURS, _SAMPLES, _PLANES, _FORMAT)
 
 def _unfit(values: dict[int, list[int]]) -> str | None:
     """Return what DALI would decode otherwise than it is stored, None when there is nothing."""
-    samples, colours = values.get(_SAMPLES, [1])[0], values.get(_COLOURS, [None])[0]
+    samples, colours = values.get(_SAMPLES, [1])[0], values.get(_COLOURS, [_NO_COLOURS])[0]
     bits = values.get(_BITS, [])
     jpeg = values.get(_COMPRESSION, [1])[0] == _JPEG_COMPRESSED
     if not bits or len(set(bits)) > 1 or bits[0] not in ((1, 4, 8) if colours == _PALETTE else (1, 8, 16)):
@@ -97,7 +107,7 @@ def _directory(window: Window, base: int) -> tuple[dict[int, _Entry], str, int]:
     if count > MOST_ENTRIES:
         raise BadImage(f"damaged TIFF header ({count} entries)")
     table = window.whole(first + counter, count * size, "TIFF")
-    entries = {}
+    entries: dict[int, _Entry] = {}
     for at in range(0, count * size, size):
         tag, kind = struct.unpack_from(order + "HH", table, at)
         number = struct.unpack_from(order + ("Q" if big else "I"), table, at + 4)[0]
@@ -107,16 +117,16 @@ def _directory(window: Window, base: int) -> tuple[dict[int, _Entry], str, int]:
 
 def _numbers(window: Window, entry: _Entry, order: str) -> list[int]:
     letter = _TYPES.get(entry.kind)
-    if letter is None or not entry.count:
+    if letter is None or not entry.values:
         raise BadImage("damaged TIFF header (a number is of no known type)")
-    size = entry.count * struct.calcsize(order + letter)
+    size = entry.values * struct.calcsize(order + letter)
     data = entry.place[:size]
     if size > len(entry.place):
         offset = struct.unpack(order + ("Q" if len(entry.place) == 8 else "I"), entry.place)[0]
         if size > window.num_bytes:
             raise BadImage("damaged TIFF header (an entry is longer than the file)")
         data = window.whole(offset, size, "TIFF")
-    return list(struct.unpack(f"{order}{entry.count}{letter}", data))
+    return list(struct.unpack(f"{order}{entry.values}{letter}", data))
 
 
 def _orientation(entries: dict[int, _Entry], order: str) -> int:

@@ -93,21 +93,21 @@ def features(recipe: Recipe, root: Path, weights: Path | None) -> tuple[np.ndarr
     """Return mean-pooled encoder features [N, D] float32 and labels [N] int64 of every image below `root`."""
     import torch
 
+    from data_pipeline.augment.kinds import augmentation
+    from data_pipeline.batch_order import EvaluationOrder
     from data_pipeline.index_build import open_index
-    from data_pipeline.loader import EvaluationLoader
+    from data_pipeline.loader import ImageLoader
     from mae_scale.models.build import build_model
     from mae_scale.models.weights.autoencoder import load_official, read_weights
+    from mae_scale.training.decoding import decoding_on_cpu
 
     torch.manual_seed(recipe.seed)
     model = build_model(recipe).eval()
     if weights is not None:
         load_official(model, read_weights(weights))
     pooled, labels = [], []
-    index = open_index(root, progress=False)
-    with (
-        EvaluationLoader(index, image_size=recipe.model.image_size, batch_size=64, device="cpu") as loader,
-        torch.inference_mode(),
-    ):
+    index, decoding = open_index(root, progress=False), decoding_on_cpu(recipe, augmentation("evaluation"))
+    with ImageLoader(index, EvaluationOrder(64), decoding) as loader, torch.inference_mode():
         for batch in loader:
             pooled.append(model.forward_features(batch.images)[:, 1:].mean(1).numpy()[batch.valid])
             labels.append(batch.labels.numpy()[batch.valid])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.batch_order import TrainingOrder
 from data_pipeline.cache import ImageCache
 from data_pipeline.errors import EXIT_DONE, EXIT_STOPPED
 from data_pipeline.files import write_json
@@ -30,6 +31,7 @@ from mae_scale.tracking.output import Output
 from mae_scale.tracking.tracker import Tracking
 from mae_scale.training.announcement import headline, nothing_to_do
 from mae_scale.training.context import RunContext
+from mae_scale.training.decoding import bad_image_policy, decoding_of
 from mae_scale.training.event_log import Events
 from mae_scale.training.inputs import IMAGES, RECIPE, is_prepared
 from mae_scale.training.loop import Loop, resume
@@ -190,25 +192,20 @@ def _train(
 def _open_loader(context: RunContext, objective: Objective, start: int) -> ImageLoader:
     """Return this rank's batches from update `start` on, with what the objective draws for them."""
     recipe, data = context.recipe, context.recipe.data
-    return ImageLoader(
-        context.index,
-        training_augmentation(recipe),
-        image_size=recipe.model.image_size,
-        global_batch=data.global_batch,
-        micro_batch=context.layout.micro_batch,
+    order = TrainingOrder(
+        context.layout,
         rank=context.ranks.rank,
-        world_size=context.ranks.world_size,
         seed=recipe.seed,
-        device=data.device,
-        device_id=context.ranks.local_rank,
-        threads=data.threads,
         start_step=start,
         stop_step=context.steps.last,
         batch_of=context.events.batch_of,
+    )
+    return ImageLoader(
+        context.index,
+        order,
+        decoding_of(recipe, training_augmentation(recipe), context.ranks),
         draw=objective.draw,
-        bad_image_limit=data.bad_image_limit,
-        on_bad_image=data.on_bad_image,
-        exif_orientation=data.exif_orientation,
+        bad_images=bad_image_policy(recipe),
         cache=None if data.cache is None else ImageCache(data.cache, context.index, limit_gib=data.cache_gib),
     )
 

@@ -3,10 +3,13 @@
 import torch
 
 from data_pipeline.augment.kinds import Augmentation, augmentation
+from data_pipeline.batch_layout import batch_layout
+from data_pipeline.batch_order import TrainingOrder
 from data_pipeline.index import Index, load_index
 from data_pipeline.loader import ImageLoader
 from mae_scale.config.schema import Recipe
 from mae_scale.training.context import RunContext
+from mae_scale.training.decoding import decoding_on_cpu
 from mae_scale.training.inputs import VALIDATION
 
 
@@ -20,15 +23,6 @@ def shown_images(context: RunContext, count: int) -> torch.Tensor:
 def some_images(index: Index, count: int, recipe: Recipe, kind: Augmentation) -> torch.Tensor:
     """Return up to `count` images [N, 3, S, S] float32 drawn by the recipe's seed, decoded on the CPU."""
     count = min(count, len(index))
-    with ImageLoader(
-        index,
-        kind,
-        image_size=recipe.model.image_size,
-        global_batch=count,
-        micro_batch=count,
-        seed=recipe.seed,
-        device="cpu",
-        exif_orientation=recipe.data.exif_orientation,
-        stop_step=1,
-    ) as loader:
+    order = TrainingOrder(batch_layout(count), seed=recipe.seed, stop_step=1)
+    with ImageLoader(index, order, decoding_on_cpu(recipe, kind)) as loader:
         return next(iter(loader)).images

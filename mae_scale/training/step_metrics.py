@@ -56,16 +56,18 @@ def step_metrics(
 
     Raises RunError when more images are bad than the recipe allows.
     """
-    counts = torch.tensor([len(loader.bad_images), *clock.take_counts()], device=context.device, dtype=torch.float32)
+    counts = torch.tensor(
+        [len(loader.bad_images.found), *clock.take_counts()], device=context.device, dtype=torch.float32
+    )
     shared = torch.cat([result.loss.reshape(1), counts])
     torch.distributed.all_reduce(shared)
     loss, bad_images, replaced, cache_hits, images = shared.tolist()
     world_size = context.ranks.world_size
-    if bad_images > loader.allowed_bad_images:
+    if bad_images > loader.bad_images.allowed:
         # Each rank has counted its own, and one may be another's too: look at the names.
         found: list[dict[str, str]] = [{} for _ in range(world_size)]
-        torch.distributed.all_gather_object(found, loader.bad_images)
-        loader.check_bad_images({name: reason for part in found for name, reason in part.items()})
+        torch.distributed.all_gather_object(found, loader.bad_images.found)
+        loader.bad_images.check({name: reason for part in found for name, reason in part.items()})
     rates = clock.rates(done)
     metrics = {
         "train/loss": loss / world_size,

@@ -9,6 +9,8 @@ pytest.importorskip("sklearn")
 
 from data_pipeline import dali_graph
 from data_pipeline.augment.kinds import augmentation
+from data_pipeline.batch_layout import batch_layout
+from data_pipeline.batch_order import TrainingOrder
 from data_pipeline.byte_reader import ByteReader
 from data_pipeline.dali_graph import Decoding, decoding_device
 from data_pipeline.decoder import Decoder
@@ -110,10 +112,9 @@ def test_rand_augment_runs_on_the_gpu_and_does_there_what_it_does_on_the_cpu(ind
 
 
 def batches(index, device, micro_batch=8, steps=3, start=0):
-    with ImageLoader(
-        index, image_size=96, global_batch=8, micro_batch=micro_batch, device=device, start_step=start, stop_step=steps
-    ) as loader:
-        return [(b.images.clone(), b.labels.clone(), b.sample_ids.copy(), b.step) for b in loader]
+    order = TrainingOrder(batch_layout(8, micro_batch=micro_batch), start_step=start, stop_step=steps)
+    with ImageLoader(index, order, Decoding(augmentation("random_resized_crop"), 96, device=device)) as loader:
+        return [(b.images.clone(), b.labels.clone(), b.sample_ids.copy(), b.number) for b in loader]
 
 
 def test_batches_lie_on_the_gpu_and_are_the_cpus(index):
@@ -136,7 +137,8 @@ def test_a_global_batch_is_the_same_for_any_micro_batch_and_from_the_middle(inde
 
 def test_batches_stay_whole_while_more_are_decoded(index):
     """The loader works ahead on streams of its own: what was handed out may not change under the consumer."""
-    with ImageLoader(index, image_size=96, global_batch=8, micro_batch=8, device="gpu", stop_step=20) as loader:
+    order = TrainingOrder(batch_layout(8), stop_step=20)
+    with ImageLoader(index, order, Decoding(augmentation("random_resized_crop"), 96, device="gpu")) as loader:
         kept = [batch.images for batch in loader]
     expected = [images for images, *_ in batches(index, "gpu", steps=20)]
     assert all(torch.equal(a, b) for a, b in zip(kept, expected, strict=True))

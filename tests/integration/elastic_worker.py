@@ -51,11 +51,11 @@ def run_case(case: dict, ranks, device) -> dict:
     if case["load"]:
         manifest = load_newest(engine, Path(case["load"]), index="none")
         assert manifest["step"] == case["first"], manifest
-    losses, share = [], GLOBAL_BATCH // ranks.world_size
+    losses = []
     if case.get("poison"):
-        return poisoned_step(engine, objective, layout, share)
+        return poisoned_step(engine, objective, layout)
     for step in range(case["first"], case["last"]):
-        mine = [t[ranks.rank * share : (ranks.rank + 1) * share] for t in tensors(objective, step)]
+        mine = [t[layout.positions(ranks.rank)] for t in tensors(objective, step)]
         micro_batches = zip(*(t.split(layout.micro_batch) for t in mine), strict=True)
         result = engine.train_step(micro_batches, rate(step))
         loss = result.loss / ranks.world_size
@@ -68,19 +68,19 @@ def run_case(case: dict, ranks, device) -> dict:
         facts = {"step": case["last"], "epoch": 0.5, "loss": None, "index": "none", "world_size": ranks.world_size}
         writer.save(engine.state(), facts)
         # Training goes on while it is written: what is saved must be the state as it was.
-        mine = [t[:share] for t in tensors(objective, 10**6)]
+        mine = [t[layout.positions(0)] for t in tensors(objective, 10**6)]
         engine.train_step(zip(*(t.split(layout.micro_batch) for t in mine), strict=True), 1.0)
         assert writer.wait()
     engine.close()
     return losses
 
 
-def poisoned_step(engine, objective: Reconstruct, layout, share: int) -> list[bool]:
+def poisoned_step(engine, objective: Reconstruct, layout) -> list[bool]:
     """[a good step is skipped, the state has changed, a step with a NaN on one rank is skipped, it has changed]."""
     answers = []
     for poison in (False, True):
         before = [piece.data.clone() for piece in engine.state().pieces]
-        images, noise, scales = (t[:share].clone() for t in tensors(objective, 0))
+        images, noise, scales = (t[layout.positions(0)].clone() for t in tensors(objective, 0))
         if poison and torch.distributed.get_rank() == 0:
             images[0, 0, 0, 0] = torch.nan
         micro_batches = zip(*(t.split(layout.micro_batch) for t in (images, noise, scales)), strict=True)

@@ -152,8 +152,7 @@ def run_case(overrides: list[str], ranks, device) -> dict:
     on_cpu = nullcontext() if recipe.engine.compile else HostWaits()
     counting = on_cpu if device.type == "cpu" else HostWaitsOnGPU()
     losses, norms = [], []
-    share = GLOBAL_BATCH // ranks.world_size
-    positions = np.arange(ranks.rank * share, (ranks.rank + 1) * share)
+    positions = np.arange(GLOBAL_BATCH)[layout.positions(ranks.rank)]
     for step in range(STEPS):
         mine = [t.to(device) for t in with_branch_scales(global_batch(step), objective, step, positions)]
         micro_batches = zip(*(t.split(layout.micro_batch) for t in mine), strict=True)

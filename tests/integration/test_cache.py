@@ -15,14 +15,17 @@ import pytest
 import torch
 
 from data_pipeline import cache as cache_module
+from data_pipeline.bad_images import BadImagePolicy
+from data_pipeline.batch_layout import batch_layout
+from data_pipeline.batch_order import TrainingOrder
 from data_pipeline.byte_reader import ByteReader
 from data_pipeline.cache import FREE_SHARE, ImageCache
 from data_pipeline.errors import BadImage
 from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
+from tests.loaders import on_cpu
 
 STEPS, BATCH = 5, 71  # 355 images: an epoch without a remainder
-EPOCH = {"image_size": 16, "seed": 5, "device": "cpu", "global_batch": BATCH, "micro_batch": BATCH}
 
 
 @pytest.fixture
@@ -37,9 +40,12 @@ def folder(tmp_path):
     return tmp_path / "disk" / "cache"
 
 
+def order_of(epoch: int) -> TrainingOrder:
+    return TrainingOrder(batch_layout(BATCH), seed=5, start_step=epoch * STEPS, stop_step=(epoch + 1) * STEPS)
+
+
 def batches(index, cache=None, epoch=0, **options) -> list:
-    settings = EPOCH | {"start_step": epoch * STEPS, "stop_step": (epoch + 1) * STEPS, "cache": cache} | options
-    with ImageLoader(index, **settings) as loader:
+    with ImageLoader(index, order_of(epoch), on_cpu(16), cache=cache, **options) as loader:
         return list(loader)
 
 
@@ -92,18 +98,19 @@ def test_another_index_has_its_own_images(index, folder):
 FILLING = """
 import sys, time
 from data_pipeline import cache
+from data_pipeline.batch_layout import batch_layout
+from data_pipeline.batch_order import TrainingOrder
 from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
+from tests.loaders import on_cpu
 root, folder, pause_s, rounds = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
 checksum = cache._checksum
 cache._checksum = lambda data: time.sleep(pause_s) or checksum(data)  # between the two parts of a file
 index = build_index(root, progress=False)
 print("started", flush=True)
 for _ in range(rounds):
-    with ImageLoader(
-        index, image_size=16, seed=5, device="cpu", global_batch=71, micro_batch=71, stop_step=5,
-        cache=cache.ImageCache(folder, index),
-    ) as loader:
+    order = TrainingOrder(batch_layout(71), seed=5, stop_step=5)
+    with ImageLoader(index, order, on_cpu(16), cache=cache.ImageCache(folder, index)) as loader:
         print(sum(batch.cache_hits for batch in loader), flush=True)
 """
 
@@ -313,7 +320,7 @@ def test_a_disk_that_cannot_be_read_is_one_warning_and_the_source_is_read(index,
 def test_a_cache_that_vanishes_is_one_warning_and_the_source_is_read(index, folder, caplog):
     expected = batches(index)
     cache = ImageCache(folder, index)
-    with ImageLoader(index, **EPOCH, prefetch=1, stop_step=STEPS, cache=cache) as loader:
+    with ImageLoader(index, order_of(0), on_cpu(16), prefetch=1, cache=cache) as loader:
         found = []
         for batch in loader:
             found.append(batch)
@@ -347,9 +354,9 @@ def test_a_bad_image_is_bad_and_is_read_again_when_it_is_restored(index, folder,
     at = data.index(b"\xff\xc4")
     data[at + 5 : at + 21] = b"\xff" * 16
     index.path(garbled).write_bytes(data)
-    plain = batches(index, bad_image_limit=0.5)
+    plain = batches(index, bad_images=BadImagePolicy(0.5))
     for _ in range(2):
-        found = batches(index, ImageCache(folder, index), bad_image_limit=0.5)
+        found = batches(index, ImageCache(folder, index), bad_images=BadImagePolicy(0.5))
         assert same(found, plain)
         assert sum(batch.replaced for batch in found) == 2
         assert not {missing, garbled} & cached_files(folder).keys()

@@ -9,13 +9,15 @@ import pytest
 from PIL import Image
 
 from data_pipeline.augment.kinds import augmentation
+from data_pipeline.batch_layout import batch_layout
+from data_pipeline.batch_order import TrainingOrder
 from data_pipeline.byte_reader import ByteReader
-from data_pipeline.dali_graph import Decoding
 from data_pipeline.decoder import Decoder
 from data_pipeline.errors import BadImage, RunError
 from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
 from data_pipeline.plan import plan_batch
+from tests.loaders import on_cpu
 
 FRAME = """Critical error in pipeline:
 Error in {kind} operator `nvidia.dali.fn.decoders.image_slice`,
@@ -76,7 +78,7 @@ def setting(index, count=4):
     rows = np.arange(count)
     plan = plan_batch(index, kind, seed=0, number=0, global_batch=count, sample_ids=rows, image_size=32)
     reader = ByteReader(index)
-    return Decoder(Decoding(kind, 32, device="cpu"), 4), [reader.read(int(row)) for row in rows], plan
+    return Decoder(on_cpu(kind="evaluation"), 4), [reader.read(int(row)) for row in rows], plan
 
 
 class Failing:
@@ -167,40 +169,43 @@ def test_a_bad_image_is_still_a_bad_image(index, case):
 def test_a_loader_replaces_a_bad_image_and_stops_for_lack_of_memory(index, tmp_path, monkeypatch):
     path = tmp_path / "2.jpg"
     path.write_bytes(BAD["huffman tables"](path.read_bytes()))
-    options = {"image_size": 32, "global_batch": 4, "micro_batch": 4, "device": "cpu", "stop_step": 1}
-    with ImageLoader(index, **options) as loader:
+    order = TrainingOrder(batch_layout(4), stop_step=1)
+    with ImageLoader(index, order, on_cpu()) as loader:
         assert [batch.replaced for batch in loader] == [1]
-        assert list(loader.bad_images) == ["2.jpg"]
+        assert list(loader.bad_images.found) == ["2.jpg"]
     monkeypatch.setattr(Decoder, "_build", lambda self: Failing(LACK_OF_MEMORY[2]))
-    with ImageLoader(index, **options) as loader:
+    with ImageLoader(index, order, on_cpu()) as loader:
         with pytest.raises(RunError, match="for lack of memory"):
             list(loader)
-        assert loader.bad_images == {}
+        assert loader.bad_images.found == {}
 
 
 LIMITED = """
 import resource, sys
 import PIL.Image
+from data_pipeline.batch_layout import batch_layout
+from data_pipeline.batch_order import TrainingOrder
+from data_pipeline.errors import RunError
 from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
-from data_pipeline.errors import RunError
+from tests.loaders import on_cpu
 
 PIL.Image.init()
 index = build_index(sys.argv[1], workers=1, progress=False)
-options = {"image_size": 32, "device": "cpu", "augmentation": "evaluation", "stop_step": 1, "threads": 1}
-batch = len(index)
-with ImageLoader(index, global_batch=batch, micro_batch=batch, **options) as loader:
+order = TrainingOrder(batch_layout(len(index)), stop_step=1)
+decoding = on_cpu(kind="evaluation", threads=1)
+with ImageLoader(index, order, decoding) as loader:
     list(loader)  # the libraries are loaded
 in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 for room_mib in range(60, 500, 80):
     resource.setrlimit(resource.RLIMIT_AS, (in_use + room_mib * 2**20, -1))
-    with ImageLoader(index, global_batch=batch, micro_batch=batch, **options) as loader:
+    with ImageLoader(index, order, decoding) as loader:
         try:
             list(loader)
         except RunError as error:
-            print(len(loader.bad_images), error)
+            print(len(loader.bad_images.found), error)
         else:
-            print("bad images:", loader.bad_images)
+            print("bad images:", loader.bad_images.found)
             break
 """
 

@@ -13,13 +13,14 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
 import mae_scale
-from data_pipeline.augment.kinds import augmentation
+from data_pipeline.batch_order import EvaluationOrder
 from data_pipeline.errors import UsageError
 from data_pipeline.index_build import build_index
-from data_pipeline.loader import EvaluationLoader
+from data_pipeline.loader import ImageLoader
 from mae_scale.checkpoints.export import checkpoint_model, export_weights
 from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.models.vit import patchify
+from tests.loaders import on_cpu
 from tests.old_runs import unpack
 
 
@@ -77,7 +78,7 @@ def test_an_image_is_prepared_as_in_evaluation(base, photos):
     """Within 16 of 255 levels for any pixel and 0.25 in the mean, as our pipeline is to PIL."""
     encoder = mae_scale.load_encoder(base[1])
     index = build_index(photos, progress=False)
-    with EvaluationLoader(index, augmentation("evaluation"), image_size=224, batch_size=2, device="cpu") as loader:
+    with ImageLoader(index, EvaluationOrder(2), on_cpu(224, "evaluation")) as loader:
         expected = next(iter(loader)).images
     ours = torch.stack([encoder.transform(Image.open(photos / index.name(row))) for row in range(2)])
     levels = (ours - expected).abs() * 255 * 0.225

@@ -8,19 +8,22 @@ import pytest
 from PIL import Image, ImageOps
 
 from data_pipeline.augment.kinds import augmentation
+from data_pipeline.batch_order import EvaluationOrder
 from data_pipeline.byte_reader import ByteReader
 from data_pipeline.dali_graph import Decoding
 from data_pipeline.decoder import Decoder
 from data_pipeline.errors import UsageError
 from data_pipeline.index import load_index
 from data_pipeline.index_build import build_index, open_index
-from data_pipeline.loader import EvaluationLoader, ImageLoader
+from data_pipeline.loader import ImageLoader
 from data_pipeline.plan import plan_batch
 from tests.image_types import photo
 from tests.integration.test_image_types import pixels
+from tests.loaders import on_cpu
 from tests.tiny import TINY, losses
 
 SIDE = 48
+WHOLE_AND_TURNED = on_cpu(SIDE, "evaluation_whole", exif_orientation=True)
 TYPES = {
     "jpg": ("JPEG", {"quality": 95}),
     "png": ("PNG", {}),
@@ -80,8 +83,7 @@ def test_shards_and_evaluation_turn_images_as_the_folder_does(folder, tmp_path, 
     assert call("data", "pack", folder, tmp_path / "shards")[0] == 0
     batches = []
     for root in (folder, tmp_path / "shards"):
-        options = {"image_size": SIDE, "batch_size": 32, "device": "cpu", "exif_orientation": True}
-        with EvaluationLoader(build_index(root, progress=False), "evaluation_whole", **options) as loader:
+        with ImageLoader(build_index(root, progress=False), EvaluationOrder(32), WHOLE_AND_TURNED) as loader:
             batches.append(next(iter(loader)).images.numpy())
     assert np.array_equal(*batches)
     index = build_index(folder, progress=False)
@@ -129,7 +131,7 @@ def test_an_index_of_an_earlier_version_loads_and_is_refreshed(folder, tmp_path,
     old = load_index(tmp_path / "index.npz", root)
     assert (old.digest(), len(old)) == (index.digest(), len(index))
     with pytest.raises(UsageError, match="older version"):
-        ImageLoader(old, image_size=SIDE, global_batch=8, micro_batch=8, device="cpu", exif_orientation=True)
+        ImageLoader(old, EvaluationOrder(8), WHOLE_AND_TURNED)
     fresh = open_index(root, tmp_path / "index.npz", progress=False)
     assert (fresh.rows.read, fresh.digest()) == (len(index), index.digest())
     assert fresh.orientation.tolist() == index.orientation.tolist()
@@ -165,7 +167,6 @@ def test_files_with_orientations_that_decoders_read_in_their_own_way_are_cut_whe
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         index = build_index(tmp_path, progress=False)
-        options = {"image_size": SIDE, "batch_size": 8, "device": "cpu", "exif_orientation": True}
-        with EvaluationLoader(index, "evaluation_whole", **options) as loader:
+        with ImageLoader(index, EvaluationOrder(8), WHOLE_AND_TURNED) as loader:
             assert next(iter(loader)).valid.all()
-            assert not loader.bad_images
+            assert not loader.bad_images.found

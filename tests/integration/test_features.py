@@ -9,9 +9,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import mae_scale as package
-from data_pipeline.augment.kinds import augmentation
+from data_pipeline.batch_order import EvaluationOrder
 from data_pipeline.index_build import open_index
-from data_pipeline.loader import EvaluationLoader
+from data_pipeline.loader import ImageLoader
+from tests.loaders import on_cpu
 from tests.old_runs import SIZE, unpack
 
 RECIPE = ["demo", *SIZE, "engine.micro_batch=50"]
@@ -54,7 +55,7 @@ def test_one_rank_and_two_write_the_same_rows_in_the_index_s_order(kind, write, 
 @torch.inference_mode()
 def test_they_are_what_the_encoder_gives_for_the_evaluation_crop(write, run, digits):
     encoder, index = package.load_encoder(run), open_index(digits / "val", progress=False)
-    with EvaluationLoader(index, augmentation("evaluation"), image_size=32, batch_size=355, device="cpu") as loader:
+    with ImageLoader(index, EvaluationOrder(355), on_cpu(32, "evaluation")) as loader:
         tokens = encoder.forward_features(next(iter(loader)).images)
     assert torch.allclose(write("cls", 1)["features"], tokens[:, 0], atol=1e-5)
     assert torch.allclose(write("mean", 1)["features"], tokens[:, 1:].mean(1), atol=1e-5)

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipeline.batch_layout import batch_layout
+from data_pipeline.batch_order import EvaluationOrder, TrainingOrder
 from data_pipeline.cache import ImageCache
 from data_pipeline.index_build import build_index
-from data_pipeline.loader import EvaluationLoader, ImageLoader
+from data_pipeline.loader import ImageLoader
 from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from tests.image_types import DEEP, READ, REFUSED, encoded, photo, sixteen_bits, write_all
+from tests.loaders import on_cpu
 from tests.tiny import TINY, losses
 
 SIDE = 64
@@ -28,13 +31,12 @@ def pixels(images) -> np.ndarray:
 def evaluated(root: Path) -> dict[str, np.ndarray]:
     """Every image of a folder or of shards by its file's name: the middle 64 x 64 pixels, as evaluation takes them."""
     index = build_index(root, progress=False)
-    options = {"image_size": SIDE, "batch_size": 8, "device": "cpu"}
     found = {}
-    with EvaluationLoader(index, "evaluation_whole", **options) as loader:
+    with ImageLoader(index, EvaluationOrder(8), on_cpu(SIDE, "evaluation_whole")) as loader:
         for batch in loader:
             for row in np.flatnonzero(batch.valid):
                 found[Path(index.name(batch.sample_ids[row])).name] = pixels(batch.images[row : row + 1])[0]
-        assert not loader.bad_images
+        assert not loader.bad_images.found
     return found
 
 
@@ -81,12 +83,12 @@ def test_shards_give_the_pixels_of_the_folder(folder, tmp_path, call):
 
 def test_training_takes_every_type_from_the_cache_as_from_the_folder(folder, tmp_path):
     index = build_index(folder, progress=False)
-    options = {"image_size": SIDE, "global_batch": len(READ), "micro_batch": len(READ), "device": "cpu", "stop_step": 2}
+    order = TrainingOrder(batch_layout(len(READ)), stop_step=2)
     found = []
     for cache in (None, ImageCache(tmp_path / "cache", index), ImageCache(tmp_path / "cache", index)):
-        with ImageLoader(index, "random_resized_crop", cache=cache, **options) as loader:
+        with ImageLoader(index, order, on_cpu(SIDE), cache=cache) as loader:
             batches = list(loader)
-            assert not loader.bad_images
+            assert not loader.bad_images.found
         found.append((np.stack([batch.images.numpy() for batch in batches]), batches[0].cache_hits))
     assert np.array_equal(found[0][0], found[1][0])
     assert np.array_equal(found[0][0], found[2][0])

@@ -8,18 +8,21 @@ import sys
 import tarfile
 import threading
 import time
-from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
 
+from data_pipeline.bad_images import BadImagePolicy
+from data_pipeline.batch_layout import batch_layout
+from data_pipeline.batch_order import EvaluationOrder, TrainingOrder
 from data_pipeline.errors import RunError, UsageError
 from data_pipeline.index_build import build_index
-from data_pipeline.loader import EvaluationLoader, ImageLoader
+from data_pipeline.loader import ImageLoader
 from data_pipeline.samples import write_digits
+from tests.loaders import SEED, collect, on_cpu, same, training
 
-COMMON = {"image_size": 32, "seed": 11, "device": "cpu"}
+DECODING, EVALUATION = on_cpu(), on_cpu(kind="evaluation")
 
 
 @pytest.fixture(scope="module")
@@ -38,43 +41,6 @@ def copy(digits, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(digits, root)
     return build_index(root, progress=False)
-
-
-def collect(index, world_size=1, steps=(0, 4), **options):
-    """Step to (images, labels, sample ids, positions, replaced) of the whole global batch, from all ranks."""
-    parts = defaultdict(list)
-    for rank in range(world_size):
-        settings = {
-            "global_batch": 24,
-            "micro_batch": 24 // world_size,
-            "start_step": steps[0],
-            "stop_step": steps[1],
-        }
-        settings |= COMMON | options
-        with ImageLoader(index, rank=rank, world_size=world_size, **settings) as loader:
-            for batch in loader:
-                parts[batch.number].append(batch)
-    return {
-        step: (
-            torch.cat([b.images for b in batches]),
-            torch.cat([b.labels for b in batches]),
-            np.concatenate([b.sample_ids for b in batches]),
-            np.concatenate([b.positions for b in batches]),
-            sum(b.replaced for b in batches),
-        )
-        for step, batches in parts.items()
-    }
-
-
-def same(one, other) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(a[0], b[0])
-        and torch.equal(a[1], b[1])
-        and np.array_equal(a[2], b[2])
-        and np.array_equal(a[3], b[3])
-        and a[4] == b[4]
-        for a, b in zip(one.values(), other.values(), strict=True)
-    )
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +69,10 @@ def test_a_batch_is_normalised_float_images_with_their_labels(index, reference):
         {"world_size": 2},
         {"world_size": 3},
         {"micro_batch": 4},
-        {"world_size": 3, "micro_batch": 2, "threads": 1},
-        {"threads": 5, "prefetch": 7},
+        {"world_size": 3, "micro_batch": 2, "decoding": on_cpu(threads=1)},
+        {"decoding": on_cpu(threads=5), "prefetch": 7},
     ],
-    ids=str,
+    ids=["2 ranks", "3 ranks", "accumulation", "3 ranks, accumulation, 1 thread", "5 threads, prefetch"],
 )
 def test_the_global_batch_has_the_same_bytes(index, reference, options):
     assert same(collect(index, **options), reference)
@@ -144,8 +110,8 @@ def test_tar_shards_give_the_same_bytes_as_the_folder(index, digits, reference, 
     "kind", ["random_resized_crop_color_jitter", "fixed_crop", "none"], ids=["jitter", "fixed", "none"]
 )
 def test_every_augmentation_is_the_same_for_two_ranks(index, kind):
-    one = collect(index, augmentation=kind, steps=(0, 2))
-    assert same(collect(index, augmentation=kind, steps=(0, 2), world_size=2, micro_batch=6), one)
+    one = collect(index, decoding=on_cpu(kind=kind), steps=(0, 2))
+    assert same(collect(index, decoding=on_cpu(kind=kind), steps=(0, 2), world_size=2, micro_batch=6), one)
 
 
 def test_every_image_is_loaded_exactly_once_an_epoch_but_for_the_remainder(index):
@@ -159,10 +125,8 @@ def test_evaluation_loads_every_image_exactly_once_on_any_number_of_ranks(index)
     for world_size, batch_size in ((1, 100), (3, 16)):
         found, lengths = {}, []
         for rank in range(world_size):
-            options = {"rank": rank, "world_size": world_size, "batch_size": batch_size}
-            with EvaluationLoader(index, image_size=32, device="cpu", **options) as loader:
+            with ImageLoader(index, EvaluationOrder(batch_size, rank, world_size), EVALUATION) as loader:
                 batches = list(loader)
-                assert len(loader) == len(batches)
                 lengths.append([len(batch.images) for batch in batches])
             for batch in batches:
                 for i in np.flatnonzero(batch.valid):
@@ -176,7 +140,7 @@ def test_evaluation_loads_every_image_exactly_once_on_any_number_of_ranks(index)
 
 
 def test_evaluation_can_be_gone_through_again(index):
-    with EvaluationLoader(index, image_size=32, batch_size=200, device="cpu") as loader:
+    with ImageLoader(index, EvaluationOrder(200), EVALUATION) as loader:
         first, second = ([b.images for b in loader] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -229,7 +193,7 @@ def test_an_image_that_turns_bad_is_replaced_by_the_same_neighbour_on_any_ranks(
     assert not torch.equal(images[row], reference[1][0][row])
     assert positions.tolist() == list(range(24))
     assert same({0: one[0], 2: one[2]}, {0: reference[0], 2: reference[2]})
-    for options in ({"world_size": 2}, {"world_size": 3, "micro_batch": 4, "threads": 1}):
+    for options in ({"world_size": 2}, {"world_size": 3, "micro_batch": 4, "decoding": on_cpu(threads=1)}):
         assert same(collect(copy, **options), one)
     assert same(collect(copy, steps=(1, 2)), {1: one[1]})
 
@@ -238,7 +202,7 @@ def test_a_bad_neighbour_is_passed_over(copy, reference):
     bad = int(reference[0][2][0])
     delete(copy.path(bad))
     replace_by_text(copy.path((bad + 1) % len(copy)))
-    found = collect(copy, bad_image_limit=0.1, steps=(0, 1))
+    found = collect(copy, bad_images=BadImagePolicy(0.1), steps=(0, 1))
     assert found[0][2][0] == (bad + 2) % len(copy)
 
 
@@ -246,12 +210,13 @@ def test_bad_images_are_counted_with_their_reasons(copy, reference):
     first, second = (int(i) for i in reference[0][2][:2])
     delete(copy.path(first))
     garble_header(copy.path(second))
-    with ImageLoader(copy, global_batch=24, micro_batch=24, stop_step=30, bad_image_limit=0.5, **COMMON) as loader:
+    with ImageLoader(copy, training(steps=(0, 30)), DECODING, bad_images=BadImagePolicy(0.5)) as loader:
         replaced = sum(batch.replaced for batch in loader)
     assert replaced >= 3
-    assert loader.bad_images[copy.name(first)] == "missing"
-    assert "cannot be decoded" in loader.bad_images[copy.name(second)]
-    assert len(loader.bad_images) == 2
+    found = loader.bad_images.found
+    assert found[copy.name(first)] == "missing"
+    assert "cannot be decoded" in found[copy.name(second)]
+    assert len(found) == 2
 
 
 def test_above_the_limit_the_run_stops_with_the_list(copy):
@@ -259,21 +224,21 @@ def test_above_the_limit_the_run_stops_with_the_list(copy):
         if image % 3 == 0:
             delete(copy.path(image))
     with pytest.raises(RunError, match=r"22 images turned bad.*missing.*and 2 more") as error:
-        collect(copy, bad_image_limit=0.06)
+        collect(copy, bad_images=BadImagePolicy(0.06))
     assert str(error.value).count("missing") == 20
 
 
 def test_one_bad_image_is_always_allowed_and_stop_allows_none(copy, reference):
     bad = int(reference[0][2][5])
     delete(copy.path(bad))
-    assert collect(copy, steps=(0, 1), bad_image_limit=0)[0][4] == 1
+    assert collect(copy, steps=(0, 1), bad_images=BadImagePolicy(0))[0][4] == 1
     with pytest.raises(RunError, match=f"{copy.name(bad)}: missing"):
-        collect(copy, steps=(0, 1), on_bad_image="stop")
+        collect(copy, steps=(0, 1), bad_images=BadImagePolicy(action="stop"))
 
 
 def test_a_bad_image_is_not_valid_in_an_evaluation(copy):
     delete(copy.path(30))
-    with EvaluationLoader(copy, image_size=32, batch_size=50, device="cpu") as loader:
+    with ImageLoader(copy, EvaluationOrder(50), EVALUATION) as loader:
         seen = [int(i) for batch in loader for i in batch.sample_ids[batch.valid]]
     assert seen == [i for i in range(len(copy)) if i != 30]
 
@@ -283,32 +248,14 @@ def test_a_shard_cut_in_the_middle_of_training_is_bad_images(index, digits, tmp_
         for i in range(60):
             archive.add(digits / index.name(i), index.name(i))
     shards = build_index(tmp_path, progress=False)
-    loader = ImageLoader(shards, global_batch=12, micro_batch=12, bad_image_limit=0.5, stop_step=10, **COMMON)
+    order = TrainingOrder(batch_layout(12), seed=SEED, stop_step=10)
+    loader = ImageLoader(shards, order, DECODING, bad_images=BadImagePolicy(0.5))
     os.truncate(tmp_path / "a.tar", int(shards.offset[50]) + 10)
     with loader:
         assert sum(batch.replaced for batch in loader) > 0
-    assert set(loader.bad_images) == {shards.name(i) for i in range(50, 60)}
+    assert set(loader.bad_images.found) == {shards.name(i) for i in range(50, 60)}
     with pytest.raises(UsageError, match="has shrunk"):
-        ImageLoader(shards, global_batch=12, micro_batch=12, **COMMON)
-
-
-@pytest.mark.parametrize(
-    ("batches", "fits"),
-    [
-        ((64, 24, 2), "engine.micro_batch=4, 8, 16 or 32 would fit"),
-        ((64, 16, 3), "63 or 66 would fit, with this batch 1, 2, 4 or 8 ranks"),
-        ((8, 0, 1), "none may be below 1"),
-    ],
-)
-def test_batch_sizes_that_do_not_divide_are_refused_saying_what_would_fit(index, batches, fits):
-    global_batch, micro_batch, world_size = batches
-    with pytest.raises(UsageError, match=fits):
-        ImageLoader(index, global_batch=global_batch, micro_batch=micro_batch, world_size=world_size, **COMMON)
-
-
-def test_a_micro_batch_is_at_most_the_share_of_a_rank(index):
-    with ImageLoader(index, global_batch=8, micro_batch=16, world_size=2, **COMMON) as loader:
-        assert (loader.micro_batch, loader.accumulation) == (4, 1)
+        ImageLoader(shards, order, DECODING)
 
 
 def loader_threads() -> list[str]:
@@ -316,7 +263,7 @@ def loader_threads() -> list[str]:
 
 
 def test_leaving_early_ends_the_threads_at_once(index):
-    loader = ImageLoader(index, global_batch=24, micro_batch=24, **COMMON)
+    loader = ImageLoader(index, training(steps=(0, None)), DECODING)
     for batch in loader:
         if batch.number == 3:
             break
@@ -346,10 +293,13 @@ def test_an_error_in_the_thread_reaches_the_consumer(index, monkeypatch):
 @pytest.mark.parametrize("end", ["pass", "raise SystemExit(0)", "loader.close()"])
 def test_the_interpreter_ends_while_a_loader_runs(digits, end):
     code = (
+        "from data_pipeline.batch_layout import batch_layout\n"
+        "from data_pipeline.batch_order import TrainingOrder\n"
         "from data_pipeline.index_build import build_index\n"
         "from data_pipeline.loader import ImageLoader\n"
+        "from tests.loaders import SEED, collect, on_cpu, same, training\n"
         f"index = build_index({str(digits)!r}, progress=False)\n"
-        "loader = ImageLoader(index, image_size=32, global_batch=24, micro_batch=4, device='cpu')\n"
+        "loader = ImageLoader(index, TrainingOrder(batch_layout(24, micro_batch=4)), on_cpu())\n"
         "batches = iter(loader)\n"
         "next(batches)\n"
         f"{end}\n"
@@ -367,16 +317,8 @@ def test_what_an_objective_draws_comes_with_the_batch_and_is_drawn_in_the_backgr
         seen.append((step, positions.tolist()))
         return (torch.from_numpy(positions + 100 * step),)
 
-    with ImageLoader(
-        index,
-        global_batch=24,
-        micro_batch=8,
-        start_step=1,
-        stop_step=3,
-        batch_of=lambda step: step + 5,
-        draw=draw,
-        **COMMON,
-    ) as loader:
+    order = TrainingOrder(batch_layout(24, micro_batch=8), start_step=1, stop_step=3, batch_of=lambda step: step + 5)
+    with ImageLoader(index, order, DECODING, draw=draw) as loader:
         batches = list(loader)
     assert drawn_by == {"mae-scale-loader"}
     assert seen == [(step, list(range(first, first + 8))) for step in (6, 7) for first in (0, 8, 16)]

@@ -17,14 +17,16 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
+from data_pipeline.batch_order import EvaluationOrder
 from data_pipeline.index_build import open_index
-from data_pipeline.loader import EvaluationLoader
+from data_pipeline.loader import ImageLoader
 from mae_scale.checkpoints.export import checkpoint_model
 from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.models.classifier import build_classifier
 from mae_scale.tracking import mlflow_models
 from mae_scale.tracking.mlflow_models import log_classifier
 from tests.integration.mlflow_server import Server, wait_for
+from tests.loaders import on_cpu
 
 NAME = "digits"
 TINY = [
@@ -116,7 +118,7 @@ def test_model_has_signature_a_real_image_class_names_and_what_it_needs(run, dig
     example = np.asarray(mlflow.pyfunc.load_model(run.note["model_uri"]).input_example)
     assert example.shape == (1, 32, 32, 3)
     index = open_index(digits / "val", progress=False)
-    with EvaluationLoader(index, image_size=32, batch_size=len(index), device="cpu") as loader:
+    with ImageLoader(index, EvaluationOrder(len(index)), on_cpu(kind="evaluation")) as loader:
         real = next(iter(loader)).images.permute(0, 2, 3, 1).numpy()
     real = 255 * (real * np.float32([0.229, 0.224, 0.225]) + np.float32([0.485, 0.456, 0.406]))
     assert np.abs(real - example).max(axis=(1, 2, 3)).min() < 0.51

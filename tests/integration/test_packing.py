@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 
 from data_pipeline import packing
+from data_pipeline.batch_layout import batch_layout
+from data_pipeline.batch_order import TrainingOrder
 from data_pipeline.index import load_index
 from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
+from tests.loaders import on_cpu
 from tests.pictures import picture, put
 from tests.tiny import arguments, losses
 
@@ -47,8 +50,8 @@ def folder(request, tmp_path) -> Path:
 
 
 def batches(index) -> list[tuple]:
-    options = {"image_size": 32, "global_batch": 10, "micro_batch": 5, "device": "cpu", "stop_step": 5, "seed": 3}
-    with ImageLoader(index, "random_resized_crop_color_jitter", **options) as loader:
+    order = TrainingOrder(batch_layout(10, micro_batch=5), seed=3, stop_step=5)
+    with ImageLoader(index, order, on_cpu(kind="random_resized_crop_color_jitter")) as loader:
         return [(batch.images, batch.labels, batch.sample_ids.tolist()) for batch in loader]
 
 

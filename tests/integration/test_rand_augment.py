@@ -25,13 +25,14 @@ from data_pipeline.index_build import build_index
 from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from data_pipeline.plan import plan_batch
 from data_pipeline.samples import write_digits, write_photos
-from tests.integration.test_loader import COMMON, collect, same
+from tests.loaders import SEED, collect, on_cpu, same
 from tests.unit.test_rand_augment import TIMM
 
 SIZE, BATCH = 224, 12
 LARGEST = {"AutoContrast": 1, "ColorIncreasing": 1, "Equalize": 2}  # of the operations on colours; the others exact
 STRENGTHS = [(magnitude, sign) for magnitude in (0, 3.3, 8, 9, 9.7, 10) for sign in (1, -1)]
 ERASING = augmentation("rand_augment", erasing=0.5)
+DECODING = Decoding(ERASING, 32, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +196,7 @@ def index(digits):
 
 @pytest.fixture(scope="module")
 def reference(index):
-    return collect(index, augmentation=ERASING)
+    return collect(index, decoding=DECODING)
 
 
 @pytest.mark.parametrize(
@@ -203,30 +204,30 @@ def reference(index):
     [
         {"world_size": 2},
         {"micro_batch": 4},
-        {"world_size": 3, "micro_batch": 2, "threads": 1},
-        {"threads": 5, "prefetch": 7},
+        {"world_size": 3, "micro_batch": 2, "decoding": replace(DECODING, threads=1)},
+        {"decoding": replace(DECODING, threads=5), "prefetch": 7},
         {"steps": (2, 4), "world_size": 2, "micro_batch": 6},
     ],
-    ids=str,
+    ids=["2 ranks", "accumulation", "3 ranks, accumulation, 1 thread", "5 threads, prefetch", "from the middle"],
 )
 def test_the_augmented_batch_has_the_same_bytes(index, reference, options):
-    found = collect(index, augmentation=ERASING, **options)
+    found = collect(index, **{"decoding": DECODING} | options)
     assert same(found, {step: reference[step] for step in found})
     assert len(found) == (2 if "steps" in options else 4)
 
 
 def plan_of(index, step: int, **changes):
-    common = {"seed": COMMON["seed"], "image_size": COMMON["image_size"], "global_batch": 24}
+    common = {"seed": SEED, "image_size": DECODING.image_size, "global_batch": 24}
     return plan_batch(index, ERASING, number=step, **common, **changes)
 
 
 def test_boxes_are_filled_with_noise_and_nothing_else_is_touched(index, reference):
-    whole = collect(index, augmentation="rand_augment")
+    whole = collect(index, decoding=on_cpu(kind="rand_augment"))
     changed = 0
     for step, (images, *_) in reference.items():
         expected = whole[step][0].clone()
         plan = plan_of(index, step)
-        for place, noise in erasing_noise(plan.erase, plan.positions, seed=COMMON["seed"], number=step):
+        for place, noise in erasing_noise(plan.erase, plan.positions, seed=SEED, number=step):
             expected[place] = torch.from_numpy(noise)
             changed += 1
         assert torch.equal(images, expected)
@@ -244,6 +245,6 @@ def test_a_replacement_is_augmented_and_erased_as_its_position(index, digits, tm
     bad.path(image).write_bytes(b"no image")
     shutil.copyfile(bad.path(image + 1), good.path(image))
     good = build_index(tmp_path / "good", progress=False)
-    found = collect(bad, augmentation=ERASING, steps=(0, 1), micro_batch=6)[0]
+    found = collect(bad, decoding=DECODING, steps=(0, 1), micro_batch=6)[0]
     assert found[4] == 1
-    assert torch.equal(found[0], collect(good, augmentation=ERASING, steps=(0, 1))[0][0])
+    assert torch.equal(found[0], collect(good, decoding=DECODING, steps=(0, 1))[0][0])

@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from data_pipeline import byte_reader
+from data_pipeline.batch_layout import batch_layout
+from data_pipeline.batch_order import TrainingOrder
 from data_pipeline.byte_reader import ByteReader
 from data_pipeline.errors import BadImage
 from data_pipeline.index import Index
 from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
 from data_pipeline.read_ahead import MOST_IN_FLIGHT, ReadAhead
+from tests.loaders import on_cpu
 
 SLOW_S = 0.005
 
@@ -37,9 +40,12 @@ def reading_threads() -> int:
     return sum(t.name.startswith("mae-scale-read") for t in threading.enumerate())
 
 
-def batches(index: Index, micro_batch: int = 120, steps: int = 12, **options) -> list:
-    settings = {"image_size": 16, "seed": 3, "device": "cpu", "global_batch": 120, "stop_step": steps}
-    with ImageLoader(index, micro_batch=micro_batch, **settings | options) as loader:
+def order_of(micro_batch: int, steps: int) -> TrainingOrder:
+    return TrainingOrder(batch_layout(120, micro_batch=micro_batch), seed=3, stop_step=steps)
+
+
+def batches(index: Index, micro_batch: int = 120, steps: int = 12) -> list:
+    with ImageLoader(index, order_of(micro_batch, steps), on_cpu(16)) as loader:
         return list(loader)
 
 
@@ -119,9 +125,7 @@ def test_what_is_read_ahead_is_bounded(index, slow, monkeypatch):
     begun = []
     read = ByteReader.read
     monkeypatch.setattr(ByteReader, "read", lambda self, image: begun.append(image) or read(self, image))
-    with ImageLoader(
-        index, image_size=16, global_batch=120, micro_batch=8, device="cpu", stop_step=12, prefetch=1
-    ) as loader:
+    with ImageLoader(index, order_of(8, steps=12), on_cpu(16), prefetch=1) as loader:
         stream = iter(loader)
         next(stream)
         time.sleep(1)
@@ -141,9 +145,7 @@ def test_an_error_of_a_read_is_raised_at_its_batch(index, slow, monkeypatch, mic
         return read(self, image)
 
     monkeypatch.setattr(ByteReader, "read", failing)
-    with ImageLoader(
-        index, image_size=16, seed=3, device="cpu", global_batch=120, micro_batch=micro_batch, stop_step=2
-    ) as loader:
+    with ImageLoader(index, order_of(micro_batch, steps=2), on_cpu(16)) as loader:
         stream = iter(loader)
         for number in range(3):
             assert np.array_equal(next(stream).sample_ids, whole[number].sample_ids)

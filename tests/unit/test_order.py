@@ -16,9 +16,11 @@ from data_pipeline.augment.colour_jitter import jitter_slots
 from data_pipeline.augment.crop import random_resized_crops
 from data_pipeline.augment.kinds import augmentation
 from data_pipeline.augment.random_erasing import erasing_boxes, erasing_noise
+from data_pipeline.batch_order import EvaluationOrder
 from data_pipeline.errors import UsageError
-from data_pipeline.plan import epoch_permutation, plan_batch, plan_evaluation, steps_per_epoch
+from data_pipeline.plan import epoch_permutation, plan_batch, steps_per_epoch
 from data_pipeline.rng import generator
+from tests.loaders import on_cpu
 
 RANDOM_RESIZED = augmentation("random_resized_crop")
 PERMUTATION = [1, 0, 4, 9, 8, 7, 3, 2, 5, 6]
@@ -319,18 +321,11 @@ def test_jitter_slots_keep_the_order():
 
 
 def test_evaluation_gives_every_image_once_and_marks_the_filling():
-    index = Sizes(23)
+    plans = [EvaluationOrder(4, rank, 2).plans(Sizes(23), on_cpu(kind="evaluation")) for rank in range(2)]
     seen = []
-    for batch in range(3):
-        for rank in range(2):
-            plan = plan_evaluation(
-                index,
-                augmentation("evaluation"),
-                number=batch,
-                global_batch=8,
-                positions=slice(4 * rank, 4 * rank + 4),
-            )
-            assert len(plan) == 4
+    for batch, both in enumerate(zip(*plans, strict=True)):
+        for number, plan in both:
+            assert (number, len(plan)) == (batch, 4)
             seen += plan.sample_ids[plan.valid].tolist()
     assert seen == list(range(23))
 

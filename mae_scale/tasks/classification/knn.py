@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from data_pipeline.augment.kinds import augmentation
+from data_pipeline.batch_order import EvaluationOrder
 from data_pipeline.errors import UsageError
 from data_pipeline.index import Index
 from data_pipeline.index_build import open_index
-from data_pipeline.loader import EvaluationLoader
+from data_pipeline.loader import ImageLoader
 from mae_scale.checkpoints.export import starting_weights
 from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
@@ -35,6 +37,7 @@ from mae_scale.tasks.classification.evaluate import Predict, all_ranks, predicto
 from mae_scale.tasks.classification.measure import evaluation_loader, report
 from mae_scale.tracking.finished_run import add_artifact
 from mae_scale.tracking.mlflow_uri import tracking_uri
+from mae_scale.training.decoding import decoding_on_cpu
 
 TEMPERATURE = 0.07
 SHOWN, NEAREST_SHOWN = 8, 7  # in the picture
@@ -197,12 +200,7 @@ def _to_mlflow(recipe: Recipe, figure: Path) -> None:
 
 def _images(index: Index, rows: Tensor, recipe: Recipe) -> Tensor:
     """Return images [n, 3, S, S] float32 of the index, cut as in evaluation, decoded on the host."""
-    loader = EvaluationLoader(
-        index.take(rows.cpu().numpy()),
-        image_size=recipe.model.image_size,
-        batch_size=len(rows),
-        device="cpu",
-        exif_orientation=recipe.data.exif_orientation,
-    )
-    with loader:
+    asked = index.take(rows.cpu().numpy())
+    decoding = decoding_on_cpu(recipe, augmentation("evaluation"))
+    with ImageLoader(asked, EvaluationOrder(len(asked)), decoding) as loader:
         return next(iter(loader)).images

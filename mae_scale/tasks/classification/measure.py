@@ -8,34 +8,25 @@ from typing import Any
 
 import torch
 
+from data_pipeline.augment.kinds import augmentation
+from data_pipeline.batch_order import EvaluationOrder
 from data_pipeline.index import Index
-from data_pipeline.loader import EvaluationLoader
+from data_pipeline.loader import ImageLoader
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.ranks import Ranks
 from mae_scale.tasks.classification.accuracy import NO_PREDICTION, Accuracy
 from mae_scale.tasks.classification.datasets import EvaluationSet
+from mae_scale.training.decoding import bad_image_policy, decoding_of
 
 BATCH_SIZE = 64
 CONFUSIONS_SHOWN = 3
 
 
-def evaluation_loader(recipe: Recipe, index: Index, augmentation: str, ranks: Ranks) -> EvaluationLoader:
+def evaluation_loader(recipe: Recipe, index: Index, kind: str, ranks: Ranks) -> ImageLoader:
     """Return this rank's part of each image once, cut as the recipe's model takes them."""
-    data = recipe.data
-    return EvaluationLoader(
-        index,
-        augmentation,
-        image_size=recipe.model.image_size,
-        batch_size=recipe.engine.micro_batch or BATCH_SIZE,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        device=data.device,
-        device_id=ranks.local_rank,
-        threads=data.threads,
-        bad_image_limit=data.bad_image_limit,
-        on_bad_image=data.on_bad_image,
-        exif_orientation=data.exif_orientation,
-    )
+    order = EvaluationOrder(recipe.engine.micro_batch or BATCH_SIZE, ranks.rank, ranks.world_size)
+    decoding = decoding_of(recipe, augmentation(kind), ranks)
+    return ImageLoader(index, order, decoding, bad_images=bad_image_policy(recipe))
 
 
 def measure(
