@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 
-def _tell_libraries(ranks: Ranks) -> None:
-    """Set the variables that torch and DeepSpeed read."""
+def _set_environment(ranks: Ranks) -> None:
+    """Set the environment variables of torch's launchers, which torch and DeepSpeed read."""
     os.environ.update(zip(VARIABLES, map(str, (ranks.rank, ranks.world_size, ranks.local_rank)), strict=True))
     if "LOCAL_WORLD_SIZE" not in os.environ and "SLURM_NTASKS_PER_NODE" in os.environ:
         os.environ["LOCAL_WORLD_SIZE"] = os.environ["SLURM_NTASKS_PER_NODE"]
@@ -32,13 +32,12 @@ def process_group(ranks: Ranks, timeout_s: float) -> "Iterator[torch.device]":
     """
     import torch
 
-    _tell_libraries(ranks)
+    _set_environment(ranks)
     if torch.cuda.is_available():
         device = torch.device("cuda", ranks.local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     gpu = device.type == "cuda"
     try:
         torch.distributed.init_process_group(
