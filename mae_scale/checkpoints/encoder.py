@@ -19,8 +19,8 @@ from mae_scale.config.load import stored_recipe
 from mae_scale.models.build import size_of
 from mae_scale.models.classifier import Classifier, build_classifier
 from mae_scale.models.vit import SIZES, ViTSize, patchify
-from mae_scale.models.weights.autoencoder import StateDict
 from mae_scale.models.weights.classifier import load_classifier, release_names
+from mae_scale.models.weights.files import StateDict
 
 HEAD = ("head.", "batch_norm.")
 

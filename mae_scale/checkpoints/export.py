@@ -23,8 +23,9 @@ from mae_scale.config.schema import Recipe
 from mae_scale.models.build import build_classifier_of, build_model
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.mae import MaskedAutoencoder
-from mae_scale.models.weights.autoencoder import read_weights, to_hf, to_official, to_timm
+from mae_scale.models.weights.autoencoder import to_hf, to_official, to_timm
 from mae_scale.models.weights.classifier import classifier_to_hf, classifier_to_official, classifier_to_timm
+from mae_scale.models.weights.files import read_weights
 
 FORMATS = ("official", "timm", "hf", "safetensors")
 SUFFIXES = (".safetensors", ".pth")

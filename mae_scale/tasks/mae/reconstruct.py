@@ -18,7 +18,8 @@ from mae_scale.distributed.collectives import first_then_others
 from mae_scale.engines.base import Engine
 from mae_scale.models.build import build_model
 from mae_scale.models.mae import MaskedAutoencoder
-from mae_scale.models.weights.autoencoder import load_hf, load_official, read_weights
+from mae_scale.models.weights.autoencoder import load_hf, load_official
+from mae_scale.models.weights.files import read_weights
 from mae_scale.reports.pretraining import reconstruction_figure
 from mae_scale.tasks.mae.objective import Reconstruct
 from mae_scale.tracking.tracker import Tracker
