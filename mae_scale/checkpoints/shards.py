@@ -93,10 +93,10 @@ def write_shard(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest, written = hashlib.sha256(), 0
+    views = [memoryview(len(text).to_bytes(8, "little") + text), *(_bytes(piece.data) for piece in pieces)]
     try:
         with open(path, "wb", buffering=0) as file:
-            for content in (len(text).to_bytes(8, "little"), text, *(_bytes(piece.data) for piece in pieces)):
-                view = memoryview(content)
+            for view in views:
                 while view:
                     count = file.write(view[:CHUNK_BYTES])
                     digest.update(view[:count])
@@ -184,4 +184,4 @@ class ShardReader:
 
 def _bytes(data: torch.Tensor) -> memoryview:
     """Return the memory of a contiguous tensor on the host, without a copy."""
-    return memoryview(data.view(torch.uint8).numpy()) if data.numel() else memoryview(b"")
+    return data.view(torch.uint8).numpy().data if data.numel() else memoryview(b"")

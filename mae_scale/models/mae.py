@@ -39,7 +39,7 @@ class Decoder(nn.Module):
 
     def __init__(self, *, encoder_width: int, width: int, depth: int, heads: int, grid: int, mask_tokens: bool = True):
         super().__init__()
-        self.width = width
+        self.width, self.heads = width, heads
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if mask_tokens else None
         self.register_buffer("pos_embed", torch.tensor(sincos_positions(width, grid)), persistent=False)  # [1 + L, E]
