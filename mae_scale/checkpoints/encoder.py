@@ -1,4 +1,4 @@
-"""A pre-trained encoder for other people's code: `mae_scale.load_encoder`."""
+"""A pre-trained encoder for other programs: `mae_scale.load_encoder`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from mae_scale.config.load import stored_recipe
 from mae_scale.models.build import size_of
 from mae_scale.models.classifier import Classifier, build_classifier
 from mae_scale.models.vit import SIZES, ViTSize, patchify
-from mae_scale.models.weights.autoencoder import StateDict
 from mae_scale.models.weights.classifier import load_classifier, release_names
+from mae_scale.models.weights.files import StateDict
 
 HEAD = ("head.", "batch_norm.")
 
 
 class PretrainedEncoder(nn.Module):
-    """An encoder with its weights, in evaluation mode; `size` and `image_size` (pixels) say what it is.
+    """An encoder with its weights, in evaluation mode, its `size` and its `image_size` in pixels.
 
     `transform` prepares a PIL image as evaluation does: [3, S, S] float32, normalised by ImageNet's mean and std.
     """
@@ -38,18 +38,18 @@ class PretrainedEncoder(nn.Module):
         self.eval()
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """images [B, 3, S, S] as `transform` makes them -> tokens [B, 1 + L, D], cls first, then patches row by row.
+        """Return tokens [B, 1 + L, D] of images [B, 3, S, S] from `transform`: cls first, then patches row by row.
 
         After the final norm; of a classifier that pools the mean, which norms the pooled feature, after the last block.
         """
         return self._classifier.encoder(patchify(images, self.size.patch_size))
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, S, S] -> the pooled feature [B, D]: the cls token, or where a classifier pools it the mean."""
+        """Return the pooled feature [B, D] of images [B, 3, S, S]: the cls token, or the mean where it pools that."""
         return self._classifier.features(images)
 
     def transform(self, image: Image) -> Tensor:
-        """Return a PIL image as float32 [3, S, S]: the shorter side resized to S / 0.875, the centre cut out."""
+        """Return a PIL image as float32 [3, S, S]: the shorter side resized to S / 0.875, the centre cropped."""
         steps = v2.Compose(
             [
                 v2.Resize(int(self.image_size / EVALUATION_CROP), v2.InterpolationMode.BICUBIC),
@@ -65,8 +65,8 @@ class PretrainedEncoder(nn.Module):
 def load_encoder(path: str | Path, *, heads: int | None = None) -> PretrainedEncoder:
     """Return the encoder of a run's folder, a checkpoint, or a file of weights in any known layout, on the host.
 
-    Layouts: ours, the authors' release, timm's, Hugging Face's; pre-trained or fine-tuned. A file does not say its
-    number of attention heads: `heads` gives it for a model that is none of ViT-B/16, L/16 and H/14.
+    Layouts: ours, the authors' release, timm's, Hugging Face's; pre-trained or fine-tuned. A file does not hold its
+    number of attention heads: `heads` gives it for a model other than ViT-B/16, L/16 and H/14.
     Raises UsageError when there is nothing usable at that place, RunError when a checkpoint is damaged.
     """
     source = starting_point(Path(path))

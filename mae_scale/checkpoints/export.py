@@ -1,29 +1,34 @@
-"""From a checkpoint to one file of weights that others read: on one host, without a GPU, whoever wrote it."""
+"""From a checkpoint of any engine and ranks to one file of weights for other programs, on one host without a GPU."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
 
 from data_pipeline.errors import RunError, UsageError
 from data_pipeline.files import whole_file
-from mae_scale.checkpoints.shards import EMA, ShardReader, digest_of
-from mae_scale.checkpoints.store import Damaged, list_checkpoints, newest_whole, read_manifest, verify
+from mae_scale.checkpoints.shards import ShardReader, digest_of
+from mae_scale.checkpoints.store import (
+    Damaged,
+    frozen_weights_of,
+    list_checkpoints,
+    newest_whole,
+    read_manifest,
+    verify,
+)
 from mae_scale.config.load import stored_recipe
 from mae_scale.config.schema import Recipe
 from mae_scale.models.build import build_classifier_of, build_model
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.mae import MaskedAutoencoder
-from mae_scale.models.weights.autoencoder import read_weights, to_hf, to_official, to_timm
+from mae_scale.models.weights.autoencoder import to_hf, to_official, to_timm
 from mae_scale.models.weights.classifier import classifier_to_hf, classifier_to_official, classifier_to_timm
+from mae_scale.models.weights.files import read_weights
 
 FORMATS = ("official", "timm", "hf", "safetensors")
 SUFFIXES = (".safetensors", ".pth")
-FROZEN = "frozen.safetensors"  # in a run's folder: the weights that it does not train
 
 
 def weights_in(model: MaskedAutoencoder | Classifier, layout: str) -> dict[str, torch.Tensor]:
@@ -33,14 +38,15 @@ def weights_in(model: MaskedAutoencoder | Classifier, layout: str) -> dict[str, 
     if isinstance(model, Classifier):
         to = {"official": classifier_to_official, "timm": classifier_to_timm, "hf": classifier_to_hf}
         return to[layout](model)
+    if layout == "timm":
+        return to_timm(model)
     # An encoder that takes the mask tokens itself leaves its decoder without one, which those layouts require.
     decoder = not model.encoder_mask_tokens
-    to = {"official": partial(to_official, decoder=decoder), "timm": to_timm, "hf": partial(to_hf, decoder=decoder)}
-    return to[layout](model)
+    return to_hf(model, decoder=decoder) if layout == "hf" else to_official(model, decoder=decoder)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return a checkpoint's folder, given it or a run's (then its newest whole one), every file compared to its digest.
+    """Return a checkpoint's folder, or a run's newest whole one, after comparing every file to its digest.
 
     Raises UsageError when there is none at that place, RunError when it is damaged.
     """
@@ -57,45 +63,41 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def checkpoint_model(checkpoint: Path) -> tuple[MaskedAutoencoder | Classifier, Recipe]:
-    """Return the model of a checkpoint, float32 on the host, in evaluation mode; and the recipe of its run.
+    """Return the model of a checkpoint, float32 on the host, in evaluation mode, and the recipe of its run.
 
-    Weights of which an average was kept are that average; those that the run does not train lie in its folder.
+    Its weights are their average where the run kept one; those that the run does not train come from its folder.
     """
     manifest = read_manifest(checkpoint)
     recipe = stored_recipe(manifest["recipe"], str(checkpoint))
-    if recipe.task == "mae":
-        model, weights = build_model(recipe), "weight"
-    else:
-        model = build_classifier_of(recipe, len(manifest["classes"]))
-        weights = EMA if recipe.classifier.ema is not None else "weight"
+    model: MaskedAutoencoder | Classifier
+    model = build_model(recipe) if recipe.task == "mae" else build_classifier_of(recipe, len(manifest["classes"]))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    state = read_frozen(checkpoint.parent.parent / FROZEN, manifest) if manifest.get("frozen") else {}
+    state = _frozen_weights(checkpoint, manifest["frozen"]) if manifest.get("frozen") else {}
     with ShardReader(checkpoint / name for name in manifest["files"]) as reader:
-        for name in reader.names:
-            part, _, key = name.partition("/")
-            if part in (weights, "buffer"):
-                key = key.removeprefix("model.")
-                state[key] = reader.whole(name).view(shapes[key])
+        for name, values in reader.model_state().items():
+            key = name.removeprefix("model.")
+            state[key] = values.view(shapes[key])
     model.load_state_dict(state)
     return model.eval(), recipe
 
 
-def read_frozen(path: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the weights that a run does not train. Raises RunError when they are not those of its checkpoint."""
+def _frozen_weights(checkpoint: Path, digest: str) -> dict[str, torch.Tensor]:
+    """Return the weights that a checkpoint's run does not train. Raises RunError when they have another digest."""
+    path = frozen_weights_of(checkpoint)
     try:
         found = digest_of(path)
     except OSError as error:
         raise RunError(f"{path}, the weights that the run does not train, cannot be read: {error.strerror}") from None
-    if found != manifest["frozen"]:
+    if found != digest:
         raise RunError(
             f"{path}, the weights that the run does not train, is not the file that its checkpoints were written with "
-            f"(sha256 {found[:12]}, expected {manifest['frozen'][:12]}); restore it"
+            f"(sha256 {found[:12]}, expected {digest[:12]}); restore it"
         )
     return load_file(path)
 
 
 def starting_point(path: Path) -> Path:
-    """What --weights names: a file, a checkpoint, or of a run's folder its newest whole one.
+    """Return what --weights names: a file, a checkpoint, or the newest whole checkpoint of a run's folder.
 
     Raises UsageError when there is nothing usable at that place, RunError when a checkpoint is damaged.
     """
@@ -103,7 +105,7 @@ def starting_point(path: Path) -> Path:
 
 
 def starting_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return the weights that --weights names; raises as `starting_point` and `weights_of` do."""
+    """Return the weights that --weights names; raise as `starting_point` and `weights_of` do."""
     return weights_of(starting_point(path))
 
 
@@ -120,7 +122,7 @@ def weights_of(source: Path) -> dict[str, torch.Tensor]:
 
 
 def export_weights(model: MaskedAutoencoder | Classifier, path: Path, layout: str) -> None:
-    """Write a model's weights, float32, in one of FORMATS: as safetensors, or with .pth as the authors' files are.
+    """Write a model's weights, float32, in one of FORMATS: as safetensors, or with .pth like the authors' files.
 
     The file appears under its name only when it is whole. Raises UsageError when it cannot be written.
     """

@@ -1,4 +1,4 @@
-"""What `mae-scale checkpoints` shows and does: list, verify, prune a run's checkpoints."""
+"""The work of `mae-scale checkpoints`: list, verify and prune a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mae_scale.human_units import duration
 
 
 def checkpoints_of(path: Path) -> Path:
-    """Return the folder of checkpoints, given it or its run's folder. Raises UsageError when there is none."""
+    """Return a run's folder of checkpoints, given it or the run's folder. Raises UsageError when there is none."""
     for folder in (path / "checkpoints", path):
         if list_checkpoints(folder) or damaged_folders(folder) or partial_folders(folder):
             return folder
@@ -33,8 +33,8 @@ def checkpoints_of(path: Path) -> Path:
     raise UsageError(f"{path} {what}; expected the --out of a run, or its folder checkpoints")
 
 
-def look(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint whose files are there with their sizes; quick. Raises Damaged."""
+def verify_sizes(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's manifest after comparing the sizes of its files, which is quick. Raises Damaged."""
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
@@ -44,9 +44,9 @@ def look(folder: Path) -> dict[str, Any]:
 
 
 def print_table(checkpoints: Path, check: Callable[[Path], dict[str, Any]]) -> bool:
-    """Print a line per checkpoint: step, epoch, age, size, writer, whole or what is wrong; return whether all are.
+    """Print a line per checkpoint: step, epoch, age, size, writer, and its damage; return whether all are whole.
 
-    check is `look` (sizes) or `verify` (reads and compares every byte).
+    check is `verify_sizes` or `verify` (reads and compares every byte).
     """
     from rich.console import Console
     from rich.table import Table
@@ -63,8 +63,8 @@ def print_table(checkpoints: Path, check: Callable[[Path], dict[str, Any]]) -> b
             m = check(folder)
         except Damaged as damage:
             damages.append(f"{folder.name}: {damage}")
-            age = time.time() - folder.stat().st_mtime
-            table.add_row(*(f"{step:,}", "", duration(age), size, "", "", "", "[red]no[/]"))
+            age = duration(time.time() - folder.stat().st_mtime)
+            table.add_row(*(f"{step:,}", "", age, size, "", "", "", "[red]no[/]"))
             continue
         loss = "" if m["loss"] is None else f"{m['loss']:.4f}"
         whole = "yes" if check is verify else "yes (sizes)"
@@ -72,8 +72,8 @@ def print_table(checkpoints: Path, check: Callable[[Path], dict[str, Any]]) -> b
         table.add_row(*(f"{step:,}", f"{m['epoch']:.2f}", age, size, loss, ranks, m["engine"], whole))
     console = Console(highlight=False)
     console.print(table)
-    for damage in damages:
-        console.print(damage, soft_wrap=True, markup=False)
+    for line in damages:
+        console.print(line, soft_wrap=True, markup=False)
     for folder in damaged_folders(checkpoints):
         console.print(f"{folder.name}: set aside, it did not verify", soft_wrap=True)
     for folder in partial_folders(checkpoints):
@@ -82,9 +82,9 @@ def print_table(checkpoints: Path, check: Callable[[Path], dict[str, Any]]) -> b
 
 
 def prune(checkpoints: Path, retention: Retention) -> list[Path]:
-    """Remove what the retention does not keep, and what saves have left that never ended; the folders removed.
+    """Remove checkpoints that the retention does not keep, and unfinished saves; return the folders removed.
 
-    The newest checkpoint that verifies stays in any case. Raises RunError, and removes nothing, when there is none.
+    The newest checkpoint that verifies is always kept. Raises RunError, and removes nothing, when there is none.
     """
     whole, _ = newest_whole(checkpoints)
     gone = [folder for folder in beyond(checkpoints, retention) if folder != whole] + partial_folders(checkpoints)

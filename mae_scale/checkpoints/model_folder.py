@@ -1,10 +1,10 @@
-"""A folder that transformers or timm opens by itself: the weights, the architecture, how an image is prepared.
+"""A folder that transformers or timm opens by itself: weights, architecture, and preparation of an image.
 
     model.safetensors         the weights, by the library's names
     config.json               the architecture and the names of the classes; for timm also the preparation
     preprocessor_config.json  for transformers: the preparation, that of our evaluation
 
-Neither library is asked: what they read is documented, and tests open the folders with both.
+Neither library is imported: their formats are documented, and tests open the folders with both.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BICUBIC = 3  # Pillow's number
 def export_folder(
     model: MaskedAutoencoder | Classifier, classes: Sequence[str] | None, folder: Path, layout: str
 ) -> str:
-    """Write the folder of a model for "hf" or "timm"; what it is, for people.
+    """Write a model's folder for "hf" or "timm"; return its human-readable kind.
 
     `classes`: the names of a classifier's classes. Weights are float32; each file appears under its name only when it
     is whole, config.json last. Raises UsageError for a model that the library has no architecture for, for a folder
@@ -68,7 +68,7 @@ def export_folder(
 def _for_transformers(
     model: MaskedAutoencoder | Classifier, classes: Sequence[str] | None
 ) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """Return what is written, config.json and weights for transformers' from_pretrained."""
+    """Return the kind, config.json and weights for transformers' from_pretrained."""
     size = model.encoder.size
     config = {
         "hidden_size": size.width,
@@ -103,12 +103,12 @@ def _has_their_decoder(model: MaskedAutoencoder) -> bool:
 
 
 def _decoder(model: MaskedAutoencoder) -> dict[str, Any]:
-    blocks, width = model.decoder.blocks, model.head.in_features
+    decoder = model.decoder
     return {
-        "decoder_hidden_size": width,
-        "decoder_num_hidden_layers": len(blocks),
-        "decoder_num_attention_heads": blocks[0].attn.num_heads,
-        "decoder_intermediate_size": 4 * width,
+        "decoder_hidden_size": decoder.width,
+        "decoder_num_hidden_layers": len(decoder.blocks),
+        "decoder_num_attention_heads": decoder.heads,
+        "decoder_intermediate_size": 4 * decoder.width,
         "mask_ratio": model.mask_ratio,
         "norm_pix_loss": isinstance(model.target, NormalisedPixels),
     }
@@ -123,7 +123,7 @@ def _labels(classes: Sequence[str] | None, count: int) -> dict[str, Any]:
 
 
 def _preprocessor(image_size: int) -> dict[str, Any]:
-    """Of transformers' processor that resizes the shorter side and crops the centre, as our evaluation does."""
+    """Return the settings of transformers' processor that resizes and crops as our evaluation does."""
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
@@ -143,7 +143,7 @@ def _preprocessor(image_size: int) -> dict[str, Any]:
 def _for_timm(
     model: MaskedAutoencoder | Classifier, classes: Sequence[str] | None
 ) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """Return what is written, config.json and weights for timm.create_model; of an autoencoder the encoder alone."""
+    """Return the kind, config.json and weights for timm.create_model; of an autoencoder the encoder alone."""
     size, side = model.encoder.size, model.image_size
     labels = {}
     if isinstance(model, Classifier):

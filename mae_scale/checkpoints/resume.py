@@ -1,4 +1,4 @@
-"""Where a start goes on: the newest checkpoint that verifies, the same one on every rank, read into the engine.
+"""Resuming: the newest checkpoint that verifies, the same one on every rank, read into the engine.
 
 The checkpoint may have been written by another number of ranks, another ZeRO stage or another library: each rank
 reads the stretches that it now holds (shards.py), and nothing is converted.
@@ -7,13 +7,15 @@ reads the stretches that it now holds (shards.py), and nothing is converted.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from data_pipeline.errors import RunError, UsageError
-from mae_scale.checkpoints.shards import ShardReader
+from mae_scale.checkpoints.shards import EngineState, ShardReader
 from mae_scale.checkpoints.store import (
     Damaged,
     damage_of,
@@ -24,43 +26,60 @@ from mae_scale.checkpoints.store import (
     set_aside,
     verify,
 )
+from mae_scale.distributed.collectives import from_all, from_first
 
 log = logging.getLogger("mae_scale")
 
 
-def load_newest(engine, checkpoints: Path, *, index: str) -> dict[str, Any] | None:
-    """Fill the engine from the newest whole checkpoint; its manifest, or None without one.
+class Resumable(Protocol):
+    """An engine as a checkpoint sees it."""
 
-    Whether it is whole is found out by all ranks together, each reading some files. One that is not is named and set
-    aside, and the one before it is taken. All ranks call it. Raises UsageError when it belongs to other images,
-    RunError when there are checkpoints and none is usable: a run never starts again from nothing by itself.
+    def state(self) -> EngineState:
+        """Return this rank's part of the training state, as views of it."""
+
+    def restored(self, scalars: dict[str, Any]) -> None:
+        """Adopt the values copied into the pieces of state(), and the scalars beside them."""
+
+
+def load_newest(engine: Resumable, checkpoints: Path, *, index: str) -> dict[str, Any] | None:
+    """Fill the engine from the newest whole checkpoint; return its manifest, or None without one. All ranks call it.
+
+    A damaged checkpoint is named and set aside, and the one before it is taken. Raises UsageError when the checkpoint
+    belongs to other images, RunError when there are checkpoints and none is usable: a run never begins again by itself.
     """
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    candidates, aside = _from_first(lambda: _candidates(checkpoints))
+    candidates, aside = from_first(lambda: _candidates(checkpoints))
     for folder in reversed(candidates):
-        manifest, damage = _from_first(lambda folder=folder: _manifest(folder))
-        if damage is None:
-            files = list(manifest["files"].items())[rank::world_size]
-            damage = _any(next((w for name, expected in files if (w := damage_of(folder, name, expected))), None))
-        if damage is None:
-            refuse_other_images(folder, manifest, index)
-            damage = _any(_read(engine, folder, manifest))
-        if damage is None:
-            engine.restored(manifest["scalars"])
-            return manifest
-        place = _from_first(lambda folder=folder: set_aside(folder))
-        aside.append(place)
-        if rank == 0:
-            log.warning("checkpoint %s is damaged: %s; set aside as %s", folder.name, damage, place.name)
+        try:
+            return _load(engine, folder, index)
+        except Damaged as damage:
+            place = from_first(partial(set_aside, folder))
+            aside.append(place)
+            if torch.distributed.get_rank() == 0:
+                log.warning("checkpoint %s is damaged: %s; set aside as %s", folder.name, damage, place.name)
     if aside:
         raise none_usable(checkpoints, aside)
     return None
 
 
-def newest_readable(checkpoints: Path, *, index: str) -> tuple[int, list[str]]:
-    """Return the step that load_newest would go on from, 0 without checkpoints, and what is wrong with newer ones.
+def _load(engine: Resumable, folder: Path, index: str) -> dict[str, Any]:
+    """Fill the engine from a checkpoint, each rank reading a share of the files; return its manifest.
 
-    In one process, and nothing is set aside. Raises what load_newest raises.
+    Raises Damaged on all ranks when any rank finds damage, UsageError when it belongs to other images.
+    """
+    manifest, unreadable = from_first(lambda: _manifest(folder))
+    if manifest is None:
+        raise Damaged(unreadable)
+    _raise_damage(lambda: _damage_of_share(folder, manifest))
+    refuse_other_images(folder, manifest, index)
+    _raise_damage(lambda: _fill(engine, folder, manifest))
+    engine.restored(manifest["scalars"])
+    return manifest
+
+
+def newest_readable(checkpoints: Path, *, index: str) -> tuple[int, list[str]]:
+    """Return the step that load_newest would resume from, 0 without checkpoints, and the damages of newer ones.
+
+    For one process; sets nothing aside. Raises what load_newest raises.
     """
     damages = []
     for step, folder in reversed(list_checkpoints(checkpoints)):
@@ -86,7 +105,7 @@ def refuse_other_images(folder: Path, manifest: dict[str, Any], index: str) -> N
 
 
 def none_usable(checkpoints: Path, aside: list[Path]) -> RunError:
-    """Explain that there are checkpoints and none verifies."""
+    """Return the error that there are checkpoints and none verifies."""
     return RunError(
         f"none of the checkpoints in {checkpoints} is usable ({', '.join(folder.name for folder in aside)}); "
         f"to begin from nothing, move that folder away or choose another --out",
@@ -95,20 +114,29 @@ def none_usable(checkpoints: Path, aside: list[Path]) -> RunError:
 
 
 def _candidates(checkpoints: Path) -> tuple[list[Path], list[Path]]:
+    """Return the checkpoints, oldest first, and those set aside earlier; warn of unfinished ones."""
     for leftover in partial_folders(checkpoints):
         log.warning("%s was left by a save that never ended; the next save removes it", leftover.name)
     return [folder for _, folder in list_checkpoints(checkpoints)], damaged_folders(checkpoints)
 
 
-def _manifest(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
+def _manifest(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """Return a checkpoint's manifest and "", or None and its damage."""
     try:
-        return read_manifest(folder), None
+        return read_manifest(folder), ""
     except Damaged as damage:
         return None, str(damage)
 
 
-def _read(engine, folder: Path, manifest: dict[str, Any]) -> str | None:
-    """Fill this rank's pieces; what is missing, or None."""
+def _damage_of_share(folder: Path, manifest: dict[str, Any]) -> str | None:
+    """Read this rank's share of a checkpoint's files; return the damage of the first damaged one, or None."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    files = list(manifest["files"].items())[rank::world_size]
+    return next((damage for name, expected in files if (damage := damage_of(folder, name, expected))), None)
+
+
+def _fill(engine: Resumable, folder: Path, manifest: dict[str, Any]) -> str | None:
+    """Fill this rank's pieces; return what is missing, or None."""
     try:
         with ShardReader(folder / name for name in manifest["files"]) as reader, torch.no_grad():
             for piece in engine.state().pieces:
@@ -118,22 +146,8 @@ def _read(engine, folder: Path, manifest: dict[str, Any]) -> str | None:
     return None
 
 
-def _from_first(work):
-    """Rank 0's answer, for all: ranks may see a folder at different times. Its OSError is everyone's RunError."""
-    answer = [None, None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            answer = [work(), None]
-        except OSError as error:
-            answer = [None, f"{error.filename}: {error.strerror}"]
-    torch.distributed.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise RunError(answer[1], on_all_ranks=True)
-    return answer[0]
-
-
-def _any(damage: str | None) -> str | None:
-    """Return the first rank's complaint, for all; None when no rank has one."""
-    found: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, damage)
-    return next((d for d in found if d is not None), None)
+def _raise_damage(find: Callable[[], str | None]) -> None:
+    """Raise Damaged on all ranks with the first rank's finding, if any rank has one."""
+    found = [damage for damage in from_all(find) if damage is not None]
+    if found:
+        raise Damaged(found[0])

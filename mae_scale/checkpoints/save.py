@@ -1,4 +1,4 @@
-"""Saving while training goes on: training waits for the copy to host memory, a thread does the rest.
+"""Saving in the background: training waits for the copy to host memory, a thread does the rest.
 
 The thread of each rank writes its file; the threads then meet on a process group of their own, rank 0 writes the
 manifest and gives the checkpoint its name, and all learn the same outcome: written, or why not.
@@ -31,18 +31,19 @@ from mae_scale.checkpoints.store import (
     remove,
     write_manifest,
 )
+from mae_scale.distributed.collectives import from_all
 
 log = logging.getLogger("mae_scale")
 
 RETRY_S = 60.0
 FAILURES_ALLOWED = 2
-SLOWER = 2
-"""A rank may be so many collective timeouts later with its file than another."""
+ALLOWED_SKEW = 2
+"""Allowed skew between ranks' writes, in collective timeouts."""
 
 
 @dataclass(frozen=True)
 class SaveTimes:
-    """What a save has cost, in seconds: training stood still for `stall_s`, the file was whole after `total_s`."""
+    """Cost of a save in seconds: training stood still for `stall_s`, the checkpoint was whole after `total_s`."""
 
     step: int
     stall_s: float
@@ -50,7 +51,7 @@ class SaveTimes:
 
 
 class Saver:
-    """Writes a run's checkpoints. Every rank makes one and calls its methods at the same steps."""
+    """Writer of a run's checkpoints. Every rank makes one and calls its methods at the same steps."""
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class Saver:
     ):
         """guard: called on rank 0 before a checkpoint gets its name; it ends a process that may no longer write."""
         self._checkpoints, self._retention, self._background = checkpoints, retention, background
-        self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=SLOWER * timeout_s))
+        self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=ALLOWED_SKEW * timeout_s))
         self._rank, self._guard = torch.distributed.get_rank(), guard
         self._host: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -75,7 +76,7 @@ class Saver:
         self.times: list[SaveTimes] = []
 
     def save(self, state: EngineState, facts: dict[str, Any]) -> None:
-        """Begin to write a checkpoint: facts["step"] says of which step. Waits for the save before it.
+        """Begin to write the checkpoint of step facts["step"]; wait for the save before it.
 
         Returns when the state may change again. Raises RunError after three failures in a row.
         """
@@ -100,7 +101,7 @@ class Saver:
             self.wait()
 
     def wait(self) -> bool:
-        """Wait until the save that is under way has ended; whether the last one has succeeded (or there was none).
+        """Wait for the save under way; return whether the last one succeeded (or there was none).
 
         The same on every rank. Warns of a failure; raises RunError at the third in a row, and Gloo's own error when
         a rank is lost, which Control then explains.
@@ -131,15 +132,15 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def has_failed(self) -> bool:
-        """Return whether the save under way has ended badly here; if so for any rank, all are to call wait()."""
+        """Return whether the save under way has failed on this rank; when it has on any, all must call wait()."""
         return self._thread is not None and not self.is_writing() and self._error is not None
 
     def retry_is_due(self) -> bool:
-        """On rank 0: the last save failed and a while has passed; for all ranks to agree on a step to save at."""
+        """Return True on rank 0 when a failed save is due again; all ranks then agree on a step to save at."""
         return self._retry_at is not None and time.monotonic() >= self._retry_at
 
     def _on_the_host(self, own: list[Piece]) -> list[Piece]:
-        """Copies of the pieces in host memory that is used again by the next save (pinned where there is a GPU)."""
+        """Return copies of the pieces in host memory, which the next save reuses (pinned where there is a GPU)."""
         copies = []
         for piece in own:
             key = f"{piece.name}@{piece.start}"
@@ -153,58 +154,56 @@ class Saver:
         return copies
 
     def _write(self, pieces: list[Piece], manifest: dict[str, Any]) -> str | None:
-        """In the thread: the whole of a save; what went wrong, the same on every rank, or None.
+        """Write the checkpoint, in the thread; return what went wrong, the same on every rank, or None.
 
         Raises RuntimeError (Gloo's) when a rank is lost.
         """
         step = manifest["step"]
         place, beside = folder_of(self._checkpoints, step), partial_folder_of(self._checkpoints, step)
-        name = f"rank_{self._rank:05d}.safetensors"
-
-        def make_room() -> None:
-            for leftover in partial_folders(self._checkpoints):
-                shutil.rmtree(leftover)
-            beside.mkdir(parents=True)
-
-        def write_part() -> dict[str, Any]:
-            beside.mkdir(parents=True, exist_ok=True)  # a node may not see yet what another has made
-            return write_shard(beside / name, pieces)
-
-        def finish(files: list[dict[str, Any]]) -> None:
-            names = [f"rank_{rank:05d}.safetensors" for rank in range(len(files))]
-            write_manifest(beside, manifest, dict(zip(names, files, strict=True)))
-            if self._guard is not None:
-                self._guard()
-            if place.exists():
-                remove(place)
-            beside.rename(place)
-            sync(self._checkpoints)
-            try:
-                for old in beyond(self._checkpoints, self._retention):
-                    remove(old)
-            except OSError as error:  # the new one is whole all the same
-                log.warning("%s could not be removed: %s", error.filename, error.strerror)
-
-        error, _ = self._together(make_room if self._rank == 0 else lambda: None)
-        if error is None:
-            error, files = self._together(write_part)
-        if error is None:
-            error, _ = self._together((lambda: finish(files)) if self._rank == 0 else lambda: None)
-        if error is not None and self._rank == 0:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(beside)
-        return error
-
-    def _together(self, part: Callable) -> tuple[str | None, list]:
-        """Do this rank's part; then (the first rank's error or None, all results), the same on every rank."""
         try:
-            mine = (None, part())
-        except OSError as error:
-            mine = (f"{error.filename}: {error.strerror}", None)
-        outcomes: list = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(outcomes, mine, group=self._group)
-        errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(outcomes) if error]
-        return (errors[0] if errors else None), [result for _, result in outcomes]
+            self._on_first(lambda: self._make_room(beside))
+            files = from_all(lambda: self._write_part(beside, pieces), self._group)
+            self._on_first(lambda: self._finish(beside, place, manifest, files))
+        except RunError as failure:
+            if self._rank == 0:
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(beside)
+            return str(failure)
+        return None
+
+    def _on_first(self, work: Callable[[], None]) -> None:
+        """Do work on rank 0, and wait for it on the others; raise RunError on all ranks where it fails."""
+        from_all(work if self._rank == 0 else lambda: None, self._group)
+
+    def _make_room(self, beside: Path) -> None:
+        """Remove what unfinished saves have left, and make the folder to write into."""
+        for leftover in partial_folders(self._checkpoints):
+            shutil.rmtree(leftover)
+        beside.mkdir(parents=True)
+
+    def _write_part(self, beside: Path, pieces: list[Piece]) -> dict[str, Any]:
+        """Write this rank's file; return its size and digest."""
+        beside.mkdir(parents=True, exist_ok=True)  # a node may not see yet what another has made
+        return write_shard(beside / _file_of(self._rank), pieces)
+
+    def _finish(self, beside: Path, place: Path, manifest: dict[str, Any], files: list[dict[str, Any]]) -> None:
+        """Write the manifest, give the checkpoint its name, and remove those that are no longer kept."""
+        write_manifest(beside, manifest, {_file_of(rank): file for rank, file in enumerate(files)})
+        if self._guard is not None:
+            self._guard()
+        if place.exists():
+            remove(place)
+        beside.rename(place)
+        sync(self._checkpoints)
+        try:
+            for old in beyond(self._checkpoints, self._retention):
+                remove(old)
+        except OSError as error:  # the new one is whole all the same
+            log.warning("%s could not be removed: %s", error.filename, error.strerror)
+
+
+def _file_of(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
 
 
 def _on_cpu(piece: Piece) -> Piece:

@@ -1,8 +1,9 @@
 """A training state in pieces, and the files that hold them: any number of ranks writes, any other number reads.
 
-A piece is a stretch of one tensor of the state seen as a line: elements [start, start + n) of, for instance,
-`exp_avg/model.encoder.norm.weight`. An engine says which pieces its rank holds, so a checkpoint knows nothing of
-ZeRO stages, and a start on other ranks, or under another stage or library, reads the stretches that it now needs.
+A piece is a stretch of one flattened tensor of the state: elements [start, start + n) of PART/PARAMETER, for instance
+`exp_avg/model.encoder.norm.weight`; the parts are weight, ema, buffer and the optimiser's. An engine says which pieces
+its rank holds, so a checkpoint knows nothing of ZeRO stages, and a start on other ranks, or under another stage or
+library, reads the stretches that it now needs.
 
 Each file is in the safetensors layout (https://github.com/huggingface/safetensors), with keys `NAME@START`.
 """
@@ -35,7 +36,7 @@ DTYPES = {
 }
 CHUNK_BYTES = 2**24
 EMA = "ema"
-"""The part of the state that holds an average of the weights, where one is kept."""
+"""Part of the state that holds the average of the weights, where one is kept."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class EngineState:
-    """What a rank holds of the training state.
+    """A rank's part of the training state.
 
-    `pieces` are all that it needs to be given when it resumes. `own` are those that it writes: of all ranks
-    together, every element once. `scalars` are plain numbers that are the same on every rank.
+    `pieces` are all that it reads when it resumes. `own` are those that it writes: of all ranks together, every
+    element once. `scalars` are plain numbers that are the same on every rank.
     """
 
     pieces: list[Piece]
@@ -61,7 +62,7 @@ class EngineState:
 
 
 def share_of(pieces: Sequence[Piece], rank: int, world_size: int) -> list[Piece]:
-    """Return the part that one rank writes of pieces which all ranks hold: an equal, contiguous share."""
+    """Return the pieces that a rank writes of those that all ranks hold: an equal, contiguous share."""
     total = sum(piece.data.numel() for piece in pieces)
     first, last = rank * total // world_size, (rank + 1) * total // world_size
     share, position = [], 0
@@ -75,10 +76,10 @@ def share_of(pieces: Sequence[Piece], rank: int, world_size: int) -> list[Piece]
 
 
 def write_shard(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
-    """Write pieces (on the host) into one file and wait until it is on the disk; {"bytes": ..., "sha256": ...}.
+    """Write pieces (on the host) into one file and wait until it is on the disk; return {"bytes": ..., "sha256": ...}.
 
-    Written here and not by safetensors, so that the digest is of what was meant and not of what came to lie on the
-    disk, and a full disk is an OSError. Raises OSError with the file's name.
+    Written here and not by safetensors, so that the digest is that of the memory and not of the disk, and a full disk
+    is an OSError. Raises OSError with the file's name.
     """
     header, position = {}, 0
     for piece in pieces:
@@ -92,10 +93,10 @@ def write_shard(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest, written = hashlib.sha256(), 0
+    views = [memoryview(len(text).to_bytes(8, "little") + text), *(_bytes(piece.data) for piece in pieces)]
     try:
         with open(path, "wb", buffering=0) as file:
-            for content in (len(text).to_bytes(8, "little"), text, *(_bytes(piece.data) for piece in pieces)):
-                view = memoryview(content)
+            for view in views:
                 while view:
                     count = file.write(view[:CHUNK_BYTES])
                     digest.update(view[:count])
@@ -108,7 +109,7 @@ def write_shard(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal. Raises OSError."""
+    """Return the SHA-256 of a file, in hexadecimal. Raises OSError."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while content := file.read(CHUNK_BYTES):
@@ -117,10 +118,10 @@ def digest_of(path: Path) -> str:
 
 
 class ShardReader:
-    """The tensors of a checkpoint's shard files, read stretch by stretch. A context manager."""
+    """Reader of a checkpoint's shard files, stretch by stretch. A context manager."""
 
     def __init__(self, files: Iterable[Path]):
-        """Raises RunError naming a file that is not in the safetensors layout."""
+        """Open the files. Raises RunError naming a file that is not in the safetensors layout."""
         self._open, self._stretches = [], defaultdict(list)
         for path in files:
             try:
@@ -139,10 +140,11 @@ class ShardReader:
 
     @property
     def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
         return sorted(self._stretches)
 
     def fill(self, piece: Piece) -> None:
-        """Copy a piece's elements into its data, whatever its device. Raises RunError when some are nowhere."""
+        """Copy a piece's elements into its data, on any device. Raises RunError when some are missing."""
         wanted, end = piece.start, piece.start + piece.data.numel()
         for first, last, file, key in self._stretches.get(piece.name, ()):
             if first <= wanted < last:
@@ -156,7 +158,7 @@ class ShardReader:
             raise RunError(f"elements {wanted} to {end} of {piece.name} are in none of its files")
 
     def whole(self, name: str) -> torch.Tensor:
-        """Return a tensor of the state as one line [n], on the host. Raises RunError when elements are missing."""
+        """Return a flattened tensor [n] of the state, on the host. Raises RunError when elements are missing."""
         stretches = self._stretches.get(name)
         if not stretches:
             raise RunError(f"{name} is in none of its files")
@@ -166,6 +168,12 @@ class ShardReader:
         self.fill(Piece(name, 0, data))
         return data
 
+    def model_state(self) -> dict[str, torch.Tensor]:
+        """Return the weights, or their average where one was kept, and the buffers, each flattened [n], by name."""
+        parts = [name.partition("/")[::2] for name in self.names]
+        weights = EMA if any(part == EMA for part, _ in parts) else "weight"
+        return {name: self.whole(f"{part}/{name}") for part, name in parts if part in (weights, "buffer")}
+
     def __enter__(self) -> ShardReader:
         return self
 
@@ -174,6 +182,6 @@ class ShardReader:
             self._open.pop().__exit__(None, None, None)
 
 
-def _bytes(data: torch.Tensor):
-    """The memory of a contiguous tensor on the host, without a copy."""
-    return data.view(torch.uint8).numpy() if data.numel() else b""
+def _bytes(data: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the host, without a copy."""
+    return data.view(torch.uint8).numpy().data if data.numel() else memoryview(b"")

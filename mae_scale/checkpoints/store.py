@@ -1,11 +1,13 @@
-"""The folder of a run's checkpoints: which there are, whether one is whole, setting aside, retention.
+"""The folder of a run's checkpoints: list, verify, set aside, retain.
 
-DIR/checkpoints/
-    step_00001250/
-        rank_00000.safetensors ...   each rank's pieces of the state (shards.py)
-        manifest.json                every file's size and digest, step, epoch, world size, ...; written last
-    .step_00002500.partial/          being written, or left by a run that died while it wrote
-    damaged_step_00000750/           set aside: it did not verify
+DIR/
+    frozen.safetensors                   the weights that the run does not train, where there are any
+    checkpoints/
+        step_00001250/
+            rank_00000.safetensors ...   each rank's pieces of the state (shards.py)
+            manifest.json                every file's size and digest, step, epoch, world size, ...; written last
+        .step_00002500.partial/          being written, or left by a run that died while it wrote
+        damaged_step_00000750/           set aside: it did not verify
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ log = logging.getLogger("mae_scale")
 
 MANIFEST = "manifest.json"
 DAMAGED = "damaged_"
+FROZEN = "frozen.safetensors"
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest `keep`, those at the end of every n-th epoch, the one of the lowest loss."""
+    """Rule for the checkpoints to keep: the newest `keep`, those of every n-th epoch's end, that of the lowest loss."""
 
     keep: int
     every_epochs: int | None = None
@@ -42,15 +45,22 @@ class Damaged(Exception):
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint."""
     return checkpoints / f"step_{step:08d}"
 
 
 def partial_folder_of(checkpoints: Path, step: int) -> Path:
+    """Return the folder in which a step's checkpoint is written before it gets its name."""
     return checkpoints / f".step_{step:08d}.partial"
 
 
+def frozen_weights_of(checkpoint: Path) -> Path:
+    """Return the file of the weights that the checkpoint's run does not train."""
+    return checkpoint.absolute().parents[1] / FROZEN
+
+
 def list_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of all that has a checkpoint's name, oldest first; whole or not."""
+    """Return (step, folder) of all folders with a checkpoint's name, oldest first; whole or not."""
     found = []
     for folder in checkpoints.glob("step_*"):
         number = folder.name.removeprefix("step_")
@@ -60,7 +70,7 @@ def list_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
-    """The last file of a checkpoint: the facts, each file's {"bytes", "sha256"}, and a digest of itself."""
+    """Write a checkpoint's last file: the facts, each file's {"bytes", "sha256"}, and a digest of itself."""
     content = {**facts, "files": files}
     content["manifest_sha256"] = _digest_of_manifest(content)
     write_json(folder / MANIFEST, content)
@@ -82,7 +92,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def damage_of(folder: Path, name: str, expected: dict[str, Any]) -> str | None:
-    """Return what is wrong with a file of a checkpoint, read in whole; None when it is what was written."""
+    """Read a checkpoint's whole file; return what is wrong with it, or None."""
     path = folder / name
     try:
         found = path.stat().st_size
@@ -98,7 +108,7 @@ def damage_of(folder: Path, name: str, expected: dict[str, Any]) -> str | None:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's manifest after reading and comparing every file. Raises Damaged with all that is wrong."""
+    """Return a checkpoint's manifest after reading and comparing every file. Raises Damaged with all damages."""
     manifest = read_manifest(folder)
     wrong = [w for name, expected in manifest["files"].items() if (w := damage_of(folder, name, expected))]
     if wrong:
@@ -107,7 +117,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def set_aside(folder: Path) -> Path:
-    """Give a damaged checkpoint a name under which nobody takes it for one; nothing is deleted."""
+    """Rename a damaged checkpoint so that nothing takes it for a usable one; return its new folder."""
     place, number = folder.with_name(DAMAGED + folder.name), 1
     while place.exists():
         number += 1
@@ -118,24 +128,24 @@ def set_aside(folder: Path) -> Path:
 
 
 def damaged_folders(checkpoints: Path) -> list[Path]:
-    """Return what was set aside."""
+    """Return the checkpoints that were set aside."""
     return sorted(checkpoints.glob(f"{DAMAGED}step_*"))
 
 
 def partial_folders(checkpoints: Path) -> list[Path]:
-    """Return what saves have left that never ended."""
+    """Return the folders of unfinished saves."""
     return sorted(checkpoints.glob(".step_*.partial"))
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint: first its name, so that a death in between leaves no half of one under it."""
+    """Delete a checkpoint, its name first: if the process dies meanwhile, no half of it has that name."""
     if folder.name.startswith("step_"):
         folder = folder.rename(folder.with_name(f".{folder.name}.partial"))
     shutil.rmtree(folder)
 
 
 def beyond(checkpoints: Path, retention: Retention) -> list[Path]:
-    """Return the checkpoints that a retention does not keep, oldest first. What has no manifest is not touched."""
+    """Return the checkpoints that a retention does not keep, oldest first; none without a readable manifest."""
     manifests = {}
     for _, folder in list_checkpoints(checkpoints):
         try:
@@ -147,14 +157,14 @@ def beyond(checkpoints: Path, retention: Retention) -> list[Path]:
         kept |= {f for f, m in manifests.items() if m["epoch"] == int(m["epoch"]) and int(m["epoch"]) % n == 0}
     losses = {f: m["loss"] for f, m in manifests.items() if m["loss"] is not None}
     if retention.best and losses:
-        kept.add(min(losses, key=losses.get))
+        kept.add(min(losses, key=lambda folder: losses[folder]))
     return [folder for folder in manifests if folder not in kept]
 
 
 def newest_whole(checkpoints: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the newest checkpoint that verifies, and its manifest; warns of newer ones, which do not.
+    """Return the newest checkpoint that verifies, and its manifest; warn of newer, damaged ones.
 
-    Raises RunError with what is wrong when there is none.
+    Raises RunError with all damages when there is none.
     """
     wrong = []
     for _, folder in reversed(list_checkpoints(checkpoints)):
@@ -170,7 +180,7 @@ def newest_whole(checkpoints: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files below a folder."""
+    """Return the size of all files below a folder, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 

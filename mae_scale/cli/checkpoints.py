@@ -18,9 +18,9 @@ def checkpoints_list(run: Run) -> None:
 
     Example: `mae-scale checkpoints list runs/vit_huge`
     """
-    from mae_scale.checkpoints.maintenance import checkpoints_of, look, print_table
+    from mae_scale.checkpoints.maintenance import checkpoints_of, print_table, verify_sizes
 
-    print_table(checkpoints_of(run), look)
+    print_table(checkpoints_of(run), verify_sizes)
 
 
 @checkpoints_app.command("verify")

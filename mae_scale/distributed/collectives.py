@@ -1,10 +1,10 @@
-"""The process group of a run, and what its ranks do together."""
+"""The process group of a run, and functions that all of its ranks call together."""
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from data_pipeline.errors import RunError, UsageError
 from mae_scale.distributed.ranks import VARIABLES, Ranks, free_port
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 
-def _tell_libraries(ranks: Ranks) -> None:
-    """Set the variables that torch and DeepSpeed read."""
+def _set_environment(ranks: Ranks) -> None:
+    """Set the environment variables of torch's launchers, which torch and DeepSpeed read."""
     os.environ.update(zip(VARIABLES, map(str, (ranks.rank, ranks.world_size, ranks.local_rank)), strict=True))
     if "LOCAL_WORLD_SIZE" not in os.environ and "SLURM_NTASKS_PER_NODE" in os.environ:
         os.environ["LOCAL_WORLD_SIZE"] = os.environ["SLURM_NTASKS_PER_NODE"]
@@ -25,20 +25,20 @@ def _tell_libraries(ranks: Ranks) -> None:
 
 @contextlib.contextmanager
 def process_group(ranks: Ranks, timeout_s: float) -> "Iterator[torch.device]":
-    """The process group of the run (NCCL with a GPU, else Gloo), on this rank's device; yields the torch.device.
+    """Join the run's process group (NCCL with a GPU, else Gloo) for a block; yield this rank's device.
 
-    Gloo's collectives fail after timeout_s. NCCL's after twice that: the heartbeat asks over Gloo first, and can name
-    the rank that is missing, where NCCL ends the process. Raises RunError when the ranks do not meet.
+    Sets the environment variables that torch reads. Gloo's collectives fail after timeout_s, NCCL's after twice that:
+    the heartbeat asks over Gloo first, and can name the rank that is missing, where NCCL ends the process. Raises
+    RunError when the ranks do not meet.
     """
     import torch
 
-    _tell_libraries(ranks)
+    _set_environment(ranks)
     if torch.cuda.is_available():
         device = torch.device("cuda", ranks.local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     gpu = device.type == "cuda"
     try:
         torch.distributed.init_process_group(
@@ -59,27 +59,64 @@ def process_group(ranks: Ranks, timeout_s: float) -> "Iterator[torch.device]":
 Result = TypeVar("Result")
 
 
-def first_then_others(work: Callable[[], Result]) -> Result:
-    """Return each rank's own result of work(), done by rank 0 first: it may write what the others then find.
+def from_first(work: Callable[[], Result]) -> Result:
+    """Return rank 0's result of work() on all ranks, or raise its error on all ranks. All ranks call it.
 
-    A UsageError or RunError of rank 0 is raised on all ranks, and printed by rank 0.
+    The error is a UsageError, a RunError, or for an OSError a RunError; rank 0 prints it.
     """
     import torch
 
-    first = torch.distributed.get_rank() == 0
-    answer: list[UsageError | RunError | None] = [None]
-    if first:
+    answer: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
         try:
-            result = work()
+            answer = [work(), None]
         except (UsageError, RunError) as error:
-            error.on_all_ranks = True
-            answer = [error]
+            answer = [None, error]
+        except OSError as error:
+            answer = [None, RunError(_file_and_reason(error))]
+        if answer[1] is not None:
+            answer[1].on_all_ranks = True
     torch.distributed.broadcast_object_list(answer)
-    if answer[0] is not None:
-        raise answer[0]
-    return result if first else work()
+    result, failure = answer
+    if failure is not None:
+        raise failure
+    return cast(Result, result)
+
+
+def first_then_others(work: Callable[[], Result]) -> Result:
+    """Return each rank's own result of work(), done by rank 0 first: it may write what the others then read.
+
+    Where rank 0 fails the others do nothing, and all raise as `from_first` does.
+    """
+    done: list[Result] = []
+    from_first(lambda: done.append(work()))
+    return done[0] if done else work()
+
+
+def from_all(part: Callable[[], Result], group: "torch.distributed.ProcessGroup | None" = None) -> list[Result]:
+    """Do each rank's part of a task; return all results, by rank, on all ranks. All ranks of the group call it.
+
+    Where a part fails with an OSError, all ranks raise the same RunError, which names the first such rank.
+    """
+    import torch
+
+    mine: tuple[Result | None, str | None]
+    try:
+        mine = part(), None
+    except OSError as error:
+        mine = None, _file_and_reason(error)
+    outcomes: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(outcomes, mine, group=group)
+    for rank, (_, failure) in enumerate(outcomes):
+        if failure is not None:
+            raise RunError(f"rank {rank}: {failure}", on_all_ranks=True)
+    return [result for result, _ in outcomes]
 
 
 def collective_timeout(timeout_s: float, device_type: str) -> timedelta:
-    """Of a group for tensors on that type of device: NCCL's is twice the recipe's (see process_group)."""
+    """Return the timeout of a group for tensors on that type of device; NCCL's is twice the recipe's."""
     return timedelta(seconds=2 * timeout_s if device_type == "cuda" else timeout_s)
+
+
+def _file_and_reason(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}"

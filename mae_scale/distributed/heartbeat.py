@@ -1,4 +1,4 @@
-"""What the ranks tell each other beside the training: requests, heartbeats, and who is to blame when one is lost.
+"""Communication between ranks beside the training: requests, heartbeats, and the name of a rank that is lost.
 
 Small CPU tensors over a Gloo group of its own, so that no GPU is waited for; heartbeats in the rendezvous store.
 The Gloo group speaks first: NCCL's own timeout is twice as long (distributed.collectives.process_group), and by then
@@ -12,25 +12,29 @@ import re
 import threading
 import time
 from datetime import timedelta
+from types import TracebackType
 
 import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, and not in __all__
 
 from data_pipeline.errors import RunError
 from mae_scale.distributed.ranks import Ranks
 
 SILENCE_INTERVALS = 2.5
-"""A heart that does not beat for so long has stopped."""
+"""Silence, in intervals between heartbeats, after which a rank counts as lost."""
 ANSWER_S = 2.0
-LEFT, FOLLOWED = b"left", b"followed"
-"""Last beats: of a rank that has left by itself, and of one that has left because it lost another."""
+"""Longest wait for the store's answer."""
+LEFT, FOLLOWED = "left", "followed"
+"""Last beats of a rank that has left by itself, and of one that has left because it lost another."""
 LOST = re.compile(r"time[d ]*out|closed|closure|reset|refused|broken pipe|connect|network|remote p|abort", re.I)
-"""What Gloo and NCCL say of a peer that is lost, and not of tensors that do not fit."""
+"""Words of Gloo's and NCCL's errors about a lost peer, and not about tensors that do not fit."""
 
 
 class Control:
-    """Of one rank; a context manager, entered by every rank inside process_group(ranks, timeout_s).
+    """A rank's heartbeat and its agreements with the others; a context manager inside process_group(ranks, timeout_s).
 
-    An error that leaves the block because another rank is lost becomes a RunError that names it (see explained()).
+    Every rank enters it. An error that leaves the block because another rank is lost becomes a RunError that names it
+    (see explained()).
     """
 
     def __init__(self, ranks: Ranks, timeout_s: float):
@@ -52,7 +56,9 @@ class Control:
         self._heart.start()
         return self
 
-    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if error is None:
             try:
                 self.forget()
@@ -65,15 +71,15 @@ class Control:
         with contextlib.suppress(torch.distributed.DistError):  # its host may have left before
             self._store.set(self._keys[self._ranks.rank], LEFT if self._lost is None else FOLLOWED)
         if self._lost is not None and self._ranks.is_first and not _agent_hosts_store():
-            self._stay_for_the_others()
+            self._stay_for_the_others(self._lost)
         if explanation is not None:
             raise explanation from None
 
     def agree(self, *flags: bool) -> list[bool]:
-        """Return each flag of the call before, True when it was on any rank; all False at the first call.
+        """Return each flag of the previous call, True when it was on any rank; all False at the first call.
 
-        All ranks call it once a step, with equally many flags. What is asked here is answered by the next call: the
-        ranks exchange it while they train, and wait for nothing but a rank that is more than a step behind.
+        All ranks call it once per step, with equally many flags. The next call answers this one: the ranks exchange
+        flags while they train, and wait only for a rank that is more than a step behind.
         """
         before, asked = self._answer(), torch.tensor(flags, dtype=torch.uint8)
         maximum = torch.distributed.ReduceOp.MAX
@@ -87,42 +93,44 @@ class Control:
         return bool(self._answer())
 
     def meet(self) -> None:
-        """Wait until all ranks have come to the last agree(); to be called before a wait for the device.
+        """Wait until all ranks have called the last agree(); call it before a wait for the device.
 
-        A GPU that waits for a rank that is lost says nothing; this wait has a timeout, and the rank is named.
+        A GPU that waits for a lost rank does not report it; this wait has a timeout, and names the rank.
         """
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.wait()
 
     def forget(self) -> None:
-        """Let the next agree() return all False: what was asked has been dealt with since. All ranks call it."""
+        """Make the next agree() return all False, when its flags have been dealt with. All ranks call it."""
         self._answer()
 
     def _answer(self) -> torch.Tensor | None:
-        """Return what was asked last, answered; None when nothing was."""
+        """Return the flags of the last agree() over all ranks; None when there are none."""
         self.meet()
         answer, self._asked = self._asked, None
         return answer
 
     def silent_ranks(self) -> list[int]:
-        """Return the ranks that no longer answer; takes 2.5 heartbeats. To be called after a collective has failed.
+        """Return the ranks that no longer answer; takes 2.5 heartbeats. Call it after a collective has failed.
 
-        Those killed or stopped; if there are none, those that have left, but not because they had lost another.
-        When the store does not answer: rank 0 where that hosts it, none under torchrun, whose agent does.
+        These are the ranks killed or stopped; if there are none, those that have left, but not because they had lost
+        another. When the store does not answer: rank 0 if it hosts the store, none under torchrun, whose agent does.
         """
+        silent_host = [] if _agent_hosts_store() else [0]
         before = self._beats()
-        if before is not None:
-            time.sleep(SILENCE_INTERVALS * self._interval_s)
-        after = self._beats() if before is not None else None
+        if before is None:
+            return silent_host
+        time.sleep(SILENCE_INTERVALS * self._interval_s)
+        after = self._beats()
         if after is None:
-            return [] if _agent_hosts_store() else [0]
+            return silent_host
         all_ranks = range(self._ranks.world_size)
         stopped = [rank for rank in all_ranks if before[rank] == after[rank] and after[rank] not in (LEFT, FOLLOWED)]
         return stopped or [rank for rank in all_ranks if after[rank] == LEFT]
 
     def explained(self, error: BaseException) -> RunError | None:
-        """One line for an error of a collective that lost a rank; None for any other error. Takes 2.5 heartbeats."""
+        """Return a one-line error for that of a collective that lost a rank, after 2.5 heartbeats; None for others."""
         if not _lost_touch(error):
             return None
         self._lost = [rank for rank in self.silent_ranks() if rank != self._ranks.rank]
@@ -134,12 +142,12 @@ class Control:
             what = f"the ranks lost touch with each other: {_first_line(error)}"
         return RunError(f"{what}; the same command goes on from the last checkpoint")
 
-    def _connect(self) -> torch.distributed.TCPStore:
+    def _connect(self) -> TCPStore:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return torch.distributed.TCPStore(address, port, is_master=False, timeout=self._timeout)
+        return TCPStore(address, port, is_master=False, timeout=self._timeout)
 
     def _beat(self) -> None:
-        """The heart's thread. `set` does not wait for an answer, so that a stopped host does not hold it."""
+        """Beat until stopped, in a thread. `set` does not wait for an answer, so a stopped host does not block it."""
         count = 0
         while not self._stop.wait(self._interval_s):
             count += 1
@@ -148,16 +156,16 @@ class Control:
             except torch.distributed.DistError:
                 return  # the host has ended; the next collective will fail
 
-    def _beats(self) -> list[bytes] | None:
+    def _beats(self) -> list[str] | None:
         """Return every rank's last beat; None when the store does not answer.
 
         In a thread: a read from a host that is stopped waits for ever, whatever its timeout.
         """
-        answer: queue.SimpleQueue = queue.SimpleQueue()
+        answer: queue.SimpleQueue[list[str] | None] = queue.SimpleQueue()
 
         def read() -> None:
             try:
-                answer.put(self._connect().multi_get(self._keys))
+                answer.put([beat.decode() for beat in self._connect().multi_get(self._keys)])
             except torch.distributed.DistError:
                 answer.put(None)
 
@@ -167,9 +175,9 @@ class Control:
         except queue.Empty:
             return None
 
-    def _stay_for_the_others(self) -> None:
-        """The store ends with this process; the others, some of them a little later, read from it who is lost."""
-        others = set(range(1, self._ranks.world_size)) - set(self._lost)
+    def _stay_for_the_others(self, lost: list[int]) -> None:
+        """Wait while the others read who is lost, for the store ends with this process."""
+        others = set(range(1, self._ranks.world_size)) - set(lost)
         deadline = time.monotonic() + 2 * SILENCE_INTERVALS * self._interval_s
         while time.monotonic() < deadline:
             beats = self._beats()
@@ -189,7 +197,7 @@ def _lost_touch(error: BaseException) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    """Without the source file that Gloo puts before it."""
+    """Return an error's first line without the source file that Gloo puts before it."""
     return re.sub(r"^\[[^]]*\] *", "", str(error).partition("\n")[0])
 
 

@@ -1,4 +1,4 @@
-"""Which rank this process is, read from the environment; and how a rank ends."""
+"""This process's rank, read from the environment; and how a rank ends."""
 
 import os
 import socket
@@ -13,12 +13,12 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 ALONE = (0, 1, 0)
 LAUNCHER_ENDS_S = 5.0
-"""By then a launcher has ended the ranks of the other nodes, when the first one has failed."""
+"""Time in which a launcher ends the ranks of the other nodes after the first rank has failed."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others of the run."""
+    """Position of this process among the ranks of the run."""
 
     rank: int
     world_size: int
@@ -26,6 +26,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
 
@@ -35,14 +36,14 @@ def launched() -> bool:
 
 
 def this_rank() -> Ranks:
-    """Return RANK, WORLD_SIZE, LOCAL_RANK; else Slurm's own variables; else a run of one. Changes nothing."""
+    """Return RANK, WORLD_SIZE and LOCAL_RANK, else Slurm's own variables, else a run of one rank."""
     names = VARIABLES if "RANK" in os.environ else SLURM_VARIABLES if launched() else ()
     values = [int(os.environ.get(name, alone)) for name, alone in zip(names, ALONE, strict=False)]
     return Ranks(*(values or ALONE))
 
 
 def ranks_from_environment() -> Ranks:
-    """Return this process's place, ready for process_group(); UsageError when srun gives no address to meet at."""
+    """Return this process's rank for process_group(); raise UsageError when srun gives no address to meet at."""
     ranks = this_rank()
     if ranks.world_size > 1 and "RANK" not in os.environ and "MASTER_ADDR" not in os.environ:
         raise UsageError(
@@ -53,10 +54,10 @@ def ranks_from_environment() -> Ranks:
 
 
 def say_error(error: UsageError | RunError) -> None:
-    """Print the error on stderr, one line a job.
+    """Print the error on stderr, one line per job.
 
-    Before the ranks have met they fail alike, and the first one says it. On another node something may be missing
-    that the first one has: its first rank says so, unless a launcher has ended it by then.
+    Before the ranks have met they fail alike, and rank 0 prints it. Another node may lack something that the first
+    one has: its first rank prints that, unless a launcher has ended it by then.
     """
     ranks = this_rank()
     if not ranks.is_first:
@@ -73,10 +74,10 @@ def _have_met() -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once, with what it has printed; for a rank, whether it has failed or not.
+    """Flush the output and end this process at once; for a rank, whether it has failed or not.
 
-    Threads of Gloo and NCCL that are still at work can abort an interpreter that ends as usual ("terminate called
-    without an active exception"), and hide its code; seen after errors, and now and then at a good end.
+    Threads of Gloo and NCCL that still run can abort an interpreter that ends as usual ("terminate called without an
+    active exception") and hide its exit code; seen after errors, and now and then after success.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -84,7 +85,7 @@ def leave(code: int) -> NoReturn:
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens at."""
+    """Return a free port of this machine."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

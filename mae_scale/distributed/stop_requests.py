@@ -1,7 +1,7 @@
 """Requests to stop: SIGTERM (a scheduler, the local launcher), SIGUSR1 (Slurm's warning before the limit), Ctrl-C.
 
-A process that listens ends at once, for it has nothing to save; one that heeds only notes the request and looks at it
-once a step. A second Ctrl-C ends both at once. All this is a thread's, for the main thread may wait in a library for
+A process that listens ends at once, for it has nothing to save; one that heeds only notes the request and reads it
+once per step. A second Ctrl-C ends both at once. A thread does all this, for the main thread may wait in a library for
 minutes. Nothing heavy is imported, so that a process can listen before it imports torch.
 """
 
@@ -22,16 +22,18 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LAUNCHER_VARIABLE = "MAE_SCALE_LAUNCHER_PID"
 PR_SET_PDEATHSIG = 1
 HANDED_ON_S = 1.0
-"""A terminal's Ctrl-C reaches torchrun and its ranks, and torchrun hands it on: within so long it is the same one."""
+"""Time within which a Ctrl-C is the same one: a terminal sends it to torchrun and to its ranks, and torchrun too."""
 INTERRUPTED = "interrupted; nothing is half-written, and the same command goes on or begins again"
 
 
 @dataclass(frozen=True)
 class _Heeding:
-    """What is done where a request is only noted."""
+    """Reaction to a request that is only noted."""
 
-    notice: str | None  # said at once, if anything
-    ends: bool  # at a second Ctrl-C
+    notice: str | None
+    """Text printed at once."""
+    ends: bool
+    """Whether a second Ctrl-C ends the process."""
 
 
 _first: str | None = None
@@ -44,7 +46,7 @@ _has_launcher = False
 
 
 def listen() -> None:
-    """From now on SIGTERM, SIGUSR1 and Ctrl-C are requests; so is the death of the local launcher. Main thread only."""
+    """Take SIGTERM, SIGUSR1, Ctrl-C and the death of the local launcher as requests from now on; main thread only."""
     global _alone, _has_launcher
     _alone = not launched()  # asked now: a run of one is told it has rank 0
     received, tell = os.pipe()
@@ -67,14 +69,17 @@ def listen() -> None:
 
 
 def heed(notice: str | None = None) -> None:
-    """From now on a request is only noted, and answered with the notice: requested() has it."""
+    """Only note requests from now on, for requested(), and answer them with the notice."""
     global _heeding
     _heeding = _Heeding(notice, ends=True)
 
 
 @contextlib.contextmanager
 def passing_on(notice: str | None = None) -> Iterator[None]:
-    """A block that passes requests on to others, and ends them at once when insisted(). Inside another: that one's."""
+    """Only note requests in a block, which passes them on to other processes, and ends these at once when insisted().
+
+    Where requests are only noted already, that stays as it is.
+    """
     global _heeding
     before = _heeding
     _heeding = before or _Heeding(notice, ends=False)
@@ -86,7 +91,7 @@ def passing_on(notice: str | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def before_the_end(act: Callable[[], None]) -> Iterator[None]:
-    """A block in which act() is called before a request ends this process, for what may not be left behind."""
+    """Return a block in which act() is called before a request ends this process, to clean up."""
     _last_acts.append(act)
     try:
         yield
@@ -105,7 +110,7 @@ def insisted() -> bool:
 
 
 def _watch(received: int) -> None:
-    """The thread: take each signal that has come, whatever the main thread is doing."""
+    """Take each signal that arrives, in a thread, whatever the main thread is doing."""
     while True:
         for signum in os.read(received, 64):
             if signum in SIGNALS:
@@ -136,7 +141,7 @@ def _end(text: str, code: int) -> NoReturn:
 
 
 def _is_another() -> bool:
-    """Return whether this Ctrl-C is a later one. The local launcher's ranks are ended by it, and do not count."""
+    """Return whether this Ctrl-C is a later one; never in the local launcher's ranks, which the launcher ends."""
     global _last_interrupt
     before, _last_interrupt = _last_interrupt, time.monotonic()
     if before is None or _has_launcher:
@@ -145,7 +150,7 @@ def _is_another() -> bool:
 
 
 def _say(text: str) -> None:
-    """One line on stderr, of one process of the job; below the ^C of a terminal."""
+    """Print one line per job on stderr, below the ^C of a terminal."""
     if this_rank().is_first:
         with contextlib.suppress(OSError):  # a terminal that is gone
             os.write(2, f"{chr(10) if os.isatty(2) else ''}{text}\n".encode())

@@ -1,4 +1,4 @@
-"""Activation checkpointing: keep the inputs of blocks only, and compute the rest again in the backward pass."""
+"""Activation checkpointing: keep the inputs of blocks only, and recompute the rest in the backward pass."""
 
 import functools
 from collections.abc import Sequence
@@ -20,6 +20,6 @@ def checkpoint_activations(blocks: Sequence[nn.Module], policy: str | int) -> No
         for block in blocks:
             checkpoint_with_offload(block)
         return
-    every = 1 if policy == "all" else policy
+    every = 1 if policy == "all" else int(policy)
     for block in blocks[::every]:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -24,7 +24,7 @@ def deepspeed_config(recipe: Recipe, layout: BatchLayout, *, gpu: bool) -> dict[
 
 
 def _decided(config: dict[str, Any], recipe: Recipe, layout: BatchLayout, gpu: bool) -> dict[tuple[str, ...], Any]:
-    """Return what the recipe decides, by the path of its key."""
+    """Return the values that the recipe decides, by the path of their keys."""
     precision, stage = precision_of(recipe, gpu), config["zero_optimization"].get("stage", 0)
     ours = checks_gradients(config, precision)
     # Gradients of bf16 weights add up in fp32 wherever DeepSpeed has it, which is in ZeRO 1 to 3.
@@ -45,7 +45,7 @@ def _decided(config: dict[str, Any], recipe: Recipe, layout: BatchLayout, gpu: b
 
 
 def _fill_in(config: dict[str, Any], decided: dict[tuple[str, ...], Any], source: str) -> None:
-    """Write what the recipe decides over "auto" and what is missing. Raises UsageError for another value."""
+    """Replace "auto" and missing keys by what the recipe decides. Raises UsageError where another value stands."""
     for path, value in decided.items():
         section = config
         for key in path[:-1]:
@@ -61,7 +61,7 @@ def _fill_in(config: dict[str, Any], decided: dict[tuple[str, ...], Any], source
 
 
 def _fill_in_links(config: dict[str, Any], layout: BatchLayout, gpu: bool) -> None:
-    """Decide what follows from the number of ranks and the device."""
+    """Set the keys that follow from the number of ranks and the device."""
     zero = config["zero_optimization"]
     if zero.get("overlap_comm") == "auto":
         zero["overlap_comm"] = layout.world_size > 1  # with it DeepSpeed waits for the device after each micro-batch
@@ -71,7 +71,7 @@ def _fill_in_links(config: dict[str, Any], layout: BatchLayout, gpu: bool) -> No
 
 
 def _refuse_contents(config: dict[str, Any], source: str) -> None:
-    """Raise UsageError for what a file may not hold, and for what nothing has decided."""
+    """Raise UsageError for forbidden sections, and for keys that are still "auto"."""
     for place in ("offload_optimizer", "offload_param"):
         if config["zero_optimization"].get(place, {}).get("device") == "nvme":
             raise UsageError(f"{source} offloads to nvme, from where no checkpoint is written; use device cpu there")

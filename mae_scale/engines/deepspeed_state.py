@@ -1,9 +1,9 @@
-"""Where DeepSpeed keeps the float32 weights and moments of a rank, for every ZeRO stage and precision.
+"""The places where DeepSpeed keeps a rank's float32 weights and moments, for every ZeRO stage and precision.
 
 DeepSpeed's own checkpoints are not used: they carry over several silent errors (one `step` for all groups of a
 universal checkpoint, a flipped byte loads), need a conversion for another number of ranks and cannot be written in
-the background. What is taken from it here is only where things lie; tests compare whole runs, so a release that
-moves them is seen.
+the background. Only the places are taken from DeepSpeed; tests compare whole runs, so they notice a release that moves
+them.
 """
 
 import contextlib
@@ -30,17 +30,16 @@ class Fragment:
     n: int
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the fragment's elements of a tensor that is laid out as the master is."""
+        """Return the fragment's elements of a tensor with the master's layout."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.n)
 
 
 class DeepSpeedState:
-    """The training state of a DeepSpeed engine; it holds no tensors of its own."""
+    """View of a DeepSpeed engine's training state; it owns no tensors."""
 
-    def __init__(self, engine, optimizer: torch.optim.Optimizer, *, ema: bool):
-        """optimizer: torch's, which the engine has wrapped. Its moments are made here, zero, and its step count is 0.
-
-        ema: an average of the weights is kept beside them.
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, *, ema: bool):
+        """engine: DeepSpeed's, which has no types; optimizer: torch's, which the engine has wrapped; its state is made
+        here, with moments and step count 0; ema: an average of the weights is kept beside them.
 
         DeepSpeed's bf16 and fp16 optimiser without ZeRO makes an empty first step, which would put the bias
         correction one step ahead.
@@ -53,7 +52,7 @@ class DeepSpeedState:
             optimizer.state[master] = fresh_state(optimizer, master, ema=ema)
 
     def state(self) -> EngineState:
-        """Return the pieces and numbers of this rank."""
+        """Return this rank's pieces and scalars."""
         pieces = []
         for f in self._fragments:
             pieces.append(Piece(f"weight/{f.name}", f.start, f.of(f.master)))
@@ -76,7 +75,7 @@ class DeepSpeedState:
         return EngineState([*pieces, *buffers], own, scalars)
 
     def restored(self, scalars: dict[str, Any]) -> None:
-        """After the pieces were filled: step counts, loss scale, and the weights from the masters."""
+        """Set step counts and loss scale, and the weights from the masters, after the pieces were filled."""
         for master in self._masters:
             if "step" in self._optimizer.state[master]:
                 self._optimizer.state[master]["step"].fill_(scalars["optimizer_steps"])
@@ -93,7 +92,7 @@ class DeepSpeedState:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """The model with the average in place of its weights, until the end of the block. All ranks call it."""
+        """Return a block in which the model has the average in place of its weights. All ranks enter it."""
         self._exchange()
         try:
             yield
@@ -110,7 +109,7 @@ class DeepSpeedState:
         self._refresh()
 
     def _refresh(self) -> None:
-        """The weights that the model computes with, from the masters."""
+        """Set the weights that the model computes with from the masters."""
         zero = self._zero
         with torch.no_grad():
             if self._stage == 3:
@@ -155,19 +154,19 @@ class DeepSpeedState:
                 yield Fragment(names[low], 0, full, 0, full.numel())
 
     def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Low-precision weights and their float32 masters, without ZeRO."""
+        """Yield each low-precision weight with its float32 master, without ZeRO."""
         for low, full in zip(self._zero.fp16_groups, self._zero.fp32_groups, strict=True):
             yield from zip(low, full, strict=True)
 
-    def _loss_scaler(self):
-        """What holds a dynamic loss scale, in fp16; else None."""
+    def _loss_scaler(self) -> Any | None:
+        """Return DeepSpeed's dynamic loss scaler in fp16; else None."""
         if not self._engine.fp16_enabled():
             return None
         return getattr(self._zero, "loss_scaler", None) or self._zero.loss_scale_config
 
 
 def buffer_pieces(module: torch.nn.Module) -> list[Piece]:
-    """Return the buffers of a module's state, which every rank has whole."""
+    """Return the persistent buffers of a module, of which every rank has all elements."""
     persistent = module.state_dict(keep_vars=True).keys() - dict(module.named_parameters()).keys()
     buffers = dict(module.named_buffers())
     return [Piece(f"buffer/{name}", 0, buffers[name].view(-1)) for name in sorted(persistent) if name in buffers]

@@ -1,4 +1,4 @@
-"""The DeepSpeed files: those of ds_configs/, or one of the user's own."""
+"""DeepSpeed configuration files: those of ds_configs/, or the user's own."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from mae_scale.packaged import packaged
 
 
 def zero_stage_of(recipe: Recipe) -> int:
-    """Return the ZeRO stage that will run: engine.config's where there is one, else engine.zero_stage."""
+    """Return the ZeRO stage: that of engine.config where there is one, else engine.zero_stage."""
     if recipe.engine.config is None:
         return recipe.engine.zero_stage
     config, _ = read_template(recipe)
@@ -18,6 +18,10 @@ def zero_stage_of(recipe: Recipe) -> int:
 
 
 def read_template(recipe: Recipe) -> tuple[dict[str, Any], str]:
+    """Return the configuration that a recipe starts from, and its name for errors.
+
+    Raises UsageError when engine.config cannot be read or is not a JSON object.
+    """
     engine = recipe.engine
     if engine.config is None:
         name = "zero3_offload" if engine.offload else f"zero{engine.zero_stage}"

@@ -1,7 +1,7 @@
 """The FairScale engine: sharded optimiser with DDP (1), or fully sharded (3). The one file that imports fairscale."""
 
-import contextlib
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from torch import nn
 from data_pipeline.batch_layout import BatchLayout
 from mae_scale.checkpoints.shards import EngineState, Piece, share_of
 from mae_scale.config.schema import Recipe
-from mae_scale.engines.base import StepResult
+from mae_scale.engines.base import Objective, StepResult
 from mae_scale.engines.deepspeed_state import buffer_pieces
+from mae_scale.engines.host_copy import HostCopy
 from mae_scale.engines.optimizers import (
     fresh_state,
     moments,
@@ -25,14 +26,21 @@ from mae_scale.engines.policy import engine_name
 
 
 class FairScaleEngine:
-    """An objective under FairScale; the same interface as DeepSpeedEngine.
+    """An objective under FairScale.
 
-    Stage 1 is OSS under torch's DDP. Stage 3 is FullyShardedDataParallel, a shard a block, and needs a GPU.
+    Stage 1 is OSS under torch's DDP. Stage 3 is FullyShardedDataParallel, one shard per block, and needs a GPU.
     bf16 is torch's autocast over float32 parameters.
     """
 
     def __init__(
-        self, objective: nn.Module, recipe: Recipe, layout: BatchLayout, *, stage: int, precision: str, device
+        self,
+        objective: Objective,
+        recipe: Recipe,
+        layout: BatchLayout,
+        *,
+        stage: int,
+        precision: str,
+        device: torch.device,
     ):
         self.name = engine_name(recipe)
         self.config = {"backend": "fairscale", "zero_stage": stage, "precision": precision}
@@ -46,6 +54,9 @@ class FairScaleEngine:
         self._parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self._shapes = {p: p.shape for p in self._parameters.values()}
         self._sharded = stage == 3
+        # FairScale has no types: what it adds to a module and to an optimiser is not known.
+        self._model: Any
+        self._optimizer: Any
         if self._sharded:
             self._model = _fully_sharded(objective)
             self._optimizer = kind(groups, **options)
@@ -60,14 +71,14 @@ class FairScaleEngine:
                 optimizer.state[parameter] = fresh_state(optimizer, parameter, ema=False)
 
     def train_step(self, micro_batches: Iterable[tuple[torch.Tensor, ...]], lr: float) -> StepResult:
-        """One update from `accumulation` micro-batches at learning rate lr."""
+        """Do one update from `accumulation` micro-batches at learning rate lr."""
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
         set_learning_rate(self._optimizer, lr)
         losses = []
         for number, tensors in enumerate(micro_batches, start=1):
             last = number == self._accumulation
-            with contextlib.nullcontext() if last else self._model.no_sync():
+            with nullcontext() if last else self._model.no_sync():
                 with self._autocast:
                     loss = self._model(*tensors)
                 (loss / self._accumulation).backward()
@@ -78,7 +89,7 @@ class FairScaleEngine:
         else:
             # DDP leaves the whole gradient on every rank, so torch's own clipping is the global one.
             norm = nn.utils.clip_grad_norm_(self.objective.parameters(), limit)
-        skipped = skip_if_not_finite(self._own_optimizer(), norm)
+        skipped = HostCopy(skip_if_not_finite(self._own_optimizer(), norm))
         self._optimizer.step()
         return StepResult(torch.stack(losses).mean(), norm.item, skipped)
 
@@ -89,9 +100,9 @@ class FairScaleEngine:
         with self._autocast:
             return self._model(*tensors)
 
-    def averaged(self) -> contextlib.AbstractContextManager:
-        """No average of the weights is kept here (refuse_wrong_combinations)."""
-        return contextlib.nullcontext()
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return a block that changes nothing: no average is kept here (refuse_wrong_combinations)."""
+        return nullcontext()
 
     def state(self) -> EngineState:
         """Return what this rank holds of the training state, as views of it."""
@@ -112,16 +123,16 @@ class FairScaleEngine:
         return EngineState(pieces, own, {"optimizer_steps": steps, "loss_scaler": None})
 
     def restored(self, scalars: dict[str, Any]) -> None:
-        """To be called by all ranks when the pieces of state() were filled, with the scalars that lay beside them."""
+        """Take over what was filled into the pieces of state(), and the scalars beside them. All ranks call it."""
         for state in self._own_optimizer().state.values():
             if "step" in state:
                 state["step"].fill_(scalars["optimizer_steps"])
 
     def close(self) -> None:
-        """Nothing is held but memory."""
+        """Do nothing: only memory is held."""
 
     def _place(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """(start, n): this rank has elements [start, start + n) of a parameter, all of them unless fully sharded."""
+        """Return (start, n): this rank has elements [start, start + n) of a parameter, all unless fully sharded."""
         size = self._shapes[parameter].numel()
         if not self._sharded:
             return 0, size
@@ -130,7 +141,9 @@ class FairScaleEngine:
         return start, min(shard, size - start)
 
     def _own_optimizer(self) -> torch.optim.Optimizer:
-        return self._optimizer if self._sharded else self._optimizer.optim
+        """Return torch's optimiser over this rank's parameters."""
+        own: torch.optim.Optimizer = self._optimizer if self._sharded else self._optimizer.optim
+        return own
 
 
 def checkpoint_with_offload(block: nn.Module) -> None:
@@ -140,7 +153,8 @@ def checkpoint_with_offload(block: nn.Module) -> None:
     checkpoint_wrapper(block, offload_to_cpu=True)
 
 
-def _fully_sharded(objective: nn.Module) -> nn.Module:
+def _fully_sharded(objective: Objective) -> Any:
+    """Return the objective as FullyShardedDataParallel, each of its blocks a shard of its own."""
     from fairscale.nn import FullyShardedDataParallel, auto_wrap, enable_wrap
 
     blocks = set(objective.blocks)

@@ -1,13 +1,13 @@
-"""A number that the device computes, for the host to read later."""
+"""Numbers on the device that the host reads later."""
 
 import torch
 
 
 class HostCopy:
-    """A number on its way from the device; call it to read it.
+    """A number that is being copied from the device; call it to read it.
 
-    Reading waits for the work that had been launched when the copy was made, and not for what was launched since: a
-    number of step t that is read when step t + 1 is launched keeps no device idle.
+    Reading waits for the work that was launched before the copy, and not for later work: a number of step t that is
+    read when step t + 1 is launched keeps no device idle.
     """
 
     def __init__(self, number: torch.Tensor):

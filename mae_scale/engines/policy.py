@@ -1,4 +1,4 @@
-"""What an engine does with a recipe: its name, precision, what is compiled; and which combinations are refused."""
+"""What a recipe means for its engine: name, precision, compilation, batch layout; and the combinations refused."""
 
 from data_pipeline.batch_layout import BatchLayout, batch_layout
 from data_pipeline.errors import UsageError
@@ -7,7 +7,7 @@ from mae_scale.engines.deepspeed_templates import zero_stage_of
 
 
 def engine_name(recipe: Recipe) -> str:
-    """Return what the recipe's engine is called in logs and checkpoints."""
+    """Return the name of the recipe's engine in logs and checkpoints."""
     stage = zero_stage_of(recipe)
     if recipe.engine.backend == "fairscale":
         return "fairscale " + ("fully sharded" if stage == 3 else "OSS with DDP")
@@ -15,18 +15,18 @@ def engine_name(recipe: Recipe) -> str:
 
 
 def precision_of(recipe: Recipe, gpu: bool) -> str:
-    """fp32, bf16 or fp16: the recipe's, else bf16 with a GPU and fp32 without."""
+    """Return fp32, bf16 or fp16: the recipe's precision, else bf16 with a GPU and fp32 without."""
     return recipe.engine.precision or ("bf16" if gpu else "fp32")
 
 
 def compiles(recipe: Recipe, stage: int, gpu: bool) -> bool:
-    """Return whether blocks are compiled: the recipe's word, else with a GPU wherever it is known to be right."""
+    """Return whether blocks are compiled: as the recipe says, else with a GPU wherever that is known to be correct."""
     wrong = stage == 3 or recipe.engine.activation_checkpointing == "offload"
     return (gpu and not wrong) if recipe.engine.compile is None else recipe.engine.compile
 
 
 def layout_of(recipe: Recipe, world_size: int) -> BatchLayout:
-    """Return how the recipe's global batch is spread over the ranks; raises as `batch_layout` does."""
+    """Return the layout of the recipe's global batch over the ranks; raise as `batch_layout` does."""
     return batch_layout(recipe.data.global_batch, world_size, recipe.engine.micro_batch)
 
 

@@ -1,21 +1,19 @@
-"""From a recipe to a model, and everything that scale asks of it, applied from outside in one order."""
+"""From an objective to an engine: compilation, activation checkpointing, sharding and precision, in that order."""
 
 import torch
-from torch import nn
 
 from data_pipeline.batch_layout import BatchLayout
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.activation_checkpointing import checkpoint_activations
+from mae_scale.engines.base import Engine, Objective
 from mae_scale.engines.compilation import compile_blocks
 from mae_scale.engines.deepspeed_config import deepspeed_config
-from mae_scale.engines.policy import compiles, precision_of, zero_stage_of
+from mae_scale.engines.deepspeed_templates import zero_stage_of
+from mae_scale.engines.policy import compiles, precision_of
 
 
-def scale_out(objective: nn.Module, recipe: Recipe, layout: BatchLayout, device: torch.device):
-    """The objective compiled, checkpointed, then sharded in its precision by the recipe's engine.
-
-    The objective has `blocks`, `never_decayed` and a forward from a micro-batch's tensors to its mean loss.
-    """
+def scale_out(objective: Objective, recipe: Recipe, layout: BatchLayout, device: torch.device) -> Engine:
+    """Return the objective compiled, checkpointed, then sharded in its precision by the recipe's engine."""
     gpu = device.type == "cuda"
     stage = zero_stage_of(recipe)
     if compiles(recipe, stage, gpu):

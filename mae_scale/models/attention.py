@@ -1,6 +1,9 @@
-"""Where a classifier looks: the attention weights of its last block, which fused attention does not give."""
+"""The attention weights of a classifier's last block, which fused attention does not give."""
+
+from typing import cast
 
 import torch
+from timm.layers.attention import Attention
 from torch import Tensor
 
 from mae_scale.models.classifier import Classifier
@@ -8,13 +11,13 @@ from mae_scale.models.classifier import Classifier
 
 @torch.inference_mode()
 def last_attention(model: Classifier, images: Tensor) -> Tensor:
-    """images [N, 3, S, S], normalised -> attention to each patch in the last block, float32 [N, heads, L].
+    """Return the last block's attention to each patch, float32 [N, heads, L], of normalised images [N, 3, S, S].
 
-    Of the token that is pooled: the cls token's, or with pool "mean" the mean over all patches'. What goes to the
-    cls token is left out, so that the L numbers sum to at most 1.
+    It is that of the pooled token: the cls token, or with pool "mean" the mean over all patches. Attention to the cls
+    token is left out, so that the L numbers sum to at most 1.
     """
-    attention = model.encoder.blocks[-1].attn
-    caught = []
+    attention = cast(Attention, model.encoder.blocks[-1].attn)
+    caught: list[Tensor] = []
     hook = attention.qkv.register_forward_hook(lambda module, inputs, output: caught.append(output))
     try:
         model.features(images)

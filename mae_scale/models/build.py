@@ -1,4 +1,4 @@
-"""From a recipe to its model, freshly initialised."""
+"""From a recipe to its model, with initial weights."""
 
 from mae_scale.config.schema import ModelSection, Recipe
 from mae_scale.models.classifier import Classifier, build_classifier
@@ -7,20 +7,20 @@ from mae_scale.models.vit import ViTSize, resolve_size
 
 
 def size_of(model: ModelSection) -> ViTSize:
-    """Return the sizes of a recipe's encoder: those of its name, with the recipe's own in their place."""
+    """Return the size of a recipe's encoder: that of its name, with the recipe's own values in place."""
     return resolve_size(
         model.name, patch_size=model.patch_size, width=model.width, depth=model.depth, heads=model.heads
     )
 
 
 def build_model(recipe: Recipe) -> MaskedAutoencoder:
-    """Return the autoencoder of a recipe, freshly initialised from torch's generator."""
+    """Return the autoencoder of a recipe, initialised from torch's generator."""
     return build_mae(**recipe.model.model_dump())
 
 
 def build_classifier_of(recipe: Recipe, classes: int) -> Classifier:
-    """Return the classifier of a recipe for so many classes, freshly initialised from torch's generator."""
-    model, section = recipe.model, recipe.classifier
+    """Return the classifier of a recipe, initialised from torch's generator."""
+    model, section = recipe.model, recipe.classification
     return build_classifier(
         model.name,
         classes=classes,

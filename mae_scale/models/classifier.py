@@ -1,17 +1,22 @@
-"""The classifier on a pre-trained encoder: end-to-end, partial fine-tuning and linear probing (He et al., section 4).
+"""The classifier on a pre-trained encoder: full and partial fine-tuning, linear probing (He et al., section 4).
 
 Letters in shapes: B images, L patches of an image, D the encoder's width, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, cast
 
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from data_pipeline.errors import UsageError
 from mae_scale.models.vit import Encoder, ViTSize, layer_norm, patchify, resolve_size
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Classifier(nn.Module):
@@ -49,7 +54,7 @@ class Classifier(nn.Module):
                     parameter.requires_grad = module in trained
 
     def features(self, images: Tensor, branch_scales: Tensor | None = None) -> Tensor:
-        """images [B, 3, S, S], normalised by ImageNet's mean and std -> pooled features [B, D], before the head."""
+        """Return pooled features [B, D] of images [B, 3, S, S], normalised by ImageNet's mean and std."""
         side = self.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise UsageError(
@@ -61,7 +66,7 @@ class Classifier(nn.Module):
         return self.fc_norm(pooled)
 
     def forward(self, images: Tensor, branch_scales: Tensor | None = None) -> Tensor:
-        """images [B, 3, S, S] -> logits [B, C] in the parameters' dtype; branch_scales as in Encoder.forward."""
+        """Return logits [B, C], in the parameters' dtype, of images [B, 3, S, S]; branch_scales as in Encoder."""
         features = self.batch_norm(self.features(images, branch_scales))
         return self.head(features.to(self.head.weight.dtype))
 
@@ -86,7 +91,7 @@ class Classifier(nn.Module):
         return 0 if name.startswith(embedding) else len(self.encoder.blocks) + 1
 
     def _trained_modules(self) -> Iterator[nn.Module]:
-        """What is trained in partial fine-tuning: the last blocks, the norm after them, the head; 0: the head alone."""
+        """Yield what partial fine-tuning trains: the last blocks, the norm after them, the head; 0: the head alone."""
         yield from self.head.modules()
         if self.trained_blocks:
             for norm in (self.encoder.norm, self.fc_norm):
@@ -95,16 +100,19 @@ class Classifier(nn.Module):
             for block in self.encoder.blocks[len(self.encoder.blocks) - whole :]:
                 yield from block.modules()
             if self.trained_blocks != whole:
-                block = self.encoder.blocks[len(self.encoder.blocks) - whole - 1]
+                block = cast(Block, self.encoder.blocks[len(self.encoder.blocks) - whole - 1])
                 for part in (block.norm2, block.mlp):
                     yield from part.modules()
 
 
 class GlobalBatchNorm(nn.Module):
-    """BatchNorm without affine terms over features that take no gradient: statistics of all ranks' batch.
+    """BatchNorm without affine terms, over features without gradients, with the statistics of all ranks' batch.
 
     Equal to `nn.BatchNorm1d(D, affine=False, eps=1e-6)` on the whole batch, in float32 whatever the model's precision.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, width: int, eps: float = 1e-6, momentum: float = 0.1):
         super().__init__()
@@ -113,7 +121,7 @@ class GlobalBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, D] -> [B, D] float32."""
+        """Return x [B, D] normalised, float32."""
         x = x.detach().float()
         if not self.training:
             return (x - self.running_mean) * torch.rsqrt(self.running_var + self.eps)
@@ -126,8 +134,8 @@ class GlobalBatchNorm(nn.Module):
             kept.copy_(torch.where(finite, kept.lerp(new, self.momentum), kept))
         return (x - mean) * torch.rsqrt(var + self.eps)
 
-    def _apply(self, fn, recurse=True):
-        """Moves and conversions of the module; the statistics stay float32 (bf16 would stop following the mean)."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert the module; the statistics stay float32 (in bf16 they would stop following the mean)."""
         super()._apply(fn, recurse)
         self.running_mean, self.running_var = self.running_mean.float(), self.running_var.float()
         return self

@@ -1,9 +1,9 @@
-"""Stochastic depth (drop path): which residual branches of which blocks an image does without, and the block for it.
+"""Stochastic depth (drop path): the draws of the residual branches to drop per image, and the block that drops them.
 
 Sources: Huang et al., "Deep Networks with Stochastic Depth" (arXiv 1603.09382), with the rates rising linearly over
 the depth; timm's DropPath, which draws for each image and divides what is kept by the probability of keeping it.
 timm draws from torch's generator; here the draws are an input of the block, so that they can depend on the image's
-position in the global batch alone, and a block that is computed again in the backward pass drops the same.
+position in the global batch alone, and a block that is recomputed in the backward pass drops the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from data_pipeline.errors import UsageError
 from data_pipeline.rng import generator
 
 # Images that share a generator: making one takes as long as drawing for about as many.
-_POSITIONS_A_GENERATOR = 64
+_POSITIONS_PER_GENERATOR = 64
 
 
 def drop_path_rates(drop_path: float, depth: int) -> list[float]:
@@ -34,26 +34,27 @@ def drop_path_rates(drop_path: float, depth: int) -> list[float]:
 
 
 def draw_branch_scales(rates: Sequence[float], *, seed: int, step: int, positions: np.ndarray) -> Tensor:
-    """Factors of the residual branches: float32 [len(positions), len(rates), 2] on the host, attention then MLP.
+    """Return factors of the residual branches, float32 [len(positions), len(rates), 2] on the host, attention then MLP.
 
     A branch of block k is dropped (0) with probability rates[k], otherwise multiplied by 1 / (1 - rates[k]), so that
     its expectation stays. A pure function of (seed, step, position): `positions` int [B] in the global batch.
     """
-    groups, rows = np.divmod(np.asarray(positions), _POSITIONS_A_GENERATOR)
+    groups, rows = np.divmod(np.asarray(positions), _POSITIONS_PER_GENERATOR)
     uniforms = np.empty((len(rows), len(rates), 2), dtype=np.float32)
     for group in np.unique(groups):
         draws = generator(seed, "drop_path", step, int(group))
-        whole = draws.random((_POSITIONS_A_GENERATOR, len(rates), 2), dtype=np.float32)
+        whole = draws.random((_POSITIONS_PER_GENERATOR, len(rates), 2), dtype=np.float32)
         uniforms[groups == group] = whole[rows[groups == group]]
     rate = np.asarray(rates, dtype=np.float64)[:, None]  # [depth, 1]
     return torch.from_numpy(np.where(uniforms < rate, 0, 1 / (1 - rate)).astype(np.float32))
 
 
 class DropPathBlock(Block):
-    """timm's block, its two residual branches multiplied for each image by factors that it is given."""
+    """timm's block, whose two residual branches are multiplied per image by given factors."""
 
-    def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
-        """x [B, N, D] -> [B, N, D]; scales [B, 2], of the attention's and the MLP's branch; without: timm's block."""
+    # timm's has attention masks in the place of scales.
+    def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Return [B, N, D] of x [B, N, D]; scales [B, 2]: attention's and MLP's branch; without them as timm's."""
         if scales is None:
             return super().forward(x)
         # In the branch's own precision, as timm's: a float32 factor would make a bf16 residual stream float32.

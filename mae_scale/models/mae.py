@@ -1,7 +1,7 @@
 """The masked autoencoder of He et al., "Masked Autoencoders Are Scalable Vision Learners" (arXiv 2111.06377).
 
 Letters in shapes: B images, L patches of an image, K of them visible, R = L - K removed, p the patch's side
-in pixels, D the encoder's width, E the decoder's width, T the target's numbers a patch (p*p*3 for pixels).
+in pixels, D the encoder's width, E the decoder's width, T the target's values per patch (p*p*3 for pixels).
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ from mae_scale.models.vit import (
 
 
 class Decoder(nn.Module):
-    """The light decoder: one shared mask token stands in for every removed patch.
+    """Light decoder, in which one shared mask token stands for every removed patch.
 
     Attention has no order of its own and every token carries its position, so tokens stay in the order
     [cls, visible, removed] and need not be put back in image order.
     """
 
+    pos_embed: Tensor
+
     def __init__(self, *, encoder_width: int, width: int, depth: int, heads: int, grid: int, mask_tokens: bool = True):
         super().__init__()
+        self.width, self.heads = width, heads
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if mask_tokens else None
         self.register_buffer("pos_embed", torch.tensor(sincos_positions(width, grid)), persistent=False)  # [1 + L, E]
@@ -44,11 +47,11 @@ class Decoder(nn.Module):
         self.norm = layer_norm(width)
 
         self.apply(init_weights)
-        if mask_tokens:
+        if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, latent: Tensor, visible: Tensor, removed: Tensor) -> Tensor:
-        """latent [B, 1 + K, D], visible [B, K], removed [B, R] -> [B, 1 + L, E], as [cls, visible, removed].
+        """Return [B, 1 + L, E], as [cls, visible, removed], of latent [B, 1 + K, D], visible [B, K], removed [B, R].
 
         Without a mask token of its own, latent is [B, 1 + L, D], in that order already.
         """
@@ -64,35 +67,39 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-class MaskedAutoencoderOutput(dict):
-    """loss (fp32 scalar), mask fp32 [B, L] (1 = removed), prediction [B, L, T] of all patches in image order.
+class MaskedAutoencoderOutput(dict[str, Tensor]):
+    """Output of a MaskedAutoencoder: loss, mask and prediction.
 
-    The loss needs the removed patches' prediction only. The whole prediction is computed when first asked
-    for; ask inside `torch.no_grad()` unless its gradient is wanted.
+    The loss needs the removed patches' prediction only. The whole prediction is computed at its first use; use it
+    inside `torch.no_grad()` unless its gradient is wanted.
     It is a dict because sharding engines look for tensors in tuples, lists and dicts.
     """
 
     def __init__(self, *, loss: Tensor, mask: Tensor, predict: Callable[[], Tensor]):
         super().__init__(loss=loss, mask=mask)
-        self._predict, self._prediction = predict, None
+        self._predict = predict
+        self._prediction: Tensor | None = None
 
     @property
     def loss(self) -> Tensor:
+        """Mean loss over the removed patches, [] fp32."""
         return self["loss"]
 
     @property
     def mask(self) -> Tensor:
+        """Mask fp32 [B, L], 1 for a removed patch."""
         return self["mask"]
 
     @property
     def prediction(self) -> Tensor:
+        """Prediction [B, L, T] of all patches, in image order."""
         if self._prediction is None:
             self._prediction = self._predict()
         return self._prediction
 
 
 class MaskedAutoencoder(nn.Module):
-    """Encode the visible patches, decode all, compare the removed ones to their targets. See `build_mae`."""
+    """Encoder of the visible patches, decoder of all, and a loss on the removed ones' targets. See `build_mae`."""
 
     def __init__(
         self,
@@ -130,10 +137,10 @@ class MaskedAutoencoder(nn.Module):
     def forward(
         self, images: Tensor, noise: Tensor | None = None, branch_scales: Tensor | None = None
     ) -> MaskedAutoencoderOutput:
-        """One reconstruction of images [B, 3, H, W] (normalised by ImageNet's mean and standard deviation).
+        """Reconstruct images [B, 3, H, W] (normalised by ImageNet's mean and standard deviation).
 
-        noise [B, L] decides what is seen: the K patches with the smallest stay visible, the earlier of equals
-        first. Without it masks are drawn at random from torch's generator.
+        noise [B, L] decides what is visible: the K patches with the smallest values, the earlier of equal ones first.
+        Without it masks are drawn at random from torch's generator.
         branch_scales [B, depth, 2] are the encoder's (stochastic depth); without them nothing is dropped.
         Parameters may be fp32, bf16 or fp16; targets and loss are computed in fp32 from the images as given.
         Raises UsageError when images, noise or branch_scales have another shape.
@@ -159,17 +166,17 @@ class MaskedAutoencoder(nn.Module):
         return MaskedAutoencoderOutput(loss=loss, mask=mask, predict=predict)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] -> the encoder's normed features of all patches [B, 1 + L, D], cls first."""
+        """Return the encoder's normed features [B, 1 + L, D] of all patches of images [B, 3, H, W], cls first."""
         self._check(images, None)
         return self.encoder(patchify(images, self.patch_size))
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The transformer blocks, the encoder's then the decoder's."""
+        """Transformer blocks, the encoder's then the decoder's."""
         return [*self.encoder.blocks, *self.decoder.blocks]
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that are never decayed although they have more than one dimension."""
+        """Return the names of parameters without weight decay that have more than one dimension."""
         return {name for name, _ in self.named_parameters() if name.endswith(("cls_token", "mask_token"))}
 
     def _check(self, images: Tensor, noise: Tensor | None) -> None:
@@ -182,11 +189,11 @@ class MaskedAutoencoder(nn.Module):
         if noise is not None and tuple(noise.shape) != (images.shape[0], self.patches):
             raise UsageError(
                 f"noise has shape {tuple(noise.shape)}, expected [{images.shape[0]}, {self.patches}], "
-                "one number a patch"
+                "one number per patch"
             )
 
     def _draw_noise(self, images: Tensor) -> Tensor:
-        """fp32 [B, L] on the images' device, from torch's generator."""
+        """Draw noise fp32 [B, L] on the images' device, from torch's generator."""
         batch = images.shape[0]
         if self.masking == "random":
             return torch.rand(batch, self.patches, device=images.device)

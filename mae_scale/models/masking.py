@@ -15,14 +15,14 @@ from data_pipeline.errors import UsageError
 
 KINDS = ("random", "block", "grid")
 
-# BEiT (Bao et al., arXiv 2106.08254, algorithm 1): at least 16 of 14x14 patches a block, aspect ratio
+# BEiT (Bao et al., arXiv 2106.08254, algorithm 1): at least 16 of 14x14 patches per block, aspect ratio
 # 0.3 to 1 / 0.3.
 _SMALLEST_BLOCK = 16 / 14**2
 _LOG_ASPECT = math.log(1 / 0.3)
 
 
 def kept_patches(patches: int, mask_ratio: float) -> int:
-    """Return how many of an image's patches stay visible; rounded down as in the authors' release.
+    """Return the number of an image's patches that stay visible, rounded down as in the authors' release.
 
     Raises UsageError when that leaves no visible or no removed patch.
     """
@@ -36,7 +36,7 @@ def kept_patches(patches: int, mask_ratio: float) -> int:
 
 
 def check_masking(kind: str, *, grid_size: int, mask_ratio: float) -> None:
-    """Raises UsageError when there is no such kind or it cannot remove that share of grid_size**2 patches."""
+    """Raise UsageError when there is no such kind, or it cannot remove that share of grid_size**2 patches."""
     if kind not in KINDS:
         raise UsageError(f"unknown masking {kind!r}: expected one of {', '.join(KINDS)}")
     kept = kept_patches(grid_size**2, mask_ratio)
@@ -56,7 +56,7 @@ def mask_noise(
     generator_of: Callable[[int], np.random.Generator],
     positions: np.ndarray,
 ) -> np.ndarray:
-    """Scores float32 [len(positions), L], L = grid_size**2; the kept_patches(L, ratio) smallest stay visible.
+    """Return scores float32 [len(positions), L], L = grid_size**2; the kept_patches(L, ratio) smallest stay visible.
 
     random: uniform numbers in [0, 1). block, grid: 0 for patches that stay, 1 for those removed.
     generator_of(position) is the generator of one image, named by its position in the global batch; it is
@@ -86,7 +86,7 @@ def _grid_step(grid_size: int, kept: int) -> int | None:
 
 
 def _grid_scores(grid_size: int, kept: int) -> np.ndarray:
-    """[L] with 0 at the upper left patch of each s x s square, 1 elsewhere."""
+    """Return scores [L]: 0 at the upper left patch of each s x s square, 1 elsewhere."""
     step = _grid_step(grid_size, kept)
     scores = np.ones((grid_size, grid_size), dtype=np.float32)
     scores[::step, ::step] = 0
@@ -94,7 +94,7 @@ def _grid_scores(grid_size: int, kept: int) -> np.ndarray:
 
 
 def _block_scores(generator: np.random.Generator, grid_size: int, removed: int) -> np.ndarray:
-    """[L] with exactly `removed` ones, drawn as rectangles (BEiT, algorithm 1); the last one is cut short."""
+    """Return scores [L] with exactly `removed` ones, drawn as rectangles (BEiT, algorithm 1), the last cut short."""
     scores = np.zeros((grid_size, grid_size), dtype=np.float32)
     smallest = max(1, round(_SMALLEST_BLOCK * grid_size**2))
     missing = removed

@@ -1,9 +1,12 @@
-"""What the decoder is asked to predict for each removed patch. One small class a target.
+"""The targets that the decoder predicts for each removed patch. One small class per target.
 
 A target is an nn.Module, so that its buffers move with the model and travel in its checkpoints.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,27 +15,29 @@ from torch import Tensor, nn
 from data_pipeline.errors import UsageError
 from mae_scale.models.vit import gather_tokens
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class Target(nn.Module):
-    """The interface: `dim` numbers are predicted for a patch of P = p*p*3 pixel values in the order (row,
-    column, channel), and compared by `loss`. All in fp32, whatever the model's dtype.
+    """Interface of a target: `dim` values per patch of P = p*p*3 pixel values (row, column, channel), and their loss.
 
-    A target that needs whole images (tokens of a tokeniser) overrides `of_removed`, which has all patches;
-    one that is a class and not a vector overrides `loss`.
+    All in fp32, whatever the model's dtype. A target that needs whole images (tokens of a tokeniser) overrides
+    `of_removed`, which has all patches; one that is a class and not a vector overrides `loss`.
     """
 
     dim: int
 
     def forward(self, patches: Tensor) -> Tensor:
-        """patches [..., P] -> targets [..., dim], fp32."""
+        """Return the targets [..., dim], fp32, of patches [..., P]."""
         raise NotImplementedError
 
     def of_removed(self, patches: Tensor, removed: Tensor) -> Tensor:
-        """patches [B, L, P] and removed int64 [B, R] -> the removed patches' targets [B, R, dim]."""
+        """Return the targets [B, R, dim] of the removed int64 [B, R] of all patches [B, L, P]."""
         return self(gather_tokens(patches, removed))
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """prediction, target [..., dim] -> one loss a patch [...], fp32: the mean squared error."""
+        """Return the loss per patch [...], fp32, of prediction and target [..., dim]: the mean squared error."""
         return (prediction.float() - target).square().mean(dim=-1)
 
     def to_pixels(self, prediction: Tensor, patches: Tensor) -> Tensor:
@@ -41,7 +46,7 @@ class Target(nn.Module):
 
 
 class Pixels(Target):
-    """The patch's pixel values as they are."""
+    """The patch's pixel values."""
 
     def __init__(self, patch_size: int):
         super().__init__()
@@ -55,7 +60,7 @@ class Pixels(Target):
 
 
 class NormalisedPixels(Pixels):
-    """The patch's pixel values, less their mean, divided by sqrt(unbiased variance + 1e-6)."""
+    """The patch's pixel values minus their mean, divided by sqrt(unbiased variance + 1e-6)."""
 
     def forward(self, patches: Tensor) -> Tensor:
         patches = patches.float()
@@ -68,17 +73,20 @@ class NormalisedPixels(Pixels):
 
     @staticmethod
     def _mean_and_std(patches: Tensor) -> tuple[Tensor, Tensor]:
-        """fp32 [..., P] -> two of [..., 1]."""
+        """Return mean and standard deviation [..., 1] of patches fp32 [..., P]."""
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
         return mean, (variance + 1e-6).sqrt()
 
 
 class PcaCoefficients(Target):
-    """The coefficients of the patch in its `components` largest principal directions (96 in the paper).
+    """Coefficients of the patch in the `components` largest principal directions (96 in the paper).
 
-    Fitted on patches of the training set by `fit`, or restored with the model's weights; used before that it
-    raises UsageError. Its buffers stay fp32 when the model is cast.
+    Fitted on patches of the training set by `fit`, or restored with the model's weights; before that its use raises
+    UsageError. Its buffers stay fp32 when the model is cast.
     """
+
+    mean: Tensor
+    components: Tensor
 
     def __init__(self, patch_size: int, components: int = 96):
         super().__init__()
@@ -89,7 +97,7 @@ class PcaCoefficients(Target):
         self.register_buffer("components", torch.zeros(self.dim, pixels))  # [dim, P]
 
     def fit(self, patches: np.ndarray | Tensor) -> PcaCoefficients:
-        """Fits mean and components to patches [n, P]; see `fit_pca`. Returns itself."""
+        """Fit mean and components to patches [n, P]; see `fit_pca`. Returns itself."""
         mean, components = fit_pca(patches, self.dim)
         if tuple(components.shape) != tuple(self.components.shape):
             raise UsageError(
@@ -115,14 +123,14 @@ class PcaCoefficients(Target):
                 "of the training set, or load weights that were trained with this target"
             )
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         loaded = state_dict.get(prefix + "components")
         if loaded is not None and not loaded.is_meta:
             self.fitted = bool(loaded.any())
 
-    def _apply(self, fn, recurse=True):
-        """Follows the model to another device, but keeps the buffers' fp32 values when the model is cast."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow the model to another device, but keep the buffers' fp32 values when the model is cast."""
         before = {"mean": self.mean, "components": self.components}
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -133,10 +141,10 @@ class PcaCoefficients(Target):
 
 
 def fit_pca(patches: np.ndarray | Tensor, k: int = 96) -> tuple[Tensor, Tensor]:
-    """PCA of patches [n, P]: mean [P] and the k largest components [k, P], orthonormal, fp32.
+    """Return the PCA of patches [n, P]: mean [P] and the k largest components [k, P], orthonormal, fp32.
 
     From the eigenvectors of the covariance in float64; each row's largest entry by magnitude is positive, so
-    the result has no free sign. Raises UsageError for fewer than k patches or fewer than k values a patch.
+    the result has no free sign. Raises UsageError for fewer than k patches or fewer than k values per patch.
     """
     x = torch.as_tensor(patches).detach().to("cpu", torch.float64)  # [n, P]
     if x.ndim != 2 or min(x.shape) < k:

@@ -1,12 +1,13 @@
-"""The Vision Transformer encoder and what the decoder shares: sizes, patches, positions, initialisation.
+"""The Vision Transformer encoder, and the parts that it shares with the decoder: patches, positions, blocks.
 
 Sources: Dosovitskiy et al., arXiv 2010.11929 (ViT); He et al., arXiv 2111.06377 (masked autoencoder).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 @dataclass(frozen=True)
 class ViTSize:
-    """Patch side in pixels, width of a token, number of blocks, attention heads a block."""
+    """Patch side in pixels, width of a token, number of blocks, attention heads per block."""
 
     patch_size: int
     width: int
@@ -44,13 +45,14 @@ def resolve_size(
     depth: int | None = None,
     heads: int | None = None,
 ) -> ViTSize:
-    """Return the size called `name`, the values given in place of its own; without a name all four must be given.
+    """Return the size called `name` with the given values in place of its own; without a name give all four.
 
     Raises UsageError for an unknown name, or naming the sizes that are missing.
     """
-    given = {"patch_size": patch_size, "width": width, "depth": depth, "heads": heads}
+    sizes = {"patch_size": patch_size, "width": width, "depth": depth, "heads": heads}
+    given = {key: value for key, value in sizes.items() if value is not None}
     if name is None:
-        missing = [key for key, value in given.items() if value is None]
+        missing = [key for key in sizes if key not in given]
         if missing:
             raise UsageError(
                 f"a model without a name needs {', '.join(missing)}: give them, or one of the names {', '.join(SIZES)}"
@@ -58,11 +60,11 @@ def resolve_size(
         return ViTSize(**given)
     if name not in SIZES:
         raise UsageError(f"unknown model name {name!r}: expected one of {', '.join(SIZES)}, or no name and sizes")
-    return ViTSize(**{key: getattr(SIZES[name], key) if value is None else value for key, value in given.items()})
+    return replace(SIZES[name], **given)
 
 
 def grid_of(image_size: int, patch_size: int) -> int:
-    """Patches along one side of the image. Raises UsageError when the patch does not divide the image."""
+    """Return the number of patches along one side. Raises UsageError when the patch does not divide the image."""
     if patch_size < 1 or image_size < patch_size or image_size % patch_size:
         raise UsageError(
             f"image_size {image_size} px is not a multiple of patch_size {patch_size} px: "
@@ -72,7 +74,7 @@ def grid_of(image_size: int, patch_size: int) -> int:
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """[B, 3, H, W] -> [B, L, p*p*3]: patches row by row, a patch in the order (row, column, channel)."""
+    """Return images [B, 3, H, W] as patches [B, L, p*p*3], row by row; a patch in the order (row, column, channel)."""
     batch, channels, height, width = images.shape
     h, w, p = height // patch_size, width // patch_size, patch_size
     x = images.reshape(batch, channels, h, p, w, p).permute(0, 2, 4, 3, 5, 1)  # [B, h, w, p, p, 3]
@@ -80,22 +82,22 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
-    """[B, L, p*p*3] of a square image -> [B, 3, H, W]; the inverse of `patchify`."""
+    """Return patches [B, L, p*p*C] of square images as images [B, C, S, S]; the inverse of `patchify`."""
     batch, length, dim = patches.shape
     grid, p = round(length**0.5), patch_size
     if grid * grid != length or dim % (p * p):
         raise UsageError(f"patches {tuple(patches.shape)} are not a square image of {p} px patches")
-    x = patches.reshape(batch, grid, grid, p, p, dim // (p * p)).permute(0, 5, 1, 3, 2, 4)  # [B, 3, h, p, w, p]
+    x = patches.reshape(batch, grid, grid, p, p, dim // (p * p)).permute(0, 5, 1, 3, 2, 4)  # [B, C, h, p, w, p]
     return x.reshape(batch, -1, grid * p, grid * p)
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
-    """tokens [B, L, C], index int64 [B, K] -> [B, K, C]: of each image the tokens that its index names."""
+    """Return the tokens [B, K, C] of [B, L, C] at each image's index, int64 [B, K]."""
     return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 def sincos_positions(width: int, grid: int) -> np.ndarray:
-    """Fixed 2-D sine-cosine positions, float32 [1 + grid * grid, width]; the first row (cls) is zero.
+    """Return fixed 2-D sine-cosine positions, float32 [1 + grid * grid, width]; the first row (cls) is zero.
 
     The first half of the width encodes the column, the second half the row, each as sines then cosines of
     position / 10000^(i / (width / 4)). That order is the authors' release's (column first).
@@ -112,14 +114,15 @@ def sincos_positions(width: int, grid: int) -> np.ndarray:
 
 
 def make_blocks(width: int, depth: int, heads: int, block: type[Block] = Block) -> nn.ModuleList:
-    """`depth` pre-norm transformer blocks (timm's), MLP ratio 4, qkv bias, GELU, fused attention."""
+    """Return `depth` pre-norm transformer blocks (timm's), MLP ratio 4, qkv bias, GELU, fused attention."""
     if width % heads:
         raise UsageError(f"width {width} is not a multiple of heads {heads}")
-    return nn.ModuleList(block(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth))
+    norm = cast(type[nn.Module], layer_norm)  # as timm itself passes one, against its annotation
+    return nn.ModuleList(block(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm) for _ in range(depth))
 
 
 def init_weights(module: nn.Module) -> None:
-    """Xavier-uniform linear weights, zero biases, unit norms; for `module.apply`."""
+    """Initialise a module as `Module.apply` visits it: Xavier-uniform linear weights, zero biases, unit norms."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -129,7 +132,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 def parameter_count(model: nn.Module, *, positions: bool = False) -> int:
-    """Numbers that are trained; with `positions` also the fixed positions, which published counts include."""
+    """Return the number of parameters; with `positions` also of the fixed positions, which published counts include."""
     count = sum(parameter.numel() for parameter in model.parameters())
     if positions:
         count += sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith("pos_embed"))
@@ -139,13 +142,15 @@ def parameter_count(model: nn.Module, *, positions: bool = False) -> int:
 class Encoder(nn.Module):
     """ViT over the visible patches: cls token, fixed positions, pre-norm blocks, final norm.
 
-    The patch projection is a linear layer over a patch's p*p*3 numbers, so that chosen patches alone can be
+    The patch projection is a linear layer over a patch's p*p*3 numbers, so that visible patches alone can be
     embedded. Positions are computed, not learned and not stored: they follow from width and grid; with
-    `learned_positions`, for what comes after pre-training, they are a parameter that begins as those.
+    `learned_positions`, for fine-tuning, they are a parameter with these initial values.
     Without `final_norm` features leave the last block as they are. With `mask_tokens` removed patches enter as a
     learned token instead of not at all (the slow ablation).
-    `drop_path` is the last block's rate of stochastic depth; forward is given what is dropped, it draws nothing.
+    `drop_path` is the last block's rate of stochastic depth; forward() draws nothing, its caller gives the drops.
     """
+
+    pos_embed: Tensor
 
     def __init__(
         self,
@@ -174,7 +179,7 @@ class Encoder(nn.Module):
 
         self.apply(init_weights)
         nn.init.normal_(self.cls_token, std=0.02)
-        if mask_tokens:
+        if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
@@ -184,7 +189,7 @@ class Encoder(nn.Module):
         removed: Tensor | None = None,
         branch_scales: Tensor | None = None,
     ) -> Tensor:
-        """patches [B, L, p*p*3] -> features [B, 1 + L, D], cls first, in the parameters' dtype.
+        """Return features [B, 1 + L, D] of patches [B, L, p*p*3], cls first, in the parameters' dtype.
 
         With `visible` int64 [B, K] only these patches are read, projected and encoded: [B, 1 + K, D].
         An encoder with mask tokens also takes `removed` [B, R]: its output is [B, 1 + K + R, D].
@@ -195,7 +200,7 @@ class Encoder(nn.Module):
         if branch_scales is not None and tuple(branch_scales.shape) != (len(patches), len(self.blocks), 2):
             raise UsageError(
                 f"branch_scales have shape {tuple(branch_scales.shape)}, "
-                f"expected [{len(patches)}, {len(self.blocks)}, 2]: one number a residual branch"
+                f"expected [{len(patches)}, {len(self.blocks)}, 2]: one number per residual branch"
             )
         dtype = self.cls_token.dtype
         cls_position, positions = self.pos_embed.to(dtype).split([1, self.grid**2])  # [1, D], [L, D]

@@ -1,4 +1,4 @@
-"""How much arithmetic a model costs, from formulas, and how much of it a GPU could do.
+"""The arithmetic of a model from formulas, and its share of a GPU's peak.
 
 One multiply-add (MAC) is two FLOPs. Only matrix products are counted: linear layers, and in attention the two
 products of queries, keys and values. With N tokens of width D and an MLP four times as wide, a transformer
@@ -14,7 +14,7 @@ from mae_scale.models.vit import grid_of, resolve_size
 
 WAYS = ("fast", "plain", "encoder_mask_tokens")
 
-_FVCORE_LAYER_NORM = 5  # fvcore counts five operations for each number a LayerNorm with affine terms takes
+_FVCORE_LAYER_NORM = 5  # operations that fvcore counts per value of a LayerNorm with affine terms
 
 
 def _blocks_macs(tokens: int, width: int, depth: int) -> int:
@@ -31,10 +31,10 @@ def vit_forward_macs(
     num_classes: int = 0,
     layer_norms: bool = False,
 ) -> int:
-    """MACs of one image through the encoder with all its patches and the cls token.
+    """Return the MACs of one image through the encoder, with all its patches and the cls token.
 
-    num_classes adds a linear head on one pooled feature; `layer_norms` what fvcore counts for LayerNorms, the
-    last one after the pooling: published tables (17.58 G for ViT-B/16 with 1000 classes) are counted so.
+    num_classes adds a linear head on one pooled feature; `layer_norms` adds LayerNorms as fvcore counts them, the last
+    one after the pooling, as in published tables (17.58 G for ViT-B/16 with 1000 classes).
     """
     size = resolve_size(name, patch_size=patch_size, width=width, depth=depth, heads=None if name else 1)
     patches = grid_of(image_size, size.patch_size) ** 2
@@ -59,11 +59,11 @@ def mae_forward_flops(
     target_dim: int | None = None,
     way: str = "fast",
 ) -> int:
-    """FLOPs of one image through the masked autoencoder, forward, with the loss's prediction.
+    """Return the FLOPs of one image through the masked autoencoder, forward, with the loss's prediction.
 
     way: "fast", ours: visible patches are embedded, removed ones predicted. "plain", the authors' code: every
     patch is embedded before most are dropped, every token predicted. "encoder_mask_tokens", the paper's
-    ablation: as fast, but the encoder works on all tokens. target_dim is p*p*3 when not given.
+    ablation: as "fast", but the encoder computes all tokens. target_dim is p*p*3 when not given.
     """
     if way not in WAYS:
         raise UsageError(f"unknown way {way!r}: expected one of {', '.join(WAYS)}")
@@ -83,17 +83,17 @@ def mae_forward_flops(
 
 
 def training_flops(forward_flops: int) -> int:
-    """FLOPs of a training step for one image: forward, and twice that for the two gradients of each product.
+    """Return the FLOPs of a training step per image: forward, and twice that for the two gradients of each product.
 
-    Recomputation by activation checkpointing is not counted, as is usual for MFU (Chowdhery et al.,
-    arXiv 2204.02311, appendix B).
+    Recomputation by activation checkpointing is not counted, as usual for MFU (Chowdhery et al., arXiv 2204.02311,
+    appendix B).
     """
     return 3 * forward_flops
 
 
 def mfu(images_per_second: float, *, training_flops: int, peak_flops_per_s: float, devices: int = 1) -> float:
-    """Model FLOPs utilisation: the share, 0 to 1, of the devices' peak that training at that rate uses.
+    """Return the model FLOPs utilisation: the share, 0 to 1, of the devices' peak that training at that rate uses.
 
-    images_per_second over all devices; training_flops an image; peak_flops_per_s of one device.
+    images_per_second over all devices; training_flops per image; peak_flops_per_s of one device.
     """
     return images_per_second * training_flops / (peak_flops_per_s * devices)

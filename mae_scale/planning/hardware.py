@@ -1,4 +1,4 @@
-"""What GPUs can do, from their data sheets."""
+"""The peak arithmetic of GPUs, from their data sheets."""
 
 from __future__ import annotations
 

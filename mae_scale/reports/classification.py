@@ -1,15 +1,21 @@
-"""Pictures of what comes after pre-training: accuracy a class, attention, nearest neighbours, partial fine-tuning."""
+"""Figures of a classifier: accuracy per class, attention, nearest neighbours."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mae_scale.reports.style import BLUE, DARK, ORANGE, as_array, new_figure, pictures_of, save_png
+from mae_scale.reports.style import BLUE, DARK, ORANGE, Array, as_array, new_figure, pictures_of, save_png
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 RIGHT, WRONG = "#159a63", "#d1432f"
-MOST_BARS = 40  # classes that have a bar each; of more, a curve and those at its ends
+MOST_BARS = 40  # with more classes: a curve, and bars for the classes at its ends
 NAMED_AT_AN_END = 10
 HEADS_SHOWN = 4
 MAP_COLOURS = "magma"
@@ -18,8 +24,8 @@ MAP_COLOURS = "magma"
 def per_class_figure(report: Mapping[str, Any], path: Path) -> None:
     """Write a PNG of the top-1 accuracy of each class, sorted, with that of all images as a line.
 
-    `report`: of `mae_scale.tasks.classification.measure.report`. Up to 40 classes are bars with names; of more there is
-    the sorted curve, and the ten worst and best are named.
+    `report`: as `mae_scale.tasks.classification.measure.report` returns it. Up to 40 classes are bars with names; more
+    are a sorted curve, with bars for the ten worst and the ten best.
     """
     classes = sorted(report["per_class"], key=lambda one: one["top1"])
     if len(classes) <= MOST_BARS:
@@ -50,8 +56,8 @@ def per_class_figure(report: Mapping[str, Any], path: Path) -> None:
     save_png(figure, path)
 
 
-def _bars(axes, classes: Sequence[Mapping[str, Any]]) -> None:
-    """A class a bar, the first at the bottom, with its accuracy and how many images it had."""
+def _bars(axes: Axes, classes: Sequence[Mapping[str, Any]]) -> None:
+    """Draw a bar per class, the first at the bottom, with its accuracy and its number of images."""
     values = [one["top1"] for one in classes]
     axes.barh(range(len(classes)), values, color=BLUE, height=0.72)
     axes.set_yticks(range(len(classes)), [_short(one["class"]) for one in classes], fontsize=9)
@@ -64,12 +70,12 @@ def _bars(axes, classes: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xlabel("top-1 accuracy (%)")
 
 
-def attention_figure(images, attention, path: Path, patch_size: int) -> None:
-    """Write a PNG of N images, a row each: the image, its attention as the mean over the heads, and some heads.
+def attention_figure(images: Array, attention: Array, path: Path, patch_size: int) -> None:
+    """Write a PNG of N images, one per row: the image, its attention as the mean over the heads, and some heads.
 
-    `images` [N, 3, S, S], normalised by ImageNet's mean and standard deviation; `attention` [N, heads, L], as of
-    `mae_scale.models.attention.last_attention`; NumPy arrays or torch tensors. Each map is drawn from 0 to its own
-    largest value. Raises ValueError when shapes do not belong together.
+    `images` [N, 3, S, S], normalised by ImageNet's mean and standard deviation; `attention` [N, heads, L], as
+    `mae_scale.models.attention.last_attention` returns it; NumPy arrays or torch tensors. Each map is scaled from 0 to
+    its own largest value. Raises ValueError when shapes do not belong together.
     """
     pictures, attention = pictures_of(images), as_array(attention)
     count, side = pictures.shape[:2]
@@ -95,12 +101,18 @@ def attention_figure(images, attention, path: Path, patch_size: int) -> None:
 
 
 def neighbours_figure(
-    queries, neighbours, query_labels, neighbour_labels, class_names: Sequence[str], path: Path
+    queries: Array,
+    neighbours: Array,
+    query_labels: Array,
+    neighbour_labels: Array,
+    *,
+    class_names: Sequence[str],
+    path: Path,
 ) -> None:
-    """Write a PNG of N images, a row each, with their k nearest training images, the nearest first.
+    """Write a PNG of N images, one per row, with their k nearest training images, the nearest first.
 
     `queries` [N, 3, S, S] and `neighbours` [N, k, 3, S, S], normalised by ImageNet's mean and standard deviation;
-    their labels int [N] and [N, k], places in `class_names`; NumPy arrays or torch tensors. A neighbour of the
+    their labels int [N] and [N, k] are indices into `class_names`; NumPy arrays or torch tensors. A neighbour of the
     right class has a green frame, one of another class a red frame and its name in red.
     """
     pictures = pictures_of(queries)
@@ -117,17 +129,20 @@ def neighbours_figure(
     save_png(figure, path)
 
 
-def _captioned(axes, picture: np.ndarray, name: str, colour: str) -> None:
+def _captioned(axes: Axes, picture: np.ndarray, name: str, colour: str) -> None:
     axes.imshow(picture)
     axes.set_xlabel(_short(name, 18), fontsize=8, color=colour, labelpad=3)
 
 
-def _frame(axes, colour: str) -> None:
+def _frame(axes: Axes, colour: str) -> None:
     axes.spines[:].set(visible=True, color=colour, linewidth=3)
 
 
-def _tiles(rows: int, columns: int, caption: bool = False):
-    """A figure of square axes [rows, columns] without ticks or frames; with `caption`, room for a line below each."""
+def _tiles(rows: int, columns: int, caption: bool = False) -> tuple[Figure, np.ndarray]:
+    """Return a figure and its square axes [rows, columns], without ticks or frames.
+
+    caption: leave room for a line of text below each.
+    """
     tile, gap, line, top = 1.25, 0.08, 0.24 if caption else 0.0, 0.35  # inches
     width = columns * (tile + gap) + gap
     height = top + rows * (tile + gap + line) + gap

@@ -1,4 +1,4 @@
-"""The figure of partial fine-tuning: accuracy against the number of blocks that are trained."""
+"""The figure of partial fine-tuning: accuracy against the number of trained blocks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +9,8 @@ from mae_scale.reports.style import BLUE, GREY, new_figure, save_png
 def partial_curve_figure(points: Sequence[tuple[float, float, float | None]], path: Path, *, depth: int) -> None:
     """Write a PNG of accuracy against the number of trained blocks, as figure 9 of He et al. (arXiv 2111.06377).
 
-    `points`: (trained blocks, top-1 percent, its standard deviation or None). They stand at equal distances in the
-    order of their blocks. Where the last is the whole `depth`, a dashed line goes on from it: full fine-tuning.
+    `points`: (trained blocks, top-1 percent, its standard deviation or None), drawn at equal distances in the order of
+    their blocks. Where the last one trains all `depth` blocks, a dashed line marks it: full fine-tuning.
     """
     points = sorted(points, key=lambda point: point[0])
     blocks, accuracies = [point[0] for point in points], [point[1] for point in points]

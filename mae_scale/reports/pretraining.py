@@ -1,4 +1,4 @@
-"""The pictures of a pre-training run, what it reconstructs and its loss curve."""
+"""The figures of a pre-training run: its reconstructions and its loss curve."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from mae_scale.reports.style import MEAN, STD, as_array, new_figure, pictures_of, save_png
+from mae_scale.models.vit import unpatchify
+from mae_scale.reports.style import Array, as_array, new_figure, pictures_of, save_png
 
 REMOVED = 0.5  # grey
 ROWS = ("original", "masked", "reconstructed")
@@ -17,35 +19,34 @@ SMALLEST_SIDE = 128  # pixels in the figure; smaller images are enlarged by a wh
 
 
 def reconstruction_figure(
-    images, mask, prediction_pixels, path: Path, *, patch_size: int, title: str | None = None
+    images: Array, mask: Array, prediction_pixels: Array, path: Path, *, patch_size: int, title: str | None = None
 ) -> None:
     """Write a PNG of N images, each original, with its removed patches grey, and reconstructed; a title above them.
 
-    `images` [N, 3, H, W] float, normalised by ImageNet's mean and standard deviation; `mask` [N, L], 1 for a
-    removed patch; `prediction_pixels` [N, L, p*p*3] float, the values of a patch in the order height, width,
-    channel, in the space of the normalised images. NumPy arrays or torch tensors, on any device. The visible
-    patches of the reconstruction are the original's. Raises ValueError when shapes do not belong together.
+    `images` [N, 3, S, S] float, normalised by ImageNet's mean and standard deviation; `mask` [N, L], 1 for a
+    removed patch; `prediction_pixels` [N, L, p*p*3] float, a patch's values in the order row, column, channel, in
+    the space of the normalised images. NumPy arrays or torch tensors, on any device. The visible patches of the
+    reconstruction are the original's. Raises ValueError when shapes do not belong together.
     """
     images, mask, prediction = (as_array(value) for value in (images, mask, prediction_pixels))
-    count, channels, height, width = images.shape
-    grid = (height // patch_size, width // patch_size)
-    expected = (count, grid[0] * grid[1], channels * patch_size**2)
+    count, channels, side = images.shape[:3]
+    expected = (count, (side // patch_size) ** 2, channels * patch_size**2)
     if prediction.shape != expected or mask.shape != expected[:2]:
         raise ValueError(
             f"images {images.shape} in patches of {patch_size} px need a mask {expected[:2]} and a "
             f"prediction {expected}; found {mask.shape} and {prediction.shape}"
         )
     original = pictures_of(images)
-    predicted = np.clip(_unpatchify(prediction, grid, patch_size) * STD + MEAN, 0, 1)
-    removed = _unpatchify(np.repeat(mask[:, :, None], patch_size**2 * channels, 2), grid, patch_size) > 0.5
-    pictures = (original, np.where(removed, REMOVED, original), np.where(removed, predicted, original))
-    factor = math.ceil(SMALLEST_SIDE / min(height, width))
-    pictures = tuple(picture.repeat(factor, axis=1).repeat(factor, axis=2) for picture in pictures)
-    _draw_bands(pictures, path, title)
+    predicted = pictures_of(unpatchify(torch.from_numpy(prediction), patch_size))
+    masked = torch.from_numpy(mask)[:, :, None].expand(-1, -1, patch_size**2)  # [N, L, p*p]
+    removed = unpatchify(masked, patch_size).numpy().transpose(0, 2, 3, 1) > 0.5  # [N, S, S, 1]
+    factor = math.ceil(SMALLEST_SIDE / side)
+    bands = (original, np.where(removed, REMOVED, original), np.where(removed, predicted, original))
+    _draw_bands([band.repeat(factor, axis=1).repeat(factor, axis=2) for band in bands], path, title)
 
 
 def _draw_bands(pictures: Sequence[np.ndarray], path: Path, title: str | None) -> None:
-    """Up to eight images side by side in three rows, and so on below; one figure pixel an image pixel."""
+    """Draw up to eight images side by side in three rows, the next eight below; one figure pixel per image pixel."""
     count, height, width, _ = pictures[0].shape
     columns = min(count, IMAGES_A_BAND)
     bands = math.ceil(count / columns)
@@ -76,7 +77,7 @@ def _draw_bands(pictures: Sequence[np.ndarray], path: Path, title: str | None) -
 def loss_curve_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write a PNG of the training loss against the epoch, the learning rate below it.
 
-    `rows`: as of `read_metrics`; each with epoch and the metrics it has. What is not finite is left out.
+    `rows`: as `read_metrics` returns them. Values that are not finite are left out.
     """
     figure = new_figure((8, 5.5), 120)
     loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -98,13 +99,6 @@ def loss_curve_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.align_ylabels()
     figure.tight_layout()
     save_png(figure, path)
-
-
-def _unpatchify(patches: np.ndarray, grid: tuple[int, int], patch_size: int) -> np.ndarray:
-    """[N, L, p*p*C] to [N, H, W, C]."""
-    rows, columns = grid
-    blocks = patches.reshape(len(patches), rows, columns, patch_size, patch_size, -1)
-    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(len(patches), rows * patch_size, columns * patch_size, -1)
 
 
 def _is_finite(value: Any) -> bool:

@@ -98,7 +98,8 @@ def features(recipe: Recipe, root: Path, weights: Path | None) -> tuple[np.ndarr
     from data_pipeline.index_build import open_index
     from data_pipeline.loader import ImageLoader
     from mae_scale.models.build import build_model
-    from mae_scale.models.weights.autoencoder import load_official, read_weights
+    from mae_scale.models.weights.autoencoder import load_official
+    from mae_scale.models.weights.files import read_weights
     from mae_scale.training.decoding import decoding_on_cpu
 
     torch.manual_seed(recipe.seed)

@@ -17,7 +17,7 @@ from data_pipeline.index_build import open_index
 from mae_scale.checkpoints.encoder import PretrainedEncoder, load_encoder
 from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
-from mae_scale.distributed.collectives import first_then_others
+from mae_scale.distributed.collectives import first_then_others, from_first
 from mae_scale.models.build import size_of
 from mae_scale.tasks.classification.evaluate import all_ranks, predictor
 from mae_scale.tasks.classification.measure import evaluation_loader
@@ -68,11 +68,10 @@ def write_features(recipe: Recipe, weights: Path, out: Path, kind: Kind) -> list
         shape = [len(index), encoder.size.width]
         if kind == "patch":
             shape.insert(1, (encoder.image_size // encoder.size.patch_size) ** 2)
-        beside = [temporary_beside(out)]
-        torch.distributed.broadcast_object_list(beside)
+        beside = from_first(lambda: temporary_beside(out))
         try:
-            first_then_others(lambda: _lay_out(beside[0], index, shape) if ranks.is_first else None)
-            features, valid = _columns(beside[0], shape)
+            from_first(lambda: _lay_out(beside, index, shape))
+            features, valid = _columns(beside, shape)
             predict = predictor(_Tokens(encoder, kind), recipe, device)
             with evaluation_loader(recipe, index, "evaluation", ranks) as loader:
                 for batch in loader:
@@ -83,11 +82,11 @@ def write_features(recipe: Recipe, weights: Path, out: Path, kind: Kind) -> list
             valid.flush()
             torch.distributed.barrier()
             if ranks.is_first:
-                sync(beside[0])
-                os.replace(beside[0], out)
+                sync(beside)
+                os.replace(beside, out)
         finally:
             if ranks.is_first:
-                beside[0].unlink(missing_ok=True)
+                beside.unlink(missing_ok=True)
         return shape if ranks.is_first else None
 
 

@@ -12,11 +12,11 @@ from rich.text import Text
 MIN_BAR_COLUMNS = 5
 
 Field = tuple[int, str]
-"""How important a field of a line is, 0 most of all; and its text."""
+"""Rank of a field of a line by importance, 0 first; and its text."""
 
 
 def fitted(fields: Sequence[Field], columns: int) -> str:
-    """Return the fields in their order, less the least important ones that `columns` columns have no room for."""
+    """Return the fields in their order, without the least important ones that do not fit into `columns` columns."""
     kept = sorted(fields)
     while len(kept) > 1 and len("  ".join(text for _, text in kept)) > columns:
         kept.pop()
@@ -24,7 +24,7 @@ def fitted(fields: Sequence[Field], columns: int) -> str:
 
 
 class Bar:
-    """A bar that is drawn anew below every line that is printed, and erased by stop()."""
+    """A bar that is redrawn below every printed line, and erased by stop()."""
 
     def __init__(self, total: int, done: int, fields: Sequence[Field], stream: TextIO | None):
         self._total, self._done, self._fields = total, done, fields
@@ -33,7 +33,7 @@ class Bar:
         self._live.start()
 
     def update(self, done: int, fields: Sequence[Field]) -> None:
-        """Show that `done` of the total are done, and what fits of the fields."""
+        """Show `done` of the total, and the fields that fit."""
         self._done, self._fields = done, fields
 
     def print_fitted(self, fields: Sequence[Field]) -> None:
@@ -41,7 +41,7 @@ class Bar:
         self._screen.print(Text(fitted(fields, self._screen.width)), no_wrap=True, overflow="crop")
 
     def print(self, text: str, style: str | None = None) -> None:
-        """Print a text above the bar, whole; the terminal wraps what is longer than a line."""
+        """Print a whole text above the bar; the terminal wraps long lines."""
         self._screen.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
@@ -58,7 +58,7 @@ class Bar:
 
 
 class _Screen(Console):
-    """A terminal whose cursor stays: a process that is killed could not bring it back."""
+    """A terminal whose cursor stays visible: a killed process could not restore it."""
 
     def show_cursor(self, show: bool = True) -> bool:
         return False

@@ -1,4 +1,6 @@
-"""Rank 0's terminal: a line a logged step, and below them a bar where there is a terminal (not in a Slurm log)."""
+"""Rank 0's terminal: a line per logged step, and below them a bar where there is a terminal (not in a Slurm log)."""
+
+from __future__ import annotations
 
 import logging
 import math
@@ -7,43 +9,49 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import TextIO
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
 
 from mae_scale.human_units import duration
 from mae_scale.tracking.output import LOGGERS, Output
 
-RECENT_UPDATES = 20  # the time left is told from the rate over so many logged steps
+if TYPE_CHECKING:
+    from mae_scale.tracking.bar import Bar
+
+RECENT_UPDATES = 20  # logged steps whose rate gives the ETA
 
 
 class NullConsole:
-    """What the other ranks have: the same methods, and no output."""
+    """Console of the other ranks: the same methods without output."""
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        pass
+        """Show nothing."""
 
     def rewind(self, step: int) -> None:
-        pass
+        """Show nothing."""
 
     def message(self, text: str) -> None:
-        pass
+        """Show nothing."""
 
     def warning(self, text: str) -> None:
-        pass
+        """Show nothing."""
 
     def conclude(self, text: str) -> None:
-        pass
+        """Show nothing."""
 
-    def __enter__(self):
+    def __enter__(self) -> NullConsole:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         pass
 
 
 class Console(NullConsole):
-    """The progress of a run, as a context manager; it also shows what the package logs while it is open.
+    """Display of a run's progress, as a context manager; while it is open it also shows what the package logs.
 
-    All but the bar goes to the output's log file too, whether it is shown or not.
+    Everything but the bar is written to the output's log file too, shown or not.
     """
 
     def __init__(
@@ -58,7 +66,7 @@ class Console(NullConsole):
         live: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """`first_step`: the step that a resumed run goes on after. `stream`: standard output if None.
+        """`first_step`: the step after which a resumed run continues. `stream`: standard output if None.
 
         `live`: a bar below the lines (True) or lines only (False); by default whether `stream` is a terminal.
         `clock`: in seconds.
@@ -73,12 +81,12 @@ class Console(NullConsole):
         self._clock = clock
         self._recent: deque[tuple[float, int]] = deque([(clock(), first_step)], maxlen=RECENT_UPDATES + 1)
         self._first_step = first_step
-        self._bar = None
+        self._bar: Bar | None = None
         self._handler = _Handler(self)
         self._loggers_before: list[tuple[logging.Logger, list[logging.Handler], int, bool]] = []
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show a logged step: train/loss, train/lr, perf/images_per_second; epoch from them or the step."""
+        """Show a logged step: train/loss, train/lr, perf/images_per_second, and the epoch from them or the step."""
         self._recent.append((self._clock(), step))
         fields = self._fields(step, metrics)
         line = "  ".join(text for _, text in fields)
@@ -90,30 +98,30 @@ class Console(NullConsole):
             self._write(line)
 
     def rewind(self, step: int) -> None:
-        """Go on after an earlier step; the time left is told anew."""
+        """Continue after an earlier step; the ETA is measured anew."""
         self._recent.clear()
         self._recent.append((self._clock(), step))
 
     def message(self, text: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a line above the bar."""
         self._print(text)
 
     def warning(self, text: str) -> None:
-        """The same, marked as a warning."""
+        """Print a line above the bar, marked as a warning."""
         self._print(f"warning: {text}", style="yellow")
 
     def conclude(self, text: str) -> None:
-        """The last line, on how it ended; --quiet shows it too."""
+        """Print the last line, on how the run ended; --quiet shows it too."""
         self._print(text, always=True)
 
     def time_left_s(self) -> float | None:
-        """Seconds to the last step at the recent rate; None before there is one."""
+        """Return the seconds to the last step at the recent rate; None before there is one."""
         (first_time, first_step), (last_time, last_step) = self._recent[0], self._recent[-1]
         if last_step <= first_step:
             return None
         return (last_time - first_time) / (last_step - first_step) * max(self.total_steps - last_step, 0)
 
-    def __enter__(self):
+    def __enter__(self) -> Console:
         if self._live:
             from mae_scale.tracking.bar import Bar
 
@@ -128,7 +136,9 @@ class Console(NullConsole):
                 logger.setLevel(logging.INFO)
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         while self._loggers_before:
             logger, handlers, level, propagate = self._loggers_before.pop()
             logger.handlers[:] = handlers
@@ -139,7 +149,7 @@ class Console(NullConsole):
             self._bar = None
 
     def _fields(self, step: int, metrics: Mapping[str, float]) -> list[tuple[int, str]]:
-        """Of a line, by importance; with fixed widths, so that a column stays where it is from line to line."""
+        """Return a line's fields, by importance, with fixed widths, so that columns align from line to line."""
         width = len(str(self.total_steps))
         return [
             (0, f"{self.label} {step:>{width}}/{self.total_steps}"),
@@ -152,7 +162,7 @@ class Console(NullConsole):
         ]
 
     def _bar_fields(self, step: int, metrics: Mapping[str, float]) -> list[tuple[int, str]]:
-        """Of the bar, by importance."""
+        """Return the bar's fields, by importance."""
         return [
             (0, f"{self.label} {step}/{self.total_steps}"),
             (4, f"epoch {self._epoch(step, metrics):.1f}"),
@@ -177,7 +187,7 @@ class Console(NullConsole):
 
 
 class _Handler(logging.Handler):
-    """Python's logging, shown on a console."""
+    """Handler of Python's logging that shows records on a console."""
 
     def __init__(self, console: Console):
         super().__init__(logging.INFO)

@@ -1,30 +1,28 @@
-"""A file for the MLflow run of a training that has ended."""
+"""Files for the MLflow run of a training that has ended."""
 
 import json
 import logging
-import os
 from pathlib import Path
 
 from mae_scale.passwords import redacted
-from mae_scale.tracking.mlflow_tracker import ENVIRONMENT, QUIETED, reason
+from mae_scale.tracking.mlflow_environment import quieten_loggers, reason, set_environment
 
 logger = logging.getLogger(__name__)
 
 
 def add_artifact(out: Path, uri: str, path: Path, folder: str) -> None:
-    """Send a file into the folder `folder` of the MLflow run of the training in `out`; a warning when that fails.
+    """Send a file into the folder `folder` of the MLflow run of the training in `out`; warn when that fails.
 
-    Nothing is done for a training that was not tracked.
+    Does nothing for a training that was not tracked.
     """
     known = out / "mlflow.json"
     run_id = json.loads(known.read_text(encoding="utf-8"))["run_id"] if known.exists() else None
     if run_id is None:
         return
-    for name, default in ENVIRONMENT.items():
-        os.environ.setdefault(name, default)
-    for name, level in QUIETED.items():
-        logging.getLogger(name).setLevel(level)
+    set_environment()
     from mlflow import MlflowClient
+
+    quieten_loggers()
 
     try:
         MlflowClient(uri).log_artifact(run_id, str(path), folder)

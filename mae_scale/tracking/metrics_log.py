@@ -1,4 +1,6 @@
-"""metrics.jsonl: one JSON object a logged step, by rank 0, MLflow or not; no step twice after a resume."""
+"""metrics.jsonl: one JSON object per logged step, by rank 0, with or without MLflow; no step twice after a resume."""
+
+from __future__ import annotations
 
 import json
 import logging
@@ -6,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def parse_rows(content: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Each line of `content` that has an end, and its row; None where the line is not a row."""
+    """Yield each complete line of `content` and its row; None where the line is not a row."""
     *lines, _torn = content.split(b"\n")
     for line in lines:
         try:
@@ -33,7 +36,7 @@ def parse_rows(content: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a metrics.jsonl, by step; non-finite values are floats again.
 
-    A file that is not there gives no rows; a torn last line (a run is writing, or died) is left out.
+    A missing file has no rows; a torn last line (a run is writing, or died) is left out.
     """
     path = Path(path)
     if not path.exists():
@@ -42,32 +45,36 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """The metrics of a run, appended step by step. Only rank 0 opens it.
+    """Writer of a run's metrics.jsonl, step by step. Only rank 0 opens it.
 
     A row has step, epoch (epochs done, with the fraction), time (unix seconds when logged) and the metrics by
     name: train/loss, train/lr, train/grad_norm, perf/images_per_second, perf/step_time_s, perf/data_wait_s,
-    perf/mfu, memory/peak_gib. What is not finite is written as "NaN", "Infinity" or "-Infinity".
+    perf/mfu, memory/peak_gib. Values that are not finite are written as "NaN", "Infinity" or "-Infinity".
     """
 
     def __init__(self, path: Path, resume_step: int = 0):
-        """Open for a run that goes on after `resume_step` (0: from the start).
+        """Open for a run that resumes after `resume_step` (0: from the start).
 
-        Rows with a greater step, from a run that died past its last checkpoint, are dropped, and so is a torn
-        last line; both atomically. Raises OSError when the file cannot be read or written.
+        Drops rows with a greater step, from a run that died past its last checkpoint, and a torn last line; both
+        atomically. Raises OSError when the file cannot be read or written.
         """
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._open(resume_step)
+
+    def _open(self, resume_step: int) -> FileIO:
+        """Drop the rows after `resume_step`, and open the file to append."""
         self.last_step = 0
         content = self.path.read_bytes() if self.path.exists() else b""
         kept = b"".join(self._kept_lines(content, resume_step))
         if kept != content:
             write_atomically(self.path, kept)
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (closed by close)
+        return open(self.path, "ab", buffering=0)
 
     def rewind(self, step: int) -> None:
-        """Go on after an earlier step: what lies behind it is dropped, as when a run is resumed."""
+        """Continue after an earlier step: drop the rows behind it, as when a run is resumed."""
         self.close()
-        self.__init__(self.path, step)
+        self._file = self._open(step)
 
     def _kept_lines(self, content: bytes, resume_step: int) -> Iterator[bytes]:
         for number, (line, row) in enumerate(parse_rows(content), start=1):
@@ -78,7 +85,7 @@ class MetricsLog:
                 yield line + b"\n"
 
     def append(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
-        """Write one row and hand it to the operating system, so that it outlives this process.
+        """Write one row to the operating system, so that it outlives this process.
 
         Raises ValueError when `step` is not greater than the last one (a programming error), OSError when the
         disk refuses.
@@ -91,22 +98,24 @@ class MetricsLog:
         self.last_step = int(step)
 
     def sync(self) -> None:
-        """Wait till the rows are on the disk: to be called before a checkpoint that counts on them."""
+        """Wait until the rows are on the disk; call it before a checkpoint that counts on them."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Sync and close the file."""
         if not self._file.closed:
             self.sync()
             self._file.close()
 
-    def __enter__(self) -> "MetricsLog":
+    def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
 def _json_number(value: float) -> float | int | str:
+    """Return a number for JSON, which has no non-finite ones: these as text."""
     if isinstance(value, int):
         return int(value)
     value = float(value)

@@ -20,7 +20,8 @@ from data_pipeline.files import write_json
 from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from mae_scale.models.classifier import Classifier
 from mae_scale.passwords import redacted, without_password
-from mae_scale.tracking.mlflow_tracker import ENVIRONMENT, MlflowTracker, reason
+from mae_scale.tracking.mlflow_environment import ENVIRONMENT, reason
+from mae_scale.tracking.mlflow_tracker import MlflowTracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,7 +36,10 @@ SLOWEST_UPLOAD_BYTES_PER_S = 20e6  # a server answers an upload when it has stor
 
 
 class ServedClassifier(nn.Module):
-    """A classifier that takes RGB pixels of its own image size and gives the probability of each class."""
+    """A classifier from RGB pixels of its own image size to the probability of each class."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, classifier: Classifier):
         super().__init__()
@@ -45,7 +49,7 @@ class ServedClassifier(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels [N, S, S, 3], 0 to 255 -> probabilities float32 [N, C]."""
+        """Return probabilities float32 [N, C] of pixels [N, S, S, 3], 0 to 255."""
         images = ((pixels - self.mean) / self.std).permute(0, 3, 1, 2)
         return self.classifier(images).float().softmax(dim=-1)
 
@@ -58,11 +62,11 @@ def keep_classifier(
     class_names: Sequence[str],
     registered_name: str | None,
 ) -> None:
-    """Log a finished run's classifier into its MLflow run, once; the same call later does what could not be done.
+    """Log a finished run's classifier into its MLflow run, once; a later call does what failed before.
 
     `model_and_example`: called when MLflow does not have the model yet; the arguments of `log_classifier`.
-    What MLflow has is noted in `out`/export/mlflow_model.json. Never fails: a server that does not answer, or
-    refuses, costs a warning and at most about half a minute, and the time of an upload.
+    `out`/export/mlflow_model.json records what MLflow has. Never fails: a server that does not answer, or refuses,
+    costs a warning and at most about half a minute, and the time of an upload.
     """
     note = out / "export" / KEPT
     where = {"uri": without_password(tracker.uri), "run_id": tracker.run_id}
@@ -105,16 +109,18 @@ def log_classifier(
     registered_name: str | None,
     scratch: Path,
 ) -> dict[str, str | None]:
-    """Log `model`, on the host, to an MLflow run; {"model_uri": for mlflow.pytorch.load_model, "version": or None}.
+    """Log `model`, on the host, to an MLflow run; return its "model_uri" and its registered "version" or None.
+
+    mlflow.pytorch.load_model loads it by the URI.
 
     `example` float32 [1, S, S, 3], RGB pixels of 0 to 255, is kept as the model's input example; `class_names`, in
     the order of the probabilities, as class_names in its metadata. With `registered_name` it also becomes the next
     version of that name in the model registry. A call that was cut off is completed by the next: a run has one such
-    model, and one version of it a name. `scratch`: a folder with room for the weights.
+    model, and one version of it per name. `scratch`: a folder with room for the weights.
 
-    The model is a pickle that names `ServedClassifier`: what loads or serves it needs mae-scale installed, which
-    its requirements say, in the version that logged it. (MLflow's other format, an exported graph, is bound to the
-    device that it was exported on, so that a server with a GPU refuses it.)
+    The model is a pickle that names `ServedClassifier`: a program that loads or serves it needs mae-scale installed,
+    in the version that logged it, as the model's requirements say. (MLflow's other format, an exported graph, is bound
+    to the device that it was exported on, so that a server with a GPU refuses it.)
     Raises what MLflow raises.
     """
     from mlflow import MlflowClient
@@ -130,7 +136,7 @@ def log_classifier(
         with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=scratch) as folder:
             path = Path(folder) / "model"
             _save(model, path, logged, example, class_names)
-            with _patience_for(path):
+            with _timeout_in_environment_for(path):
                 client.log_model_artifacts(logged.model_id, str(path))
         client.finalize_logged_model(logged.model_id, "READY")
     version = None if registered_name is None else _version(client, registered_name, run_id, logged)
@@ -138,7 +144,7 @@ def log_classifier(
 
 
 def _version(client: MlflowClient, name: str, run_id: str, logged: LoggedModel) -> str:
-    """Return the version of a run's model under a registered name, made where there is none."""
+    """Return the version of a run's model under a registered name; make it where there is none."""
     from mlflow import MlflowException
 
     try:
@@ -155,8 +161,8 @@ def _version(client: MlflowClient, name: str, run_id: str, logged: LoggedModel) 
     return str(made.version)
 
 
-def _save(model: Classifier, path: Path, logged, example: np.ndarray, class_names: Sequence[str]) -> None:
-    """The model as MLflow's folder of files."""
+def _save(model: Classifier, path: Path, logged: LoggedModel, example: np.ndarray, class_names: Sequence[str]) -> None:
+    """Write the model as MLflow's folder of files."""
     import mlflow.pytorch
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
@@ -183,8 +189,8 @@ def _save(model: Classifier, path: Path, logged, example: np.ndarray, class_name
 
 
 @contextmanager
-def _patience_for(path: Path) -> Iterator[None]:
-    """MLflow's requests wait for an answer as long as storing the files at `path` may take."""
+def _timeout_in_environment_for(path: Path) -> Iterator[None]:
+    """Set MLflow's request timeout in the environment, for a block, to the time that storing the files may take."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     before = os.environ.get(name, ENVIRONMENT[name])
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

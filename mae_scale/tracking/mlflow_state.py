@@ -1,4 +1,4 @@
-"""mlflow.json in a run's folder: which MLflow run it is, and which files that run is still to get."""
+"""mlflow.json in a run's folder: its MLflow run, and the files that this run is still to get."""
 
 import json
 import logging
@@ -13,10 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 class MlflowState:
-    """What the file says; written at each change. Threads share it.
+    """Content of the file, written at each change. Threads share it.
 
-    uri, experiment and run_id (None until the server has answered), key (finds a run whose id got lost with an answer)
-    and artifacts, the files that wait (see mlflow_artifacts).
+    uri, experiment and run_id (None until the server has answered), key (finds a run whose id was lost with an answer)
+    and artifacts, the queued files (see mlflow_artifacts).
     """
 
     def __init__(self, out_dir: Path):
@@ -36,22 +36,42 @@ class MlflowState:
         except ValueError:
             logger.warning("%s is damaged; the run gets a new MLflow run", self._path)
 
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
+    @property
+    def run_id(self) -> str | None:
+        """ID of the MLflow run; None until the server has answered for the first time."""
+        run_id: str | None = self._values["run_id"]
+        return run_id
+
+    @property
+    def experiment(self) -> str:
+        """Name of the MLflow experiment."""
+        return str(self._values["experiment"])
+
+    @property
+    def key(self) -> str:
+        """Value of the tag that finds the MLflow run without its id."""
+        return str(self._values["key"])
+
+    @property
+    def artifacts(self) -> list[dict[str, Any]]:
+        """Queued files, in order."""
+        queued: list[dict[str, Any]] = self._values["artifacts"]
+        return queued
 
     def update(self, **values: Any) -> None:
+        """Set values and write the file."""
         with self._lock:
             self._values.update(values)
             self._save()
 
     def add_artifact(self, entry: dict[str, Any]) -> None:
-        """Let a file wait, behind the others."""
+        """Queue a file."""
         with self._lock:
             self._values["artifacts"].append(entry)
             self._save()
 
     def drop_artifact(self) -> None:
-        """The first file that waits no longer does."""
+        """Remove the first queued file."""
         with self._lock:
             self._values["artifacts"].pop(0)
             self._save()

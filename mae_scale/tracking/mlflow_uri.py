@@ -1,4 +1,4 @@
-"""Which MLflow store a run is tracked in, and where that store keeps files. Imports nothing of MLflow."""
+"""The URI of a run's MLflow store, and the place of that store's files. Imports nothing of MLflow."""
 
 import os
 import tempfile
@@ -18,7 +18,7 @@ SCHEMES = ("http", "https", "databricks", "databricks-uc", "uc", *DATABASES)
 
 
 def tracking_uri(value: str | None, out_dir: Path) -> str | None:
-    """Return where the run is tracked: `value`, else MLFLOW_TRACKING_URI, else SQLite in the folder above `out_dir`.
+    """Return the tracking URI: `value`, else MLFLOW_TRACKING_URI, else SQLite in the folder above `out_dir`.
 
     A `value` without a password takes that of MLFLOW_TRACKING_URI where both name the same store: a run's files hold no
     password. None when tracking is off ("none" or "off"). Raises UsageError for a URI that MLflow cannot track to.
@@ -76,10 +76,10 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def artifact_location(uri: str, out_dir: Path) -> str | None:
-    """Return where a new experiment keeps its files, as a URI; None: a server decides.
+    """Return the URI of a new experiment's files; None where a server decides.
 
-    For a database without a server MLflow would take the working folder; here it is beside SQLite's file, or
-    above `out_dir`.
+    For a database without a server MLflow would take the working folder; this is beside SQLite's file, or above
+    `out_dir`.
     """
     if _scheme(uri) not in DATABASES:
         return None
@@ -89,9 +89,9 @@ def artifact_location(uri: str, out_dir: Path) -> str | None:
 
 
 def new_sqlite_file(uri: str, fill: Callable[[str], object]) -> None:
-    """Make a SQLite URI's database if it is not there, whole or not at all; `fill(uri)` makes the tables.
+    """Make a SQLite URI's database if there is none, whole or not at all; `fill(uri)` makes the tables.
 
-    MLflow fills a new file table by table for seconds; a process killed in that time leaves one that no later
+    MLflow fills a new file table by table for seconds; a process killed meanwhile would leave a file that no later
     start can open.
     """
     path = sqlite_path(uri)
@@ -104,7 +104,7 @@ def new_sqlite_file(uri: str, fill: Callable[[str], object]) -> None:
 
 
 def _is_web_address(uri: str) -> bool:
-    """Return whether a URI's parts are where its author has meant them: a raw / or # in a password ends the host."""
+    """Return whether a URI has a host and a clean path: a raw / or # in a password would end the host."""
     try:
         address = urlsplit(uri)
         return bool(address.hostname) and address.port != 0 and "@" not in address.path + address.fragment

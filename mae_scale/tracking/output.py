@@ -1,9 +1,12 @@
-"""How much a start says on the terminal (--quiet), and the file that has all of it (--log-file)."""
+"""The output of a start: on the terminal (--quiet), and in a file that has all of it (--log-file)."""
+
+from __future__ import annotations
 
 import logging
 import sys
 import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import BinaryIO
 
 from data_pipeline.errors import RunError, UsageError
@@ -16,10 +19,10 @@ ERASE_LINE = "\r\x1b[2K"
 
 
 class Output:
-    """What --quiet and --log-file ask for; a context manager around the whole of a start.
+    """Settings of --quiet and --log-file, as a context manager around a whole start.
 
     Inside it the package's warnings are shown even before and after a console is open, and an error that leaves it is
-    in the log file too. The file is appended to, by rank 0 and by the launcher that started it.
+    in the log file too. Rank 0, and the launcher that started it, append to the file.
     """
 
     def __init__(self, quiet: bool = False, log_file: Path | None = None):
@@ -28,7 +31,7 @@ class Output:
         self._handler = _Warnings(self)
 
     def log(self, text: str) -> None:
-        """Append to the log file, if there is one; a disk that refuses is one warning, and no more is written."""
+        """Append to the log file, if there is one; warn once when the disk refuses, and write no more."""
         if self._file is None:
             return
         try:
@@ -37,8 +40,8 @@ class Output:
             self._file = None
             log.warning("--log-file %s cannot be written any more: %s", self.log_file, error.strerror)
 
-    def __enter__(self) -> "Output":
-        """Raise UsageError when the log file cannot be written."""
+    def __enter__(self) -> Output:
+        """Open the log file; raise UsageError when it cannot be written."""
         if self.log_file is not None and this_rank().is_first:
             try:
                 self._file = open(self.log_file, "ab", buffering=0)
@@ -48,7 +51,9 @@ class Output:
             logging.getLogger(name).addHandler(self._handler)
         return self
 
-    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if isinstance(error, (UsageError, RunError)):
             self.log(f"error: {error}")
         elif error is not None:
@@ -61,7 +66,7 @@ class Output:
 
 
 class _Warnings(logging.Handler):
-    """What is logged while no console is open, and on the ranks that have none."""
+    """Handler of what is logged while no console is open, and on the ranks that have none."""
 
     def __init__(self, output: Output):
         super().__init__(logging.WARNING)
@@ -72,7 +77,7 @@ class _Warnings(logging.Handler):
             text = f"warning: {self.format(record)}"
             self._output.log(text)
             if not self._output.quiet:
-                # On a terminal another rank may be drawing its bar on this line; it draws it anew on the next.
+                # On a terminal another rank may be drawing its bar on this line; it redraws it on the next.
                 print((ERASE_LINE if sys.stderr.isatty() else "") + text, file=sys.stderr, flush=True)
         except Exception:
             self.handleError(record)

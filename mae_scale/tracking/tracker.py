@@ -1,8 +1,12 @@
-"""All that a run says of itself, on rank 0: the terminal, metrics.jsonl and MLflow. Other ranks say nothing."""
+"""What rank 0 reports of a run: on the terminal, in metrics.jsonl and to MLflow. The other ranks report nothing."""
+
+from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from mae_scale.config.schema import Recipe
@@ -13,37 +17,49 @@ from mae_scale.tracking.mlflow_uri import tracking_uri
 from mae_scale.tracking.output import Output
 
 
-class Tracking:
-    """One place to log to, as a context manager; with `speaks` False (every rank but 0) it does nothing."""
+@dataclass(frozen=True)
+class RunFacts:
+    """Facts that a start reports once."""
+
+    start: int
+    """Number of updates already done."""
+    total_steps: int
+    """The step after which this start ends."""
+    steps_per_epoch: int
+    used: Mapping[str, Any]
+    """Values that this start has decided itself, by the recipe's key."""
+    tags: Mapping[str, Any]
+    """Tags of the MLflow run; None is left out."""
+
+
+class Tracker:
+    """Logger of a run, as a context manager; it does nothing unless `speaks`, which is True on rank 0 only."""
 
     def __init__(
         self,
         recipe: Recipe,
         out: Path,
+        facts: RunFacts,
         *,
         speaks: bool,
-        start: int,
-        total_steps: int,
-        steps_per_epoch: int,
-        used: Mapping[str, Any],
-        tags: Mapping[str, Any],
-        output: Output | None = None,
-        guard: Callable[[], None] | None = None,
+        output: Output,
+        guard: Callable[[], None] | None,
     ):
-        """start: the updates already done; total_steps: after this many this start ends.
-
-        used: what of the recipe's keys this start has decided itself, by key; guard: called before a step is logged, it
-        ends a process that may no longer write.
-        """
-        self._log, self._guard = None, guard
+        """guard: called before a step is logged; it ends a process that may no longer write."""
+        self._log: MetricsLog | None = None
+        self._guard = guard
         self.mlflow: MlflowTracker | None = None  # rank 0's, unless tracking is off
         self.console = NullConsole()
         if not speaks:
             return
         self.console = Console(
-            total_steps, steps_per_epoch=steps_per_epoch, first_step=start, label="step", output=output
+            facts.total_steps,
+            steps_per_epoch=facts.steps_per_epoch,
+            first_step=facts.start,
+            label="step",
+            output=output,
         )
-        self._log = MetricsLog(out / "metrics.jsonl", start)
+        self._log = MetricsLog(out / "metrics.jsonl", facts.start)
         uri = tracking_uri(recipe.tracking.uri, out)
         if uri is not None:
             self.mlflow = MlflowTracker(
@@ -51,12 +67,12 @@ class Tracking:
                 uri=uri,
                 experiment=recipe.tracking.experiment,
                 run_name=recipe.tracking.run_name,
-                params=recipe.flat() | dict(used),
-                tags=tags,
+                params=recipe.flat() | dict(facts.used),
+                tags=facts.tags,
             )
 
     def log(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
-        """Log a step; returns without waiting for MLflow."""
+        """Log a step; return without waiting for MLflow."""
         if self._guard is not None:
             self._guard()
         if self._log is not None:
@@ -66,36 +82,38 @@ class Tracking:
             self.mlflow.notify()
 
     def rewind(self, step: int) -> None:
-        """The run has gone back to a step: rows behind it are dropped, and each step is still there once."""
+        """Go back to a step: drop the rows after it, so that each step is logged once."""
         if self._log is not None:
             self._log.rewind(step)
             self.console.rewind(step)
 
     @property
     def mlflow_run_id(self) -> str | None:
-        """The id of the MLflow run, on rank 0 and once MLflow has answered."""
+        """ID of the MLflow run, on rank 0 and once MLflow has answered; else None."""
         return self.mlflow.run_id if self.mlflow is not None else None
 
     def sync(self) -> None:
-        """Wait until what was logged is on the disk; before a checkpoint that counts on it."""
+        """Wait until what was logged is on the disk; call it before a checkpoint that counts on it."""
         if self._log is not None:
             self._log.sync()
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Send a file to MLflow, when its turn comes."""
+        """Queue a file for MLflow."""
         if self.mlflow is not None:
             self.mlflow.log_artifact(path, folder)
 
     def figure(self, path: Path, name: str, step: int) -> None:
-        """Send a picture to MLflow as a step of the figure `name`, when its turn comes."""
+        """Queue a picture for MLflow, as a step of the figure `name`."""
         if self.mlflow is not None:
             self.mlflow.log_figure(path, name, step)
 
-    def __enter__(self) -> "Tracking":
+    def __enter__(self) -> Tracker:
         self.console.__enter__()
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if self._log is not None:
             self._log.close()
         if self.mlflow is not None:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 
 from data_pipeline.errors import RunError, UsageError
+from mae_scale.distributed.collectives import from_first
 from mae_scale.tracking.metrics_log import parse_rows
 
 log = logging.getLogger("mae_scale")
@@ -31,11 +32,7 @@ class Events:
         self.path = path
         self._writes = torch.distributed.get_rank() == 0
         self._is_open = False
-        rows: list[list[dict[str, Any]]] = [[]]
-        if self._writes:
-            rows = [[row for _, row in parse_rows(path.read_bytes()) if row] if path.exists() else []]
-        torch.distributed.broadcast_object_list(rows)
-        self._rows = rows[0]
+        self._rows = from_first(lambda: _rows_of(path))
 
     def add(self, event: str, step: int, **facts: Any) -> None:
         """Note an event after `step` updates: start, skipped_step, rollback, stop, end or failure."""
@@ -69,6 +66,11 @@ class Events:
         return step + sum(
             row["skipped_batches"] for row in self._rows if row["event"] == "rollback" and row["step"] <= step
         )
+
+
+def _rows_of(path: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of an events.jsonl; none when there is no file."""
+    return [row for _, row in parse_rows(path.read_bytes()) if row] if path.exists() else []
 
 
 def _ends_with_newline(file: BinaryIO) -> bool:

@@ -16,9 +16,8 @@ from data_pipeline.errors import UsageError
 from data_pipeline.index import DamagedIndex, Index, load_index
 from data_pipeline.index_build import check_data, most_are_there
 from data_pipeline.index_diff import differing_images
-from mae_scale.checkpoints.export import FROZEN
 from mae_scale.checkpoints.shards import digest_of
-from mae_scale.checkpoints.store import Damaged, damaged_folders, list_checkpoints, read_manifest
+from mae_scale.checkpoints.store import FROZEN, Damaged, damaged_folders, list_checkpoints, read_manifest
 from mae_scale.config.load import load_recipe
 from mae_scale.config.schema import Recipe, differing_keys
 from mae_scale.tracking.metrics_log import read_metrics

@@ -16,7 +16,7 @@ from data_pipeline.loader import ImageLoader
 from mae_scale.checkpoints.resume import load_newest
 from mae_scale.distributed import stop_requests
 from mae_scale.engines.base import Engine, StepResult
-from mae_scale.tracking.tracker import Tracking
+from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.skipped_steps import RollBack, SkippedSteps
 from mae_scale.training.step_metrics import StepClock, step_metrics
@@ -36,7 +36,7 @@ class Loop:
     engine: Engine
     tensors_of: Callable[[Batch, torch.device], tuple[torch.Tensor, ...]]
     """Maps a micro-batch to the objective's inputs."""
-    tracking: Tracking
+    tracker: Tracker
     evaluator: Evaluator | None
     _losses: list[float] = field(default_factory=list)
     """Losses logged since the last checkpoint."""
@@ -130,13 +130,13 @@ class Loop:
         if self.evaluator is not None and self.evaluator.due(done):
             metrics |= self.evaluator(done)
             clock.restart(done)
-        self.tracking.log(done, done / self.context.steps.per_epoch, metrics)
+        self.tracker.log(done, done / self.context.steps.per_epoch, metrics)
         self._losses.append(metrics["train/loss"])
 
     def _save(self, done: int, *, is_end: bool) -> None:
         """Write a checkpoint; the last one of a start until it is written."""
         saver = self.context.saver
-        self.tracking.sync()
+        self.tracker.sync()
         saver.save(self.engine.state(), self._facts(done))
         self.context.control.forget()
         while is_end and not saver.wait():
@@ -150,7 +150,7 @@ class Loop:
             "epoch": done / self.context.steps.per_epoch,
             "loss": sum(finite) / len(finite) if finite else None,
             "time": round(time.time(), 3),
-            "mlflow_run_id": self.tracking.mlflow_run_id,
+            "mlflow_run_id": self.tracker.mlflow_run_id,
             **self.context.facts,
         }
 
@@ -178,8 +178,8 @@ class Loop:
         skipped = reason.done - step
         events.add("rollback", step, reason=str(reason), skipped_batches=skipped)
         log.warning("%s: back to step %d, and the %d batches since are skipped", reason, step, skipped)
-        self.tracking.rewind(step)
-        self.tracking.artifact(events.path)
+        self.tracker.rewind(step)
+        self.tracker.artifact(events.path)
         return step
 
 

@@ -28,7 +28,7 @@ from mae_scale.planning.hardware import peak_flops_per_s
 from mae_scale.reports.pretraining import loss_curve_figure
 from mae_scale.tracking.metrics_log import read_metrics
 from mae_scale.tracking.output import Output
-from mae_scale.tracking.tracker import Tracking
+from mae_scale.tracking.tracker import RunFacts, Tracker
 from mae_scale.training.announcement import headline, nothing_to_do
 from mae_scale.training.context import RunContext
 from mae_scale.training.decoding import bad_image_policy, decoding_of
@@ -66,10 +66,10 @@ def run(task: Task[Any], output: Output) -> int:
             context = _context(task, control, index, engine, device=device, ranks=ranks, origin=origin, guard=guard)
             failure.events = context.events
             start = resume(context, engine)
-            with _tracking(context, start, output, guard) as tracking:
-                _begin(context, engine, tracking, start, notes)
-                stopped = _train(task, context, engine, objective, tracking=tracking, start=start)
-                _conclude(task, context, tracking, start, stopped)
+            with _tracker(context, start, output, guard) as tracker:
+                _begin(context, engine, tracker, start, notes)
+                stopped = _train(task, context, engine, objective, tracker=tracker, start=start)
+                _conclude(task, context, tracker, start, stopped)
             engine.close()
     return EXIT_STOPPED if stopped else EXIT_DONE
 
@@ -150,42 +150,38 @@ def _saver(recipe: Recipe, out: Path, guard: Guard | None) -> Saver:
     return Saver(out / "checkpoints", retention, background=checkpoint.background, timeout_s=timeout_s, guard=guard)
 
 
-def _tracking(context: RunContext, start: int, output: Output, guard: Guard | None) -> Tracking:
-    return Tracking(
-        context.recipe,
-        context.out,
-        speaks=context.ranks.is_first,
+def _tracker(context: RunContext, start: int, output: Output, guard: Guard | None) -> Tracker:
+    facts = RunFacts(
         start=start,
         total_steps=max(start, context.steps.last),
         steps_per_epoch=context.steps.per_epoch,
         used=settings_used(context.recipe, context.layout, context.device),
         tags=start_tags(context.facts, context.device, len(context.index.bad)),
-        output=output,
-        guard=guard,
     )
+    return Tracker(context.recipe, context.out, facts, speaks=context.ranks.is_first, output=output, guard=guard)
 
 
-def _begin(context: RunContext, engine: Engine, tracking: Tracking, start: int, notes: list[str]) -> None:
+def _begin(context: RunContext, engine: Engine, tracker: Tracker, start: int, notes: list[str]) -> None:
     """Print the headline, and write the settings that this start uses."""
     recipe, out = context.recipe, context.out
     said = headline(recipe, context.index, context.layout, context.device, start)
-    tracking.console.message("\n".join([said, *notes]))
+    tracker.console.message("\n".join([said, *notes]))
     if context.ranks.is_first:
         used = settings_used(recipe, context.layout, context.device)
         write_json(out / "engine.json", {"used": used, **engine.config})
-        tracking.artifact(out / RECIPE)
-        tracking.artifact(out / "engine.json")
+        tracker.artifact(out / RECIPE)
+        tracker.artifact(out / "engine.json")
     context.events.add("start", start, world_size=context.ranks.world_size, engine=engine.name)
 
 
 def _train(
-    task: Task[Any], context: RunContext, engine: Engine, objective: Objective, *, tracking: Tracking, start: int
+    task: Task[Any], context: RunContext, engine: Engine, objective: Objective, *, tracker: Tracker, start: int
 ) -> str | None:
     """Train from step `start` on; return the signal that asked to stop, or None at the end."""
     if start >= context.steps.last:
         return None
-    evaluator = task.evaluator(context, engine, tracking)
-    loop = Loop(context, engine, objective.tensors, tracking, evaluator)
+    evaluator = task.evaluator(context, engine, tracker)
+    loop = Loop(context, engine, objective.tensors, tracker, evaluator)
     return loop.train(start, lambda step: _open_loader(context, objective, step))
 
 
@@ -210,25 +206,25 @@ def _open_loader(context: RunContext, objective: Objective, start: int) -> Image
     )
 
 
-def _conclude(task: Task[Any], context: RunContext, tracking: Tracking, start: int, stopped: str | None) -> None:
+def _conclude(task: Task[Any], context: RunContext, tracker: Tracker, start: int, stopped: str | None) -> None:
     """Write the start's figures and weights, close its events, and print its last line."""
     if stopped:
         again = "goes on from the last checkpoint" if list_checkpoints(context.checkpoints) else "begins again"
         last = f"stopped by {stopped}; the same command {again}"
     else:
-        reason, last = _end(task, context, tracking, start) if context.ranks.is_first else ("", "")
+        reason, last = _end(task, context, tracker, start) if context.ranks.is_first else ("", "")
         context.events.add("end", max(start, context.steps.last), reason=reason)
-    tracking.artifact(context.events.path)
-    tracking.console.conclude(last)
+    tracker.artifact(context.events.path)
+    tracker.console.conclude(last)
 
 
-def _end(task: Task[Any], context: RunContext, tracking: Tracking, start: int) -> tuple[str, str]:
+def _end(task: Task[Any], context: RunContext, tracker: Tracker, start: int) -> tuple[str, str]:
     """Draw the loss curve, and when the schedule is done let the task finish; return how it ended, and a line."""
     figures, steps = context.out / "figures", context.steps
     loss_curve_figure(read_metrics(context.out / "metrics.jsonl"), figures / "loss_curve.png")
-    tracking.artifact(figures / "loss_curve.png", "figures")
+    tracker.artifact(figures / "loss_curve.png", "figures")
     if max(start, steps.last) == steps.total:
-        return "done", f"done: {task.finish(context, tracking)}; figures in {figures}"
+        return "done", f"done: {task.finish(context, tracker)}; figures in {figures}"
     if start < steps.last:
         return "stopped early", f"done: stopped early, checkpoints in {context.checkpoints}; figures in {figures}"
     return "nothing to do", nothing_to_do(context.recipe, steps, start)

@@ -7,6 +7,7 @@ import torch
 
 from data_pipeline.batches import Batch
 from data_pipeline.loader import ImageLoader
+from mae_scale.distributed.collectives import from_all
 from mae_scale.engines.base import StepResult
 from mae_scale.planning.flops import mfu
 from mae_scale.training.context import RunContext
@@ -65,8 +66,7 @@ def step_metrics(
     world_size = context.ranks.world_size
     if bad_images > loader.bad_images.allowed:
         # Each rank has counted its own, and one may be another's too: look at the names.
-        found: list[dict[str, str]] = [{} for _ in range(world_size)]
-        torch.distributed.all_gather_object(found, loader.bad_images.found)
+        found = from_all(lambda: loader.bad_images.found)
         loader.bad_images.check({name: reason for part in found for name, reason in part.items()})
     rates = clock.rates(done)
     metrics = {

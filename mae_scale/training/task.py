@@ -7,7 +7,7 @@ from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.index import Index
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.base import Engine, Objective
-from mae_scale.tracking.tracker import Tracking
+from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 
 
@@ -76,10 +76,10 @@ class Task(Protocol[ObjectiveT]):
         """Return lines about what is trained, printed at the start."""
         return []
 
-    def evaluator(self, context: RunContext, engine: Engine, tracking: Tracking) -> Evaluator | None:
+    def evaluator(self, context: RunContext, engine: Engine, tracker: Tracker) -> Evaluator | None:
         """Return what measures or draws at intervals beside the loss; None: nothing."""
         return None
 
-    def finish(self, context: RunContext, tracking: Tracking) -> str:
+    def finish(self, context: RunContext, tracker: Tracker) -> str:
         """Write weights and figures after the whole schedule, on rank 0; return a line that says where they are."""
         ...

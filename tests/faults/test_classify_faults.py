@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mae_scale.checkpoints.export import FROZEN, checkpoint_model, export_weights, find_checkpoint
+from mae_scale.checkpoints.export import checkpoint_model, export_weights, find_checkpoint
+from mae_scale.checkpoints.store import FROZEN
 from mae_scale.tracking.metrics_log import read_metrics
 from tests.faults.harness import Training, newest_whole_step
 from tests.tiny import arguments, losses

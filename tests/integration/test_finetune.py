@@ -12,8 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from mae_scale.checkpoints.export import checkpoint_model
 from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.models.classifier import build_classifier
-from mae_scale.models.weights.autoencoder import read_weights
 from mae_scale.models.weights.classifier import classifier_to_official
+from mae_scale.models.weights.files import read_weights
 from mae_scale.tasks.classification.datasets import ALEXNET_ERROR, imagenet_wnids
 from mae_scale.tracking.metrics_log import read_metrics
 from tests.tiny import arguments, losses

@@ -181,7 +181,7 @@ def test_a_second_ctrl_c_kills_every_rank(whole_group, tmp_path, nothing_left):
 
 def test_a_launcher_killed_outright_leaves_ranks_that_save_and_end(tmp_path, nothing_left):
     process = start(tmp_path, WAIT_FOR_A_REQUEST)
-    time.sleep(1)  # they listen by now; test_preemption has the other case
+    time.sleep(1)  # they listen by now; test_stop_requests has the other case
     process.kill()
     process.wait()
     deadline = time.monotonic() + 10

@@ -15,7 +15,8 @@ from mae_scale.checkpoints.store import list_checkpoints, verify
 from mae_scale.cli.main import main
 from mae_scale.config.load import load_recipe
 from mae_scale.models.build import build_model
-from mae_scale.models.weights.autoencoder import load_hf, load_official, load_timm, read_weights
+from mae_scale.models.weights.autoencoder import load_hf, load_official, load_timm
+from mae_scale.models.weights.files import read_weights
 from mae_scale.tracking.metrics_log import read_metrics
 from mae_scale.tracking.mlflow_artifacts import steps_of_figure
 from tests.tiny import STEPS, arguments, losses

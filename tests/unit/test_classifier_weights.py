@@ -9,13 +9,14 @@ from data_pipeline.errors import UsageError
 from mae_scale.models.classifier import build_classifier
 from mae_scale.models.mae import build_mae
 from mae_scale.models.vit import parameter_count
-from mae_scale.models.weights.autoencoder import load_official, read_weights, to_hf, to_official, to_timm
+from mae_scale.models.weights.autoencoder import load_official, to_hf, to_official, to_timm
 from mae_scale.models.weights.classifier import (
     classifier_to_hf,
     classifier_to_official,
     classifier_to_timm,
     load_classifier,
 )
+from mae_scale.models.weights.files import read_weights
 
 SIZES = {"patch_size": 8, "width": 32, "depth": 2, "heads": 2}
 DECODER = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}

@@ -43,8 +43,8 @@ def drawn(monkeypatch):
 
 def test_reconstruction_pastes_predictions_where_patches_were_removed(tmp_path, drawn):
     rng = np.random.default_rng(0)
-    truth, guess = rng.random((2, 8, 64, 48, 3))
-    mask = (rng.random((8, 12)) < 0.75).astype(np.float32)
+    truth, guess = rng.random((2, 8, 64, 64, 3))
+    mask = (rng.random((8, 16)) < 0.75).astype(np.float32)
     prediction = patches_of(normalised(guess))
     path = tmp_path / "figures" / "reconstruction.png"
     reconstruction_figure(
@@ -54,15 +54,15 @@ def test_reconstruction_pastes_predictions_where_patches_were_removed(tmp_path, 
         path,
         patch_size=P,
     )
-    removed = np.kron(mask.reshape(8, 4, 3), np.ones((1, P, P)))[..., None].astype(bool)
-    factor = math.ceil(pretraining.SMALLEST_SIDE / 48)
+    removed = np.kron(mask.reshape(8, 4, 4), np.ones((1, P, P)))[..., None].astype(bool)
+    factor = math.ceil(pretraining.SMALLEST_SIDE / 64)
     original, masked, reconstructed = (picture[:, ::factor, ::factor] for picture in drawn)
     np.testing.assert_allclose(original, truth, atol=1e-5)
     np.testing.assert_allclose(masked, np.where(removed, 0.5, truth), atol=1e-5)
     np.testing.assert_allclose(reconstructed, np.where(removed, guess, truth), atol=1e-5)
     with Image.open(path) as png:
         assert png.format == "PNG"
-        assert png.width > 8 * 48 * factor
+        assert png.width > 8 * 64 * factor
         assert png.height > 3 * 64 * factor
 
 

@@ -11,7 +11,7 @@ from timm.scheduler import CosineLRScheduler
 
 from data_pipeline.errors import UsageError
 from mae_scale.config.load import load_recipe
-from mae_scale.engines.deepspeed import OLDEST, _deepspeed
+from mae_scale.engines.deepspeed_build import OLDEST, import_deepspeed
 from mae_scale.engines.deepspeed_config import checks_gradients, deepspeed_config
 from mae_scale.engines.optimizers import parameter_groups
 from mae_scale.engines.policy import compiles, layout_of, refuse_wrong_combinations
@@ -221,7 +221,7 @@ def test_images_that_were_replaced_before_a_save_are_in_the_next_log_line():
 def test_an_old_deepspeed_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr("deepspeed.__version__", "0.18.9+abc123")
     with pytest.raises(UsageError, match=r"DeepSpeed 0\.18\.9\+abc123 is installed; 0\.19\.7 or newer is needed"):
-        _deepspeed()
+        import_deepspeed()
 
 
 def test_the_oldest_deepspeed_is_the_one_that_is_installed_with_the_package():

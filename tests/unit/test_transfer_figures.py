@@ -121,7 +121,9 @@ def test_a_neighbour_of_another_class_has_another_frame_and_its_name(tmp_path, d
     neighbours = torch.stack([uniform("blue", "yellow", "cyan"), uniform("magenta", "white", "black")])
     labels, near = torch.tensor([2, 0]), np.array([[2, 1, 2], [0, 0, 1]])
     path = tmp_path / "neighbours.png"
-    neighbours_figure(queries, neighbours, labels, near, ["cat", "dog", "an animal with a long name"], path)
+    neighbours_figure(
+        queries, neighbours, labels, near, class_names=["cat", "dog", "an animal with a long name"], path=path
+    )
     png = Written(drawn[0], path)
     names = [axes.get_xlabel() for axes in drawn[0].axes]
     assert names == [

@@ -10,15 +10,8 @@ from safetensors.torch import save_file
 from data_pipeline.errors import UsageError
 from mae_scale.models.mae import build_mae
 from mae_scale.models.vit import Encoder, ViTSize
-from mae_scale.models.weights.autoencoder import (
-    load_hf,
-    load_official,
-    load_timm,
-    read_weights,
-    to_hf,
-    to_official,
-    to_timm,
-)
+from mae_scale.models.weights.autoencoder import load_hf, load_official, load_timm, to_hf, to_official, to_timm
+from mae_scale.models.weights.files import read_weights
 
 LAYOUTS = {"official": (to_official, load_official), "hf": (to_hf, load_hf)}
 

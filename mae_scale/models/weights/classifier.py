@@ -1,6 +1,6 @@
-"""Weights of a classifier: it starts from a file in any known layout, and is written in those others read.
+"""Weights of a classifier: read from a file in any known layout, written in those that other programs read.
 
-Every file is brought to the release's names first (`weights`). Then it is one of
+Every file is brought to the release's names first (layouts.py). Then it is one of
 
     pre-training   encoder, norm.*, or also a decoder      fc_norm.*, head.* stay fresh
     mean-pooled    encoder, fc_norm.*, head.*              the authors' fine-tuned files; timm, global_pool="avg"
@@ -15,22 +15,19 @@ from __future__ import annotations
 import math
 
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from data_pipeline.errors import UsageError
-from mae_scale.models.classifier import Classifier
-from mae_scale.models.weights.autoencoder import (
+from mae_scale.models.classifier import Classifier, GlobalBatchNorm
+from mae_scale.models.weights.checked_copy import LoadReport, check_same, check_size, copy_weights
+from mae_scale.models.weights.files import StateDict
+from mae_scale.models.weights.layouts import (
     AUTOENCODER,
     DECODER,
     ENCODER,
     UNNAMED,
-    LoadReport,
     Names,
-    StateDict,
-    check_same,
-    check_size,
-    copy_weights,
     from_release,
     hf_to_release,
     release_to_hf,
@@ -48,7 +45,7 @@ _OUR_AUTOENCODER = "our own autoencoder"
 
 
 def load_classifier(model: Classifier, state: StateDict) -> LoadReport:
-    """Copies a file's tensors (`read_weights`) into the classifier; the keys say which layout it is.
+    """Copy a file's tensors (`read_weights`) into the classifier; the keys tell the layout.
 
     Layouts: the authors' releases (pre-trained, with or without decoder, and fine-tuned), timm's, Hugging Face's
     (ViTMAE and ViTForImageClassification), and our own of a MaskedAutoencoder or a Classifier. Our autoencoder's
@@ -63,7 +60,7 @@ def load_classifier(model: Classifier, state: StateDict) -> LoadReport:
     """
     given, layout = release_names(state)
     check_size(given, model.encoder.size)
-    unused_kinds = (*UNNAMED, *DECODER)
+    unused_kinds: tuple[str, ...] = (*UNNAMED, *DECODER)
     if _has(given, "fc_norm.") or _has(given, "head."):
         _check_kind(model, given)
     elif model.pool == "mean":
@@ -85,22 +82,24 @@ def load_classifier(model: Classifier, state: StateDict) -> LoadReport:
 
 
 def classes_in(state: StateDict) -> int | None:
-    """Classes of a file's head, in any of the layouts; None when it has none."""
+    """Return the number of classes of a file's head, in any of the layouts; None when it has none."""
     given, _ = release_names(state)
     head = given.get("head.weight")
     return None if head is None or head.ndim != 2 else len(head)
 
 
 def classifier_to_official(model: Classifier) -> StateDict:
-    """Return the authors' fine-tuned files: cls_token, pos_embed [1, 1 + L, D], patch_embed.proj.*, blocks.*,
-    fc_norm.* (pooled by mean) or norm.* (by cls), head.*.
+    """Return the weights as in the authors' fine-tuned files.
+
+    Names: cls_token, pos_embed [1, 1 + L, D], patch_embed.proj.*, blocks.*, fc_norm.* (pooled by mean) or norm.* (by
+    cls), head.*.
 
     Tensors are copies, on the model's device and in its dtype. A probe's BatchNorm, which that layout has no place
     for, is folded into the head: the logits of evaluation mode stay the same.
     """
     own = {key: value.detach().clone() for key, value in model.state_dict().items()}
     state = to_release(own, _CLASSIFIER)
-    if "batch_norm.running_mean" in state:
+    if isinstance(model.batch_norm, GlobalBatchNorm):
         mean, var = state.pop("batch_norm.running_mean"), state.pop("batch_norm.running_var")  # [D], [D]
         weight, bias = state["head.weight"], state["head.bias"]  # [C, D], [C]
         folded = weight.double() * torch.rsqrt(var.double() + model.batch_norm.eps)
@@ -110,15 +109,18 @@ def classifier_to_official(model: Classifier) -> StateDict:
 
 
 def classifier_to_timm(model: Classifier) -> StateDict:
-    """As `classifier_to_official`: timm's `VisionTransformer` of the same sizes and num_classes has these names,
-    with global_pool="avg" for a classifier that pools by mean, "token" for cls."""
+    """Return the weights by the names of timm's `VisionTransformer`, which are those of `classifier_to_official`.
+
+    For the same sizes and num_classes, with global_pool="avg" for a classifier that pools by mean, "token" for cls.
+    """
     return classifier_to_official(model)
 
 
 def classifier_to_hf(model: Classifier) -> StateDict:
-    """Hugging Face's ViTForImageClassification files, for `from_pretrained` with layer_norm_eps=1e-6 in its config.
+    """Return the weights by the names of Hugging Face's ViTForImageClassification files.
 
-    Otherwise as `classifier_to_official`. Raises UsageError for a classifier that pools by mean.
+    For `from_pretrained` with layer_norm_eps=1e-6 in its config; otherwise as `classifier_to_official`.
+    Raises UsageError for a classifier that pools by mean.
     """
     if model.pool == "mean":
         raise UsageError(
@@ -130,7 +132,7 @@ def classifier_to_hf(model: Classifier) -> StateDict:
 
 
 def release_names(state: StateDict) -> tuple[StateDict, str]:
-    """Return the tensors by the release's names, and whose layout it was; keys without a place there keep theirs."""
+    """Return the tensors by the release's names, and their layout's name; keys without a name there keep theirs."""
     if _has(state, "encoder.cls_token", "encoder.patch_embed.", "encoder.blocks."):
         if _has(state, "decoder."):  # then "head." predicts pixels
             return to_release(state, AUTOENCODER), _OUR_AUTOENCODER
@@ -145,7 +147,7 @@ def _has(state: StateDict, *beginnings: str) -> bool:
 
 
 def _check_kind(model: Classifier, given: StateDict) -> None:
-    """Raises UsageError when the file is a classifier that pools otherwise, has other classes, or a BatchNorm more."""
+    """Raise UsageError when the file is a classifier with another pooling, other classes, or a BatchNorm more."""
     pool = "mean" if _has(given, "fc_norm.") else "cls"
     if pool != model.pool:
         norm = "an fc_norm" if pool == "mean" else "no fc_norm"
@@ -167,7 +169,7 @@ def _check_kind(model: Classifier, given: StateDict) -> None:
 
 
 def _on_grid(positions: Tensor, grid: int) -> Tensor:
-    """[1, 1 + l, D] -> float32 [1, 1 + grid * grid, D]; as given when they are of that grid, or of none at all."""
+    """Resample [1, 1 + l, D] to float32 [1, 1 + grid * grid, D]; return them as they are if they fit or are no grid."""
     patches = positions.shape[1] - 1 if positions.ndim == 3 else 0
     if patches < 1 or patches == grid**2 or math.isqrt(patches) ** 2 != patches:
         return positions

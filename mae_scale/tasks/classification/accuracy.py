@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mae_scale.distributed.collectives import from_all
+
 TOP = 5
 NO_PREDICTION = -1
 
@@ -91,8 +93,7 @@ class Accuracy:
         """
         if not (dist.is_initialized() and dist.get_world_size() > 1):
             return
-        parts: list[tuple[dict[tuple[int, int], int], int, float]] = [({}, 0, 0.0)] * dist.get_world_size()
-        dist.all_gather_object(parts, (dict(self.pairs), self.top5_hits, self.loss_sum))
+        parts = from_all(lambda: (dict(self.pairs), self.top5_hits, self.loss_sum))
         self.pairs, self.top5_hits, self.loss_sum = Counter(), 0, 0.0
         for pairs, top5_hits, loss_sum in parts:
             self.pairs.update(pairs)

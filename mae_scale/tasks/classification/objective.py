@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mae_scale.engines.base import Objective
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.drop_path import draw_branch_scales
 from mae_scale.tasks.classification.mixing import draw_mix, mix_images, soft_targets
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from mae_scale.config.schema import ClassifierSection
 
 
-class Classify(nn.Module):
+class Classify(Objective):
     """Cross-entropy of a classifier's logits; mixup, cutmix and label smoothing as the recipe says."""
 
     never_decayed = frozenset(("cls_token", "pos_embed"))

@@ -8,12 +8,13 @@ from safetensors.torch import load_file, save
 
 from data_pipeline.errors import RunError, UsageError
 from data_pipeline.files import write_atomically
-from mae_scale.checkpoints.export import FROZEN, starting_point, weights_of
+from mae_scale.checkpoints.export import starting_point, weights_of
 from mae_scale.checkpoints.shards import digest_of
+from mae_scale.checkpoints.store import FROZEN
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others
 from mae_scale.models.classifier import Classifier
-from mae_scale.models.weights.autoencoder import LoadReport
+from mae_scale.models.weights.checked_copy import LoadReport
 from mae_scale.models.weights.classifier import load_classifier
 from mae_scale.training.inputs import has_checkpoint, started_from
 from mae_scale.training.task import Origin

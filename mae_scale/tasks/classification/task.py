@@ -27,7 +27,7 @@ from mae_scale.tasks.classification.objective import Classify
 from mae_scale.tasks.classification.starting_weights import initialise, load_weights
 from mae_scale.tasks.classification.validation import EVALUATION, Validation
 from mae_scale.tracking.mlflow_models import keep_classifier
-from mae_scale.tracking.tracker import Tracking
+from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.inputs import VALIDATION, has_checkpoint, refuse_other_weights
 from mae_scale.training.shown_images import shown_images
@@ -129,23 +129,23 @@ class Classification(Task[Classify]):
             ]
         return said
 
-    def evaluator(self, context: RunContext, engine: Engine, tracking: Tracking) -> Validation | None:
+    def evaluator(self, context: RunContext, engine: Engine, tracker: Tracker) -> Validation | None:
         root, classes = context.recipe.data.val_root, context.index.classes
         if root is None:
             return None
         validation = load_index(context.out / VALIDATION, root)
         return Validation(context, engine, folder_set(validation, num_classes=len(classes), class_names=classes))
 
-    def finish(self, context: RunContext, tracking: Tracking) -> str:
+    def finish(self, context: RunContext, tracker: Tracker) -> str:
         weights = context.out / "export" / "model.safetensors"
         trained = cache(lambda: _trained_classifier(context))
         if not weights.exists():
             for picture in draw_figures(trained(), context):
-                tracking.artifact(picture, "figures")
+                tracker.artifact(picture, "figures")
             export_weights(trained(), weights, "official")
-        if tracking.mlflow is not None:
+        if tracker.mlflow is not None:
             keep_classifier(
-                tracking.mlflow,
+                tracker.mlflow,
                 context.out,
                 lambda: (trained(), np.rint(255 * pictures_of(shown_images(context, 1)))),
                 class_names=context.index.classes,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from data_pipeline.rng import generator
+from mae_scale.engines.base import Objective
 from mae_scale.models.drop_path import draw_branch_scales
 from mae_scale.models.mae import MaskedAutoencoder
 from mae_scale.models.masking import mask_noise
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from data_pipeline.batches import Batch
 
 
-class Reconstruct(nn.Module):
+class Reconstruct(Objective):
     """Mean squared error over the removed patches (He et al., section 3)."""
 
     def __init__(self, model: MaskedAutoencoder, *, seed: int):

@@ -18,10 +18,11 @@ from mae_scale.distributed.collectives import first_then_others
 from mae_scale.engines.base import Engine
 from mae_scale.models.build import build_model
 from mae_scale.models.mae import MaskedAutoencoder
-from mae_scale.models.weights.autoencoder import load_hf, load_official, read_weights
+from mae_scale.models.weights.autoencoder import load_hf, load_official
+from mae_scale.models.weights.files import read_weights
 from mae_scale.reports.pretraining import reconstruction_figure
 from mae_scale.tasks.mae.objective import Reconstruct
-from mae_scale.tracking.tracker import Tracking
+from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.shown_images import shown_images, some_images
 
@@ -39,9 +40,9 @@ class Reconstructions:
     picture takes about a second, in which the others would wait.
     """
 
-    def __init__(self, context: RunContext, engine: Engine, tracking: Tracking):
+    def __init__(self, context: RunContext, engine: Engine, tracker: Tracker):
         """Read the images to draw. All ranks make one; an error in reading is raised on all of them."""
-        self._context, self._engine, self._tracking = context, engine, tracking
+        self._context, self._engine, self._tracker = context, engine, tracker
         self._images = first_then_others(lambda: shown_images(context, IMAGES))
         with torch.device("meta"):  # only its masks are asked for
             self._noise = fixed_noise(
@@ -87,9 +88,9 @@ class Reconstructions:
         except Exception as error:
             log.warning("%s could not be drawn (%s: %s); training goes on", path, type(error).__name__, error)
             return
-        self._tracking.figure(path, NAME, done)
+        self._tracker.figure(path, NAME, done)
         if done == context.steps.last:
-            self._tracking.artifact(newest, "figures")
+            self._tracker.artifact(newest, "figures")
 
 
 def fixed_noise(objective: Reconstruct, count: int) -> torch.Tensor:

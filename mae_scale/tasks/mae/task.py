@@ -15,7 +15,7 @@ from mae_scale.models.vit import patchify
 from mae_scale.planning.flops import mae_forward_flops, training_flops
 from mae_scale.tasks.mae.objective import Reconstruct
 from mae_scale.tasks.mae.reconstruct import Reconstructions
-from mae_scale.tracking.tracker import Tracking
+from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.preflight import training_augmentation
 from mae_scale.training.shown_images import some_images
@@ -62,10 +62,10 @@ class MaskedAutoencoding(Task[Reconstruct]):
             )
         )
 
-    def evaluator(self, context: RunContext, engine: Engine, tracking: Tracking) -> Reconstructions:
-        return Reconstructions(context, engine, tracking)
+    def evaluator(self, context: RunContext, engine: Engine, tracker: Tracker) -> Reconstructions:
+        return Reconstructions(context, engine, tracker)
 
-    def finish(self, context: RunContext, tracking: Tracking) -> str:
+    def finish(self, context: RunContext, tracker: Tracker) -> str:
         weights = context.out / "export" / "model.safetensors"
         if not weights.exists():
             model, _ = checkpoint_model(list_checkpoints(context.checkpoints)[-1][1])

@@ -1,0 +1,54 @@
+"""Reading files of weights: safetensors, and torch's without running code that is hidden in them."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_pipeline.errors import UsageError
+
+StateDict = dict[str, Tensor]
+
+
+def read_weights(path: str | Path) -> StateDict:
+    """Return the tensors of a .safetensors or torch (.pth) file by name; unwraps the release's {"model": ...}.
+
+    Torch files are read with `weights_only=True`: code hidden in a file is refused, never run.
+    Raises UsageError when the file is missing, damaged, refused, or holds anything but named tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"no weights file at {path}: expected a .safetensors or .pth file")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{path} is not a whole safetensors file ({error}): fetch it again") from error
+    try:
+        # The release keeps its arguments, a Namespace, beside "model". Warnings are on what is refused anyway.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        cause = re.search(r"WeightsUnpickler error:\s*([^\n]+)", str(error))  # then comes advice to read it
+        raise UsageError(
+            f"{path} was refused: it is damaged, or holds more than tensors, which could run code when read"
+            f"{f' ({cause[1]})' if cause else ''}. Expected weights only: fetch it again, or have its author save "
+            "them as safetensors"
+        ) from error
+    except Exception as error:  # of a file of another kind torch takes any byte for an instruction
+        raise UsageError(f"{path} is not a whole torch file ({error}): fetch it again") from error
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()) or not content:
+        found = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__
+        raise UsageError(f'{path} holds {found}: expected tensors by name, alone or under "model"')
+    return content
