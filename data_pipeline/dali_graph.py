@@ -121,13 +121,8 @@ def training_pipeline(decoding: Decoding, max_batch: int, *, device: str, device
         )
 
     # Affinity stays off: ranks that share a machine would all be tied to its first cores.
-    pipeline = graph(
-        batch_size=max_batch,
-        num_threads=decoding.threads,
-        device_id=device_id,
-        prefetch_queue_depth=1,
-        set_affinity=False,
-    )
+    sizes = {"batch_size": max_batch, "num_threads": decoding.threads, "prefetch_queue_depth": 1}
+    pipeline = graph(**sizes, device_id=device_id, set_affinity=False)
     pipeline.build()
     return pipeline
 

@@ -10,45 +10,43 @@ from mae_scale.cli.completion import complete_chain
 slurm_app = typer.Typer()
 
 
+Chain = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RECIPE|section.key=value",
+        autocompletion=complete_chain,
+        help="The chain's recipes; overrides apply to all of them, classifier.* to classifiers only.",
+    ),
+]
+Nodes = Annotated[int, typer.Option(metavar="N", min=1, help="Number of nodes per job.")]
+ChainOut = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Parent folder: DIR/slurm, and a folder for each recipe.")
+]
+GpusPerNode = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=0, help="GPUs per node; default: the template's; 0: nodes without GPUs."),
+]
+NtasksPerNode = Annotated[int | None, typer.Option(metavar="N", min=1, help="Ranks per node; default: one per GPU.")]
+CpusPerTask = Annotated[int | None, typer.Option(metavar="N", min=1, help="Cores per rank; default: the template's.")]
+Partition = Annotated[str | None, typer.Option(metavar="NAME", help="Partition; default: the site's.")]
+Account = Annotated[str | None, typer.Option(metavar="NAME", help="Account; default: the site's.")]
+Time = Annotated[
+    str | None,
+    typer.Option(metavar="TIME", help="Time limit of one start, such as 24:00:00; the job is requeued after it."),
+]
+
+
 @slurm_app.command()
 def submit(
-    recipes: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RECIPE|section.key=value",
-            autocompletion=complete_chain,
-            help="The chain's recipes; overrides apply to all of them, classifier.* to classifiers only.",
-        ),
-    ],
-    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Number of nodes per job.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Parent folder: DIR/slurm, and a folder for each recipe.")],
-    gpus_per_node: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=0,
-            help="GPUs per node; default: the template's; 0: nodes without GPUs.",
-            show_default=False,
-        ),
-    ] = None,
-    ntasks_per_node: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Ranks per node; default: one per GPU.", show_default=False),
-    ] = None,
-    cpus_per_task: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Cores per rank; default: the template's.", show_default=False),
-    ] = None,
-    partition: Annotated[str | None, typer.Option(metavar="NAME", help="Partition; default: the site's.")] = None,
-    account: Annotated[str | None, typer.Option(metavar="NAME", help="Account; default: the site's.")] = None,
-    time: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TIME",
-            help="Time limit of one start, such as 24:00:00; the job is requeued after it.",
-            show_default=False,
-        ),
-    ] = None,
+    recipes: Chain,
+    nodes: Nodes,
+    out: ChainOut,
+    gpus_per_node: GpusPerNode = None,
+    ntasks_per_node: NtasksPerNode = None,
+    cpus_per_task: CpusPerTask = None,
+    partition: Partition = None,
+    account: Account = None,
+    time: Time = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the scripts; write nothing and send nothing.")
     ] = False,
