@@ -55,7 +55,7 @@ def test_the_newest_whole_one_is_found_behind_damaged_ones(tmp_path, caplog):
     older, newer = make(tmp_path, 5), make(tmp_path, 10)
     os.truncate(newer / "rank_00000.safetensors", 100)
     assert newest_whole(tmp_path)[0] == older
-    assert "step_00000005 is used, for what is newer is damaged (step_00000010: rank_00000" in caplog.text
+    assert "step_00000005 is used, because newer checkpoints are damaged (step_00000010: rank_00000" in caplog.text
     (older / "manifest.json").unlink()
     with pytest.raises(RunError, match=r"step_00000005: manifest\.json is missing"):
         newest_whole(tmp_path)
