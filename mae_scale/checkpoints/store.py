@@ -174,7 +174,7 @@ def newest_whole(checkpoints: Path) -> tuple[Path, dict[str, Any]]:
             wrong.append(f"{folder.name}: {damage}")
         else:
             if wrong:
-                log.warning("%s is used, for what is newer is damaged (%s)", folder.name, "; ".join(wrong))
+                log.warning("%s is used, because newer checkpoints are damaged (%s)", folder.name, "; ".join(wrong))
             return folder, manifest
     raise RunError(f"{checkpoints} holds no whole checkpoint" + (f" ({'; '.join(wrong)})" if wrong else ""))
 

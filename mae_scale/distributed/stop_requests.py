@@ -33,7 +33,7 @@ class _Heeding:
     notice: str | None
     """Text printed at once."""
     ends: bool
-    """Whether a second Ctrl-C ends the process."""
+    """True if a second Ctrl-C ends the process."""
 
 
 _first: str | None = None

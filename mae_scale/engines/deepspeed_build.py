@@ -1,4 +1,4 @@
-"""How DeepSpeed starts: the environment that it reads, the import, what it would build, its own process group."""
+"""DeepSpeed's start-up: its environment variables, its import, its C++ extensions, its process group."""
 
 import contextlib
 import logging

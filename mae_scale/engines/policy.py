@@ -1,4 +1,4 @@
-"""What a recipe means for its engine: name, precision, compilation, batch layout; and the combinations refused."""
+"""Decisions from a recipe for its engine: name, precision, compilation, batch layout; the combinations refused."""
 
 from data_pipeline.batch_layout import BatchLayout, batch_layout
 from data_pipeline.errors import UsageError
@@ -38,7 +38,7 @@ def refuse_wrong_combinations(recipe: Recipe, *, gpu: bool) -> None:
 
 
 Refusals = list[tuple[bool, str]]
-"""Whether a combination is found, and why it is refused."""
+"""Pairs of the presence of a combination and the reason for its refusal."""
 
 
 def _of_any_engine(recipe: Recipe, gpu: bool) -> Refusals:

@@ -1,4 +1,4 @@
-"""Which patches are removed: random, block-wise and grid masking, as scores in NumPy.
+"""The choice of removed patches: random, block-wise and grid masking, as scores in NumPy.
 
 The model keeps the patches with the smallest scores. Each image's scores depend on nothing but the generator
 of its position in the global batch, so the same masks come out for any number of ranks and any micro-batch.

@@ -1,4 +1,4 @@
-"""What rank 0 reports of a run: on the terminal, in metrics.jsonl and to MLflow. The other ranks report nothing."""
+"""Rank 0's reports of a run: on the terminal, in metrics.jsonl and to MLflow. The other ranks report nothing."""
 
 from __future__ import annotations
 

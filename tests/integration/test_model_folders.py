@@ -13,8 +13,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 from data_pipeline.augment.kinds import augmentation
 from data_pipeline.index_build import open_index
 from mae_scale.checkpoints import model_folder
-from mae_scale.checkpoints.export import EMA
-from mae_scale.checkpoints.shards import Piece, write_shard
+from mae_scale.checkpoints.shards import EMA, Piece, write_shard
 from mae_scale.checkpoints.store import folder_of, write_manifest
 from mae_scale.config.load import load_recipe
 from mae_scale.models.build import build_classifier_of, build_model

@@ -7,7 +7,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_pipeline.errors import UsageError
 from mae_scale.models.mae import build_mae
 from mae_scale.planning.flops import mae_forward_flops, mfu, training_flops, vit_forward_macs
-from mae_scale.planning.hardware import peak_flops_per_s
 
 NAMES = ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14")
 
@@ -72,25 +71,6 @@ def test_mfu_is_the_share_of_the_peak():
     assert training_flops(forward) == 3 * forward
     rate = 8 * 312e12 / (3 * forward) / 2
     assert mfu(rate, training_flops=3 * forward, peak_flops_per_s=312e12, devices=8) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(
-    ("device", "precision", "tflops"),
-    [
-        ("NVIDIA A100-SXM4-80GB", "bf16", 312),
-        ("NVIDIA H100 80GB HBM3", "bf16", 989),
-        ("NVIDIA H100 PCIe", "bf16", 756),
-        ("NVIDIA H200", "bf16", 989),
-        ("NVIDIA B200", "bf16", 2250),
-        ("Tesla V100-SXM2-32GB", "fp16", 125),
-        ("NVIDIA A100-SXM4-40GB", "fp32", 19.5),
-        ("Tesla V100-SXM2-32GB", "bf16", None),
-        ("NVIDIA GeForce RTX 9999", "bf16", None),
-    ],
-)
-def test_peaks_are_known_by_device_name(device, precision, tflops):
-    expected = None if tflops is None else tflops * 1e12
-    assert peak_flops_per_s(device, precision) == expected
 
 
 def test_an_unknown_way_is_refused():

@@ -1,4 +1,4 @@
-"""The pictures of transfer show what they say; and attention is that of another implementation of the ViT."""
+"""The figures of a classifier show what they say."""
 
 import numpy as np
 import pytest
@@ -7,12 +7,8 @@ from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from mae_scale.models.attention import last_attention
-from mae_scale.models.classifier import build_classifier
-from mae_scale.models.weights.classifier import load_classifier
-from mae_scale.reports import classification, partial_curve
+from mae_scale.reports import classification
 from mae_scale.reports.classification import ORANGE, RIGHT, WRONG, attention_figure, neighbours_figure, per_class_figure
-from mae_scale.reports.partial_curve import partial_curve_figure
 from mae_scale.reports.style import BLUE, MEAN, STD
 
 
@@ -21,8 +17,7 @@ def drawn(monkeypatch):
     """The figures as they were saved."""
     caught = []
     save = classification.save_png
-    for module in (classification, partial_curve):
-        monkeypatch.setattr(module, "save_png", lambda figure, path: (caught.append(figure), save(figure, path)))
+    monkeypatch.setattr(classification, "save_png", lambda figure, path: (caught.append(figure), save(figure, path)))
     return caught
 
 
@@ -141,46 +136,3 @@ def test_a_neighbour_of_another_class_has_another_frame_and_its_name(tmp_path, d
     for place, frame in ((1, RIGHT), (2, WRONG), (3, RIGHT), (5, RIGHT), (6, RIGHT), (7, WRONG)):
         assert png.at(place, 0.002, 0.5) == pytest.approx(to_rgb(frame), abs=0.02)
     assert png.at(0, 0.01, 0.5) == pytest.approx((1, 0, 0), abs=0.01)
-
-
-def test_partial_curve_stands_at_equal_distances_in_the_order_of_blocks(tmp_path, drawn):
-    points = [(4, 90.0, 0.2), (0, 70.0, 0.5), (0.5, 80.0, None), (1, 84.0, None)]
-    partial_curve_figure(points, tmp_path / "partial.png", depth=4)
-    (axes,) = drawn[0].axes
-    full, curve, *_ = axes.lines
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "0.5", "1", "4"]
-    assert curve.get_xydata().tolist() == [[0, 70], [1, 80], [2, 84], [3, 90]]
-    assert (full.get_ydata()[0], full.get_linestyle()) == (90, "--")
-    spans = [bars.get_paths()[0].vertices[:, 1].tolist() for bars in axes.collections]
-    assert spans == [pytest.approx([69.5, 70.5]), pytest.approx([89.8, 90.2])]
-    with Image.open(tmp_path / "partial.png") as png:
-        assert min(png.size) > 400
-
-
-def test_partial_curve_that_ends_before_the_whole_depth_has_no_line_of_full_fine_tuning(tmp_path, drawn):
-    partial_curve_figure([(0, 70.0, None), (1, 80.0, None)], tmp_path / "partial.png", depth=4)
-    assert [line.get_linestyle() for line in drawn[0].axes[0].lines] == ["-"]
-
-
-@pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_attention_is_that_of_hugging_faces_vit_with_the_same_weights(pool):
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    config = transformers.ViTConfig(
-        **sizes, image_size=32, patch_size=8, layer_norm_eps=1e-6, num_labels=10, attn_implementation="eager"
-    )
-    torch.manual_seed(0)
-    peer = transformers.ViTForImageClassification(config).eval()
-    with torch.no_grad():
-        for parameter in peer.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    build = {"classes": 10, "image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "heads": 4}
-    source, model = build_classifier(**build, pool="cls"), build_classifier(**build, pool=pool).eval()
-    load_classifier(source, peer.state_dict())
-    model.encoder.load_state_dict(source.encoder.state_dict(), strict=False)
-    images = torch.randn(3, 3, 32, 32)
-    with torch.no_grad():
-        weights = peer(images, output_attentions=True).attentions[-1]  # [N, heads, 1 + L, 1 + L]
-    expected = weights[:, :, 0, 1:] if pool == "cls" else weights[:, :, 1:, 1:].mean(2)
-    torch.testing.assert_close(last_attention(model, images), expected, atol=1e-5, rtol=1e-4)
-    assert not model.encoder.blocks[-1].attn.qkv._forward_hooks
