@@ -48,6 +48,7 @@ setup(
     extras_require={
         "cuda12": [DALI.format(cuda="120")],
         "cuda13": [DALI.format(cuda="130")],
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
