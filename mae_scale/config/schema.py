@@ -22,20 +22,26 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The autoencoder, or a classifier's encoder. A name brings patch size, width, depth, heads."""
 
-    name: str | None = "vit_large_patch16"
+    name: str | None = Field(
+        "vit_large_patch16", description="vit_base_patch16, vit_large_patch16, vit_huge_patch14; null: the sizes below"
+    )
     image_size: int = Field(224, gt=0, description="pixels per side")
-    patch_size: int | None = Field(None, gt=0)
-    width: int | None = Field(None, gt=0)
-    depth: int | None = Field(None, gt=0)
-    heads: int | None = Field(None, gt=0)
-    mask_ratio: float = Field(0.75, gt=0, lt=1)
-    masking: Literal["random", "block", "grid"] = "random"
-    encoder_mask_tokens: bool = False
+    patch_size: int | None = Field(None, gt=0, description="pixels per side; null: the name's")
+    width: int | None = Field(None, gt=0, description="of a token; null: the name's")
+    depth: int | None = Field(None, gt=0, description="transformer blocks of the encoder; null: the name's")
+    heads: int | None = Field(None, gt=0, description="attention heads per block; null: the name's")
+    mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is removed")
+    masking: Literal["random", "block", "grid"] = Field("random", description="which patches are removed")
+    encoder_mask_tokens: bool = Field(
+        False, description="the encoder sees mask tokens in place of removed patches: the paper's slow ablation"
+    )
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth: the rate at the encoder's last block")
-    decoder_depth: int = Field(8, gt=0)
-    decoder_width: int = Field(512, gt=0)
-    decoder_heads: int = Field(16, gt=0)
-    target: Literal["pixels", "normalised_pixels", "pca"] = "normalised_pixels"
+    decoder_depth: int = Field(8, gt=0, description="transformer blocks")
+    decoder_width: int = Field(512, gt=0, description="of a token")
+    decoder_heads: int = Field(16, gt=0, description="attention heads per block")
+    target: Literal["pixels", "normalised_pixels", "pca"] = Field(
+        "normalised_pixels", description="what is predicted of a removed patch"
+    )
 
 
 class DataSection(Section):
@@ -46,38 +52,38 @@ class DataSection(Section):
     index: Path | None = Field(None, description="index file; by default beside the data")
     augmentation: Literal[
         "random_resized_crop", "random_resized_crop_color_jitter", "fixed_crop", "none", "rand_augment"
-    ] = "random_resized_crop"
+    ] = Field("random_resized_crop", description="none: centre crop; rand_augment: fine-tuning's, rand-m9-mstd0.5-inc1")
     crop_scale: float | None = Field(None, gt=0, le=1, description="smallest share of the area; else the kind's")
     flip: float | None = Field(None, ge=0, le=1, description="probability of a horizontal flip; else the kind's")
     exif_orientation: bool = Field(False, description="turn images as their EXIF says; else they are taken as stored")
     random_erasing: float = Field(0.0, ge=0, le=1, description="probability to fill a rectangle with noise")
     labels_per_class: int | None = Field(None, gt=0, description="train on this many images per class, drawn by seed")
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="what decodes; auto: a GPU where there is one")
     threads: int = Field(4, gt=0, description="decoding threads per rank")
     cache: Path | None = Field(None, description="folder on the node's own disk that is filled as images are read")
     cache_gib: float | None = Field(None, gt=0, description="its bound; else until 10 % of the disk is free")
-    global_batch: int = Field(4096, gt=0)
-    on_bad_image: Literal["replace", "stop"] = "replace"
+    global_batch: int = Field(4096, gt=0, description="images per step, over all ranks")
+    on_bad_image: Literal["replace", "stop"] = Field("replace", description="an image that turns bad after indexing")
     bad_image_limit: float = Field(0.001, ge=0, le=1, description="share of the images; above it the run stops")
 
 
 class OptimSection(Section):
     """lr = base_lr x global_batch / 256."""
 
-    name: Literal["adamw", "lars"] = "adamw"
-    base_lr: float = Field(1.5e-4, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    name: Literal["adamw", "lars"] = Field("adamw", description="lars: for linear probing")
+    base_lr: float = Field(1.5e-4, gt=0, description="peak learning rate per 256 images of the global batch")
+    weight_decay: float = Field(0.05, ge=0, description="not of biases, norms, cls and mask tokens")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of adamw")
     momentum: float = Field(0.9, ge=0, lt=1, description="of lars")
     layer_decay: float = Field(1.0, gt=0, le=1, description="layer-wise lr decay factor (1: none)")
-    clip_grad_norm: float | None = Field(None, gt=0)
+    clip_grad_norm: float | None = Field(None, gt=0, description="largest L2 norm of the gradient; null: not clipped")
 
 
 class ScheduleSection(Section):
     """Linear warm-up, then half-cycle cosine to 0 at the end of the last epoch; set every step."""
 
-    epochs: int = Field(800, gt=0)
-    warmup_epochs: int = Field(40, ge=0)
+    epochs: int = Field(800, gt=0, description="length of the whole schedule")
+    warmup_epochs: int = Field(40, ge=0, description="fewer than epochs")
     stop_after_steps: int | None = Field(None, gt=0, description="end early, the curve unchanged")
 
 
@@ -93,7 +99,7 @@ class ClassifierSection(Section):
         ge=0,
         description="number of final blocks to train; 0.5: the last block's MLP only; 0: the head alone; null: all",
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target that all classes have alike")
     mixup: float = Field(0.0, ge=0, description="alpha of the Beta distribution; 0: off")
     cutmix: float = Field(0.0, ge=0, description="alpha of the Beta distribution; 0: off")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of an average of the weights, which is evaluated")
@@ -103,8 +109,10 @@ class ClassifierSection(Section):
 class EngineSection(Section):
     """How the run is spread over devices; never what is computed."""
 
-    backend: Literal["deepspeed", "fairscale"] = "deepspeed"
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    backend: Literal["deepspeed", "fairscale"] = Field("deepspeed", description="the library that shards")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="sharded: 0 nothing, 1 optimiser state, 2 gradients too, 3 parameters too"
+    )
     offload: bool = Field(False, description="parameters and optimiser state in host memory (ZeRO 3)")
     config: Path | None = Field(None, description="a DeepSpeed file of one's own, instead of ds_configs/")
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="bf16 with a GPU, else fp32")
@@ -115,7 +123,7 @@ class EngineSection(Section):
     activation_checkpointing: Literal["none", "all", "offload"] | int = Field(
         "none", description="none, all blocks, every n-th block, or all with their inputs in host memory"
     )
-    collective_timeout_s: float = Field(600, gt=0)
+    collective_timeout_s: float = Field(600, gt=0, description="seconds until a rank that hangs is lost")
 
     @field_validator("activation_checkpointing")
     @classmethod
@@ -128,8 +136,8 @@ class EngineSection(Section):
 class CheckpointSection(Section):
     """When checkpoints are written, which stay, and when the run goes back to one."""
 
-    every_steps: int | None = Field(None, gt=0)
-    every_epochs: int | None = Field(1, gt=0)
+    every_steps: int | None = Field(None, gt=0, description="write one every n steps")
+    every_epochs: int | None = Field(1, gt=0, description="write one every n epochs; and at the end of each start")
     keep: int = Field(2, gt=0, description="number of newest checkpoints that stay")
     keep_every_epochs: int | None = Field(None, gt=0, description="those of every n-th epoch stay too")
     keep_best: bool = Field(False, description="the one with the lowest training loss since the one before stays too")
@@ -144,12 +152,12 @@ class TrackingSection(Section):
     """MLflow and the log."""
 
     uri: str | None = Field(None, description="MLflow tracking URI; off: none")
-    experiment: str = "mae-scale"
-    run_name: str | None = None
+    experiment: str = Field("mae-scale", description="MLflow experiment")
+    run_name: str | None = Field(None, description="the run's name in MLflow; null: that of --out")
     registered_model: str | None = Field(
         None, description="a classifier's name in MLflow's model registry; null: logged to the run only"
     )
-    log_every_steps: int = Field(20, gt=0)
+    log_every_steps: int = Field(20, gt=0, description="a line in the terminal, metrics.jsonl and MLflow")
     reconstruct_every_epochs: int = Field(
         20, gt=0, description="pre-training draws reconstructions; and at the end of each start"
     )
@@ -169,7 +177,7 @@ class Recipe(Section):
     """A training run, whole."""
 
     task: str = Field("mae", description="what is trained: mae (masked autoencoder), classification")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of all that is drawn: weights, order, augmentation, masks")
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     optim: OptimSection = OptimSection()
