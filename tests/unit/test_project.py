@@ -21,3 +21,11 @@ def test_what_a_file_links_to_is_there(name):
     links = re.findall(r"\]\(([^)#:]+)[^):]*\)", (ROOT / name).read_text(encoding="utf-8"))
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_git_checks_before_a_commit_what_make_lint_checks():
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert repo["repo"] == "local"
+    lint = re.search(r"^lint: setup\n((?:\t.+\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)[1]
+    expected = [re.sub(r" \.$", "", line.strip().replace("$(BIN)", ".venv/bin")) for line in lint.splitlines()]
+    assert [hook["entry"] for hook in repo["hooks"]] == expected
