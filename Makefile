@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-slow test-all test-cluster torture lint format bench bench-gpu clean
+.PHONY: setup demo test test-slow test-all test-cluster torture lint format docs bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test-all   make test, the slow tests, jobs on a real Slurm, and 12 random kills"
 	@echo "make test-cluster   jobs on a real Slurm of two nodes, started here (as root; apt installs it; about 6 minutes)"
 	@echo "make torture N=200   kill a real training N times at random instants, compare the whole curve"
+	@echo "make docs    the documentation, as pages to be opened from the disk: site/index.html"
 	@echo "make bench   our step and the engine's beside Hugging Face's, our loader beside torchvision's, the stall of a save"
 	@echo "make bench-gpu STAGE=truth|speed|profile|data   what a GPU machine has to say, without make setup or a network"
 	@echo "make setup   only the set-up: .venv from requirements.lock"
@@ -54,6 +55,10 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 bench: setup
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/engine.py --rounds 2
@@ -68,4 +73,4 @@ bench-gpu:
 	PYTHON=$(PYTHON) bench/gpu.sh "$(STAGE)" "$(CARRIED)"
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site

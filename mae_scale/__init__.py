@@ -15,10 +15,11 @@ __version__ = "0.1.0"
 def load_encoder(path: str | Path, *, heads: int | None = None) -> PretrainedEncoder:
     """Return the pre-trained encoder of a run's folder, a checkpoint, or a file of weights in any known layout.
 
-    >>> encoder = mae_scale.load_encoder(weights)  # such as runs/vit_base, or mae_pretrain_vit_base.pth
-    >>> image = encoder.transform(photo)  # of PIL.Image.open
-    >>> encoder.forward_features(image[None]).shape
-    torch.Size([1, 197, 768])
+    Examples:
+        >>> encoder = mae_scale.load_encoder(weights)  # such as runs/vit_base, or mae_pretrain_vit_base.pth
+        >>> image = encoder.transform(photo)  # of PIL.Image.open
+        >>> encoder.forward_features(image[None]).shape
+        torch.Size([1, 197, 768])
 
     See mae_scale.checkpoints.encoder.
     """

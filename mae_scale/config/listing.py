@@ -37,12 +37,17 @@ class Header:
     @property
     def expected(self) -> str:
         """The expected result; empty when the header has none."""
-        rest = self.lines[self._begin("Expected") :]
+        return " ".join(line.strip() for line in self.said("Expected"))
+
+    def said(self, word: str) -> list[str]:
+        """Return the lines of the part that begins with a word, such as Cost; none when the header has no such part."""
+        rest = self.lines[self._begin(word) :]
         more = next((k for k, line in enumerate(rest[1:], 1) if re.match(r"[A-Z][a-z]+[:,]", line)), len(rest))
-        return " ".join(line.strip() for line in rest[:more])
+        return rest[:more]
 
     def _begin(self, word: str) -> int:
-        return next((k for k, line in enumerate(self.lines) if line.startswith(f"{word}:")), len(self.lines))
+        starts = (f"{word}:", f"{word},")
+        return next((k for k, line in enumerate(self.lines) if line.startswith(starts)), len(self.lines))
 
 
 def header(name_or_path: str) -> Header:

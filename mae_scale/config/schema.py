@@ -22,10 +22,12 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The autoencoder, or a classifier's encoder; `name` sets patch size, width, depth and heads."""
 
-    name: str | None = Field("vit_large_patch16", description="model that sets the sizes below; null: give them")
+    name: str | None = Field(
+        "vit_large_patch16", description="vit_base_patch16, vit_large_patch16, vit_huge_patch14; null: the sizes below"
+    )
     image_size: int = Field(224, gt=0, description="pixels per side")
     patch_size: int | None = Field(None, gt=0, description="pixels per side; null: the model's")
-    width: int | None = Field(None, gt=0, description="null: the model's")
+    width: int | None = Field(None, gt=0, description="size of a token; null: the model's")
     depth: int | None = Field(None, gt=0, description="number of blocks; null: the model's")
     heads: int | None = Field(None, gt=0, description="attention heads per block; null: the model's")
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of removed patches")
@@ -33,8 +35,8 @@ class ModelSection(Section):
     encoder_mask_tokens: bool = Field(False, description="encode mask tokens too, as the paper's ablation does")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth: rate at the encoder's last block")
     decoder_depth: int = Field(8, gt=0, description="number of decoder blocks")
-    decoder_width: int = Field(512, gt=0)
-    decoder_heads: int = Field(16, gt=0)
+    decoder_width: int = Field(512, gt=0, description="size of a token in the decoder")
+    decoder_heads: int = Field(16, gt=0, description="attention heads per decoder block")
     target: Literal["pixels", "normalised_pixels", "pca"] = Field(
         "normalised_pixels", description="what is predicted for each removed patch"
     )
@@ -48,7 +50,7 @@ class DataSection(Section):
     index: Path | None = Field(None, description="index file; null: beside the data")
     augmentation: Literal[
         "random_resized_crop", "random_resized_crop_color_jitter", "fixed_crop", "none", "rand_augment"
-    ] = Field("random_resized_crop", description="how training images are cropped, flipped and coloured")
+    ] = Field("random_resized_crop", description="none: centre crop; rand_augment: fine-tuning's, rand-m9-mstd0.5-inc1")
     crop_scale: float | None = Field(
         None, gt=0, le=1, description="smallest crop as a share of the area; null: the augmentation's own"
     )
@@ -60,7 +62,9 @@ class DataSection(Section):
     )
     random_erasing: float = Field(0.0, ge=0, le=1, description="probability of filling a rectangle with noise")
     labels_per_class: int | None = Field(None, gt=0, description="train on this many images per class, drawn by seed")
-    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="where images are decoded")
+    device: Literal["auto", "cpu", "gpu"] = Field(
+        "auto", description="where images are decoded; auto: on a GPU where there is one"
+    )
     threads: int = Field(4, gt=0, description="decoding threads per rank")
     cache: Path | None = Field(None, description="folder on the node's own disk that keeps each image once read")
     cache_gib: float | None = Field(
@@ -77,12 +81,12 @@ class OptimSection(Section):
     """lr = base_lr x global_batch / 256."""
 
     name: Literal["adamw", "lars"] = Field("adamw", description="lars: for linear probing")
-    base_lr: float = Field(1.5e-4, gt=0, description="learning rate per 256 images of the global batch")
-    weight_decay: float = Field(0.05, ge=0, description="not on biases, norms, the cls token and positions")
+    base_lr: float = Field(1.5e-4, gt=0, description="peak learning rate per 256 images of the global batch")
+    weight_decay: float = Field(0.05, ge=0, description="not applied to biases, norms, cls and mask tokens")
     betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of LARS")
     layer_decay: float = Field(1.0, gt=0, le=1, description="layer-wise lr decay factor (1: none)")
-    clip_grad_norm: float | None = Field(None, gt=0, description="maximum gradient norm; null: no clipping")
+    clip_grad_norm: float | None = Field(None, gt=0, description="largest L2 norm of the gradient; null: no clipping")
 
 
 class ScheduleSection(Section):
@@ -123,7 +127,9 @@ class EngineSection(Section):
     """How the computation is distributed over devices; nothing here changes what is computed."""
 
     backend: Literal["deepspeed", "fairscale"] = Field("deepspeed", description="library that shards")
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="sharded: 1 optimiser state, 2 gradients too, 3 weights too")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="sharded: 0 nothing, 1 optimiser state, 2 gradients too, 3 weights too"
+    )
     offload: bool = Field(False, description="keep parameters and optimiser state in host memory (ZeRO 3)")
     config: Path | None = Field(None, description="DeepSpeed file to use instead of those in ds_configs/")
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="null: bf16 on a GPU, else fp32")

@@ -98,7 +98,7 @@ def test_mask_tokens_counts_the_papers_arithmetic(module):
     sizes, mask_tokens = module("sizes"), module("mask_tokens")
     assert mask_tokens.kinds_of("large") == [(True, 8), (True, 1), (False, 8), (False, 1)]
     slow, fast = (sizes.training_flops_per_image(sizes.SIZES["large"], way) for way in ("encoder_mask_tokens", "fast"))
-    assert slow / fast == pytest.approx(3.24, abs=0.02)  # README: 133.75 beside 41.24 GFLOPs
+    assert slow / fast == pytest.approx(3.24, abs=0.02)  # docs/performance.md: 133.75 beside 41.24 GFLOPs
 
 
 def test_a_profile_knows_kinds_of_kernels_and_waits_of_the_host(module):

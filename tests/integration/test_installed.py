@@ -127,7 +127,7 @@ def test_the_metadata_say_the_version_of_the_code_and_the_choice_of_cuda(wheel):
     said = message_from_string(archive.read(path).decode())
     assert said["Version"] == package.__version__
     assert package.__version__ in wheel.name
-    assert {"cuda12", "cuda13", "test"} <= set(said.get_all("Provides-Extra"))
+    assert {"cuda12", "cuda13", "docs", "test"} <= set(said.get_all("Provides-Extra"))
     dali = [need.split(";") for need in said.get_all("Requires-Dist") if need.startswith("nvidia-dali")]
     chosen = {need.split(">")[0].strip(): extra for need, extra in dali}
     assert chosen.keys() == {"nvidia-dali-cuda120", "nvidia-dali-cuda130"}

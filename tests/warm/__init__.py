@@ -142,9 +142,6 @@ def _can_be_warm(args, environment: dict[str, str]) -> bool:
         return False
     if str(args[1]).startswith("-") and args[1] not in PROGRAMS:
         return False
-    places = map(Path, filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)))
-    if any((place / "mae_scale").is_dir() and place.resolve() != ROOT for place in places):  # another copy of it
-        return False
 
     def at_start(variables) -> dict[str, str]:
         return {k: v for k, v in variables.items() if k.startswith(READ_AT_START) and k not in NO_EFFECT}

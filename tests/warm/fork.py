@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.warm import LONGEST, NAME, Request, Zygote, as_command
+from tests.warm import LONGEST, NAME, ROOT, Request, Zygote, as_command
 
 PR_SET_NAME = 15
+PROJECT = ("mae_scale", "data_pipeline")
 BASE_PATH = list(sys.path)
 
 
@@ -103,6 +104,7 @@ def execute(argv: list[str]) -> None:
     if program == "-m":
         sys.path[:] = [os.getcwd(), *given, *BASE_PATH[1:]]
         sys.argv[:] = rest
+        _forget_the_project_of_another_copy()
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif program == "-c":
         sys.path[:] = ["", *given, *BASE_PATH[1:]]
@@ -113,6 +115,14 @@ def execute(argv: list[str]) -> None:
         sys.path[:] = [str(Path(program).resolve().parent), *given, *BASE_PATH[1:]]
         sys.argv[:] = argv
         runpy.run_path(program, run_name="__main__")
+
+
+def _forget_the_project_of_another_copy() -> None:
+    """Let the project's own modules be imported anew where another copy of it is the first to be found."""
+    found = next((place for place in map(Path, sys.path) if (place / PROJECT[0]).is_dir()), ROOT)
+    if found.resolve() != ROOT:
+        for name in [name for name in sys.modules if name.partition(".")[0] in PROJECT]:
+            del sys.modules[name]
 
 
 def _call_this_process(name: str) -> None:
