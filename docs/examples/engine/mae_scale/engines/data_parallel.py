@@ -10,7 +10,7 @@ from torch import nn
 from data_pipeline.batch_layout import BatchLayout
 from mae_scale.checkpoints.shards import EngineState, Piece, share_of
 from mae_scale.config.schema import Recipe
-from mae_scale.engines.base import StepResult
+from mae_scale.engines.base import Objective, StepResult
 from mae_scale.engines.deepspeed_state import buffer_pieces
 from mae_scale.engines.optimizers import (
     fresh_state,
@@ -27,7 +27,7 @@ from mae_scale.engines.policy import engine_name
 class DataParallelEngine:
     """An objective under torch's DistributedDataParallel; see `mae_scale.engines.base.Engine`."""
 
-    def __init__(self, objective: nn.Module, recipe: Recipe, layout: BatchLayout, device: torch.device):
+    def __init__(self, objective: Objective, recipe: Recipe, layout: BatchLayout, device: torch.device):
         self.name = engine_name(recipe)
         self.config = {"backend": "ddp", "precision": "fp32"}
         self.objective = objective.to(device)
@@ -58,12 +58,12 @@ class DataParallelEngine:
 
     @torch.no_grad()
     def predict(self, *tensors: torch.Tensor) -> Any:
-        """Return what the objective gives in evaluation mode."""
+        """Return the objective's output in evaluation mode."""
         self.objective.eval()
         return self.objective(*tensors)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """No average of the weights is kept here (refuse_wrong_combinations)."""
+        """Return an empty block: no average of the weights is kept (refuse_wrong_combinations)."""
         return contextlib.nullcontext()
 
     def state(self) -> EngineState:
@@ -78,10 +78,10 @@ class DataParallelEngine:
         return EngineState(pieces, share_of(pieces, rank, world_size), {"optimizer_steps": steps, "loss_scaler": None})
 
     def restored(self, scalars: dict[str, Any]) -> None:
-        """Take over the step count beside the pieces that were filled in place."""
+        """Adopt the step count; the pieces were filled in place."""
         for state in self._optimizer.state.values():
             if "step" in state:
                 state["step"].fill_(scalars["optimizer_steps"])
 
     def close(self) -> None:
-        """Nothing is held but memory."""
+        """Release nothing: only memory is held."""

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from data_pipeline.rng import generator
+from mae_scale.engines.base import Objective
 from mae_scale.models.vit import Encoder, ViTSize, patchify
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 TURNS = 4
 
 
-class PredictRotation(nn.Module):
+class PredictRotation(Objective):
     """Cross-entropy of a linear head on the mean of the patch tokens."""
 
     def __init__(self, size: ViTSize, image_size: int, *, seed: int):
@@ -43,7 +44,7 @@ class PredictRotation(nn.Module):
         return tuple(tensor.to(device, non_blocking=True) for tensor in (batch.images, *batch.drawn))
 
     def forward(self, images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-        """images [B, 3, S, S], turns int64 [B] -> the loss, [] float32."""
+        """Map images [B, 3, S, S], turns int64 [B] -> the loss, [] float32."""
         every = torch.stack([images.rot90(turn, (2, 3)) for turn in range(TURNS)])  # [4, B, 3, S, S]
         turned = every[turns, torch.arange(len(images), device=images.device)]  # [B, 3, S, S]
         tokens = self.encoder(patchify(turned, self.encoder.size.patch_size))  # [B, 1 + L, D]
