@@ -12,6 +12,7 @@ from mae_scale.checkpoints.shards import EngineState, Piece, share_of
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.base import Objective, StepResult
 from mae_scale.engines.deepspeed_state import buffer_pieces
+from mae_scale.engines.host_copy import HostCopy
 from mae_scale.engines.optimizers import (
     fresh_state,
     moments,
@@ -52,7 +53,7 @@ class DataParallelEngine:
                 (loss / self._accumulation).backward()
             losses.append(loss.detach())
         norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self._clip or float("inf"))
-        skipped = skip_if_not_finite(self._optimizer, norm)
+        skipped = HostCopy(skip_if_not_finite(self._optimizer, norm))
         self._optimizer.step()
         return StepResult(torch.stack(losses).mean(), norm.item, skipped)
 

@@ -15,7 +15,7 @@ from mae_scale.models.build import build_model, size_of
 from mae_scale.models.weights.autoencoder import to_official
 from mae_scale.planning.flops import training_flops, vit_forward_macs
 from mae_scale.tasks.rotation.objective import TURNS, PredictRotation
-from mae_scale.tracking.tracker import Tracking
+from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.task import Task
 
@@ -46,7 +46,7 @@ class Rotation(Task[PredictRotation]):
         )
         return training_flops(2 * macs)
 
-    def finish(self, context: RunContext, tracking: Tracking) -> str:
+    def finish(self, context: RunContext, tracker: Tracker) -> str:
         """Write the encoder as the authors' release names it, which `mae-scale finetune --weights` reads."""
         _, folder = list_checkpoints(context.checkpoints)[-1]
         model = build_model(self.recipe)
