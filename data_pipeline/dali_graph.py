@@ -1,7 +1,7 @@
 """Build the DALI graph: encoded bytes and a plan in, normalised crops out; the same for CPU and GPU ("mixed") decoding.
 
-It holds no state and reads no file: what it gives depends on its inputs alone. Apart from what the augmentations apply
-in it, all that is DALI's is here.
+It holds no state and reads no file: its output depends on its inputs alone. Apart from the operations of the
+augmentations, everything of DALI's graph is here.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ MIXED_DECODER: dict[str, Any] = {"affine": False, "hw_decoder_load": 0.0, "jpeg_
 
 @dataclass(frozen=True)
 class Decoding:
-    """What becomes of an image's bytes, and on what.
+    """The settings of decoding: augmentation, side of the square output in pixels, device and threads.
 
-    The result is a square of `image_size` pixels. `device` is auto (a GPU where DALI sees one), cpu or gpu, with the
-    GPU's number `device_id`; `threads` decode. With `exif_orientation` each image is turned as its EXIF says before it
-    is cut, and crops are in turned coordinates.
+    `device` is auto (a GPU where DALI sees one), cpu or gpu, with the GPU's number `device_id`. With
+    `exif_orientation` each image is turned by its EXIF orientation before it is cropped, and crops are in turned
+    coordinates.
     """
 
     augmentation: Augmentation
@@ -50,8 +50,8 @@ class Decoding:
 
 
 def import_dali() -> ModuleType:
-    """Return the module `nvidia.dali`. Raises UsageError naming the extra to install."""
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # what it says of an image that it refuses, DALI raises
+    """Return the module `nvidia.dali`. Raises UsageError, naming the extra to install, when it is missing."""
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # DALI raises what OpenCV prints of a refused image
     try:
         import nvidia.dali.backend
         import nvidia.dali.fn

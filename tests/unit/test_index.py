@@ -218,7 +218,7 @@ def test_a_damaged_index_file_is_one_clear_error(folder, keep):
     open_index(folder, progress=False)
     file = folder / INDEX_NAME
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(DamagedIndex, match="damaged, or no index"):
+    with pytest.raises(DamagedIndex, match="damaged or not an index"):
         load_index(file)
 
 
