@@ -91,21 +91,20 @@ def training_pipeline(decoding: Decoding, max_batch: int, *, device: str, device
     from nvidia.dali.types import DALIDataType
 
     float32, int32 = DALIDataType.FLOAT, DALIDataType.INT32
-    augmentation = decoding.augmentation
 
     # With conditionals, an operation of RandAugment runs on the images for which it was drawn.
-    @pipeline_def(enable_conditionals=augmentation.rand_augment)
+    @pipeline_def(enable_conditionals=decoding.augmentation.rand_augment)
     def graph() -> DataNode:
         images = _decoded(decoding, device)
         region_start = fn.external_source(name="region_start", dtype=float32, ndim=1)
         region_end = fn.external_source(name="region_end", dtype=float32, ndim=1)
         flip = fn.external_source(name="flip", dtype=int32, ndim=0)
         images = resize_crop(images, region_start, region_end, decoding.image_size)
-        if augmentation.jitter:
+        if decoding.augmentation.jitter:
             levels = fn.external_source(name="levels", dtype=float32, ndim=2)
             saturation = fn.external_source(name="saturation", dtype=float32, ndim=0)
             images = jitter_colours(images, levels, saturation)
-        if augmentation.rand_augment:
+        if decoding.augmentation.rand_augment:
             operations = fn.external_source(name="operations", dtype=int32, ndim=1)
             arguments = fn.external_source(name="arguments", dtype=float32, ndim=1)
             matrices = fn.external_source(name="matrices", dtype=float32, ndim=3)
@@ -113,7 +112,7 @@ def training_pipeline(decoding: Decoding, max_batch: int, *, device: str, device
             images = apply_operations(images, operations, arguments, matrices)
         return fn.crop_mirror_normalize(
             images,
-            mirror=0 if augmentation.rand_augment else flip,
+            mirror=0 if decoding.augmentation.rand_augment else flip,
             mean=[255 * value for value in IMAGENET_MEAN],
             std=[255 * value for value in IMAGENET_STD],
             dtype=float32,
