@@ -1,8 +1,8 @@
 """Measure a rank's images per second when each read takes milliseconds, as over a network.
 
 The loader's own reading and decoding of small images (scikit-learn's digits, so that decoding is not the limit), each
-read made slower by a sleep. Two ways in the same run, rounds interleaved, medians shown: reads in flight fixed at 4, and
-reads in flight found from their latency. CPU time is that of all threads of the process.
+read made slower by a sleep. Two ways in the same run, rounds interleaved, medians shown: 4 reads in flight, and as many
+as follow from their latency. CPU time is that of all threads of the process.
 
     python bench/reads.py [--read-ms 0 1 5 20] [--images 1442] [--rounds 5] [--micro-batch 128] [--json [PATH]]
 """
