@@ -1,4 +1,4 @@
-"""How many images a second does our loader decode, alone and beside training, and are they the CPU's pixels?
+"""Measure the images per second that our loader decodes, alone and beside training, and compare pixels with the CPU's.
 
     python bench/decoding.py [--images 2048] [--threads 4 8 16] [--size large] [--json decoding.json]
 

@@ -1,9 +1,9 @@
-"""How much CPU time does an image cost? Our loader (DALI) beside torchvision, on 500 x 375 photographs.
+"""Measure the CPU time per image of our loader (DALI) beside torchvision, on 500 x 375 photographs.
 
 Each way reads JPEGs from disk, takes a random resized crop (bicubic with antialias), flips, normalises and batches,
 in one process on one decoding thread; one of ours also goes through RandAugment, as in fine-tuning. Rounds of all
 ways are interleaved and the medians shown. CPU time is that of all threads of the process, which a busy machine
-disturbs less than images a second.
+disturbs less than images per second.
 
     python bench/loader.py [--images 128] [--rounds 5] [--sizes 224 448] [--json [PATH]]
 """
@@ -39,7 +39,7 @@ BATCH = 32
 
 
 def ours(index: Index, size: int, device: str, kind: str = "random_resized_crop") -> Callable[[], int]:
-    """A round: one epoch through a loader that is kept."""
+    """Return a round: one epoch through a loader that is kept."""
     order = TrainingOrder(batch_layout(BATCH), stop_step=len(index) // BATCH)
     loader = ImageLoader(index, order, Decoding(augmentation(kind), size, device=device, threads=1))
 
@@ -50,7 +50,7 @@ def ours(index: Index, size: int, device: str, kind: str = "random_resized_crop"
 
 
 def torchvision(index: Index, size: int, tensors: bool) -> Callable[[], int]:
-    """A round of torchvision: Pillow images, or tensors decoded by torchvision.io."""
+    """Return a round of torchvision: Pillow images, or tensors decoded by torchvision.io."""
     crop = v2.RandomResizedCrop(size, (0.2, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True)
     to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     transform = v2.Compose([crop, v2.RandomHorizontalFlip(), *([] if tensors else [v2.ToImage()]), *to_float])
@@ -72,7 +72,7 @@ def torchvision(index: Index, size: int, tensors: bool) -> Callable[[], int]:
 
 
 def measure(ways: dict[str, Callable[[], int]], rounds: int) -> dict[str, dict[str, float]]:
-    """Medians over interleaved rounds, after one that is not counted: CPU and wall milliseconds an image."""
+    """Return medians over interleaved rounds, after one that is not counted: CPU and wall milliseconds per image."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, run in ways.items():

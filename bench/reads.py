@@ -1,9 +1,8 @@
-"""How many images a second does a rank get when each read takes milliseconds, as over a network?
+"""Measure a rank's images per second when each read takes milliseconds, as over a network.
 
 The loader's own reading and decoding of small images (scikit-learn's digits, so that decoding is not the limit), each
-read made slower by a sleep. Two ways in the same run, rounds interleaved, medians shown: reads in flight fixed at so
-many as there were threads before (`data.threads`, 4), and reads in flight found from their latency. CPU time is that
-of all threads of the process.
+read made slower by a sleep. Two ways in the same run, rounds interleaved, medians shown: 4 reads in flight, and as many
+as follow from their latency. CPU time is that of all threads of the process.
 
     python bench/reads.py [--read-ms 0 1 5 20] [--images 1442] [--rounds 5] [--micro-batch 128] [--json [PATH]]
 """
@@ -37,7 +36,7 @@ WAYS = {"fixed: 4": partial(ReadAhead, least=4, most=4), "found from latency": R
 
 
 class SlowReader(ByteReader):
-    """Takes `sleep_s` longer for each read."""
+    """A reader that takes `sleep_s` longer for each read."""
 
     sleep_s = 0.0
 
@@ -48,7 +47,7 @@ class SlowReader(ByteReader):
 
 
 def one_round(loader: ImageLoader, read_ms: float, way: str) -> dict[str, float]:
-    """One epoch: images a second, CPU milliseconds an image, reading threads at its end."""
+    """Run one epoch; return images per second, CPU milliseconds per image and the most reading threads."""
     batches.ByteReader, batches.ReadAhead = SlowReader, WAYS[way]
     SlowReader.sleep_s = read_ms / 1e3
     count = threads = 0
@@ -61,7 +60,7 @@ def one_round(loader: ImageLoader, read_ms: float, way: str) -> dict[str, float]
 
 
 def measure(index: Index, micro_batch: int, read_ms: float, rounds: int) -> dict[str, dict[str, float]]:
-    """Medians of each way over interleaved rounds, after one that is not counted."""
+    """Return the medians of each way over interleaved rounds, after one that is not counted."""
     steps = len(index) // micro_batch
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     order = TrainingOrder(batch_layout(micro_batch), stop_step=steps)

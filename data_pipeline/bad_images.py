@@ -1,4 +1,4 @@
-"""Images that turn bad after indexing: whether they are replaced, how many may be, and which were found."""
+"""Images that turn bad after indexing: the policy on them, and those found so far."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("data_pipeline")
 
 @dataclass(frozen=True)
 class BadImagePolicy:
-    """The limit on bad images, as a share of the index (one is always allowed), and what is done with each."""
+    """The limit on bad images, as a share of the index (one is always allowed), and the action on each."""
 
     limit: float = 0.001
     action: Literal["replace", "stop"] = "replace"
@@ -57,7 +57,7 @@ class BadImages:
         self.check(self.found)
 
     def check(self, found: dict[str, str]) -> None:
-        """Raise RunError, with the list, when `found`, of this rank or of all, exceeds the limit."""
+        """Raise RunError naming the images in `found`, of this rank or of all ranks, when they exceed the limit."""
         if len(found) > self.allowed:
             raise RunError(
                 f"{len(found)} images turned bad after indexing, more than data.bad_image_limit allows "
@@ -67,7 +67,7 @@ class BadImages:
 
 
 def listed(found: dict[str, str]) -> str:
-    """Return bad images and their reasons as one line."""
+    """Return bad images and their reasons on one line."""
     shown = [f"{name} ({reason})" for name, reason in list(found.items())[:LISTED]]
     more = len(found) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")

@@ -7,7 +7,7 @@ from data_pipeline.errors import UsageError
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a global batch is spread over the ranks."""
+    """The division of a global batch among ranks and micro-batches."""
 
     global_batch: int
     world_size: int
@@ -24,10 +24,10 @@ class BatchLayout:
 
 
 def batch_layout(global_batch: int, world_size: int = 1, micro_batch: int | None = None) -> BatchLayout:
-    """Return how a global batch is spread over the ranks.
+    """Return the division of a global batch among ranks and micro-batches.
 
-    A rank's micro-batch is `micro_batch`, or all of its share where that is less or nothing is given.
-    Raises UsageError, with what would fit, when the numbers do not divide.
+    The micro-batch is `micro_batch`, at most a rank's share; by default the whole share. Raises UsageError, naming
+    numbers that would fit, when these do not divide.
     """
     if min(global_batch, world_size, 1 if micro_batch is None else micro_batch) < 1:
         raise UsageError(
@@ -39,7 +39,7 @@ def batch_layout(global_batch: int, world_size: int = 1, micro_batch: int | None
         fits = _listed(sorted({global_batch - global_batch % world_size or above, above}))
         ranks = _around(_divisors(global_batch), world_size)
         raise UsageError(
-            f"data.global_batch={global_batch} does not divide by {world_size} ranks; with {world_size} ranks "
+            f"data.global_batch={global_batch} is not divisible by {world_size} ranks; with {world_size} ranks "
             f"{fits} would fit, with this batch {_listed(ranks)} ranks"
         )
     share = global_batch // world_size
@@ -58,7 +58,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def _around(choices: list[int], wanted: int) -> list[int]:
-    """Return the up to four choices nearest to what was wanted, in order."""
+    """Return up to four choices nearest to `wanted`, in ascending order."""
     return sorted(sorted(choices, key=lambda c: abs(c - wanted))[:4])
 
 

@@ -21,11 +21,11 @@ class BatchOrder(Protocol):
 
     @property
     def layout(self) -> BatchLayout:
-        """The sizes of global batch and micro-batch."""
+        """Return the sizes of global batch and micro-batch."""
 
     @property
     def seed(self) -> int:
-        """The seed of everything that is drawn for an image."""
+        """Return the seed of all random numbers."""
 
     def plans(self, index: Index, decoding: Decoding) -> Iterator[tuple[int, BatchPlan]]:
         """Yield each micro-batch's plan, and the number of its global batch."""
@@ -66,7 +66,7 @@ class TrainingOrder:
 class EvaluationOrder:
     """Every image once, in the order of the index; all ranks have equally many batches of `batch_size`.
 
-    The last batch is filled up with the last image. Neither that nor what replaces a bad image is valid.
+    The last batch is filled up with the last image. Neither these positions nor those of bad images are valid.
     """
 
     batch_size: int
@@ -75,12 +75,12 @@ class EvaluationOrder:
 
     @property
     def layout(self) -> BatchLayout:
-        """The sizes of global batch and micro-batch: each rank's part of a global batch is one micro-batch."""
+        """Return the sizes of global batch and micro-batch: a rank's whole share is one micro-batch."""
         return batch_layout(self.batch_size * self.world_size, self.world_size)
 
     @property
     def seed(self) -> int:
-        """The seed of everything that is drawn for an image, always 0."""
+        """Return the seed of all random numbers, always 0."""
         return 0
 
     def plans(self, index: Index, decoding: Decoding) -> Iterator[tuple[int, BatchPlan]]:

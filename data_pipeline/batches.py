@@ -1,4 +1,4 @@
-"""Plans to tensors in a background thread, for both loaders: read, decode, replace bad images, erase, queue."""
+"""Turn plans into tensors: read, decode, replace bad images, erase. A loader's background thread does it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Draw = Callable[[int, Int64Array], tuple[torch.Tensor, ...]]
 
 log = logging.getLogger("data_pipeline")
 
-_damaged: set[tuple[Path, str]] = set()  # (root, name) of the images that this process has named
+_damaged: set[tuple[Path, str]] = set()  # (root, name) of the damaged images that this process has warned of
 
 
 @dataclass
@@ -47,12 +47,10 @@ class Batch:
 
     `images` float32 [n, 3, S, S], normalised by ImageNet's mean and std, then erased in boxes where that was
     drawn, on the GPU that decoded them or on the CPU (pinned when there is a GPU); `labels` int64 [n] on the
-    same device, -1 without a label;
-    `sample_ids` int64 [n] (NumPy), rows of the index, those of the replacements where images were bad;
-    `positions` int64 [n] (NumPy) in the global batch; `valid` bool [n] (NumPy), False for filling and for bad
-    images of an evaluation; `number` the number of the batch; `replaced` how many of the n were bad; `cache_hits` how
-    many were read from the cache; `drawn` what else was drawn for these positions, on the host (pinned when there is a
-    GPU).
+    same device, -1 without a label; `sample_ids` [n] the rows of the index, those of the replacements where images
+    were bad; `positions` [n] in the global batch; `valid` [n], False for filled-up positions and bad images of an
+    evaluation; `number` the number of the global batch; `replaced` the number of bad images; `cache_hits` the number
+    of images read from the cache; `drawn` the tensors of `Draw`, on the host (pinned when there is a GPU).
     """
 
     images: torch.Tensor
@@ -82,10 +80,10 @@ class _Filling:
 
 
 class Loading:
-    """The work of a loader: the micro-batches of an order as tensors, bad images replaced by the next readable ones.
+    """The reading and decoding of an order's micro-batches; a bad image is replaced by the next readable one.
 
-    `draw(number, positions)` gives `Batch.drawn`; `cache` is read before the source. Whether an image is bad is judged
-    anew each time, so that a batch depends on the files alone and not on what this process met before.
+    `draw` gives `Batch.drawn`; `cache` is read before the source. An image found bad is tried again each time, so that
+    a batch depends on the files alone and not on what this process found before.
     """
 
     def __init__(
@@ -103,7 +101,7 @@ class Loading:
         self._stream: torch.cuda.Stream | None = None
 
     def close(self) -> None:
-        """Let go of the decoder's memory and the cache's temporary folder."""
+        """Release the decoder's memory and remove the cache's temporary folder."""
         self.decoder.close()
         if self.cache is not None:
             self.cache.close()
@@ -111,8 +109,8 @@ class Loading:
     def batches(self) -> Generator[Batch]:
         """Yield the batches of the order.
 
-        While a batch is decoded, the reads of at least one more plan go on, and of enough plans that twice the
-        reads in flight are ahead.
+        While a batch is decoded, the images of the next plans are read: of at least one plan, and of enough plans to
+        hold twice the reads in flight.
         """
         read = self._reading()
         with ReadAhead(read) as ahead:
@@ -194,15 +192,15 @@ class Loading:
         raise RunError(f"no image of {self.index.root} can be read any more: {listed(self.bad_images.found)}")
 
     def _copy_stream(self) -> torch.cuda.Stream | None:
-        """Return the stream on which images are copied; None on the CPU. One: the allocator keeps memory by stream."""
+        """Return the stream on which images are copied, always the same: memory is kept per stream. None on the CPU."""
         if self.decoder.device_id is not None and self._stream is None:
             self._stream = torch.cuda.Stream(self.decoder.device_id)
         return self._stream
 
     def _name_damaged(self, encoded: list[Uint8Array], plan: BatchPlan) -> None:
-        """Say once which images of the batch just decoded are damaged, yet were decoded.
+        """Warn once of each damaged image of the batch that was just decoded all the same.
 
-        When decoders complained more often than there are damaged images known, the others are decoded one by one.
+        When the decoders report more damage than the known damaged images explain, the others are decoded one by one.
         """
         complaints = len(self.decoder.damage)
         if not complaints:
@@ -237,11 +235,11 @@ def _no_image_is_bad(number: int, failure: BadImage) -> RunError:
 def to_torch(
     images: Decoded, labels: Int64Array, patches: list[Patch], stream: torch.cuda.Stream | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """DALI's dense float32 tensor list, with `patches` (of `erasing_noise`) written over it, and int64 labels as
+    """Return DALI's dense float32 tensor list, with `patches` (of `erasing_noise`) written over it, and int64 labels as
     torch tensors, complete when this returns.
 
-    On the CPU nothing is copied: DALI's default executor leaves an output to whoever refers to it. On the GPU
-    the copy is made and waited for on `stream`; the consumer's stream is recorded in `Stream`.
+    On the CPU nothing is copied: an output of DALI's default executor lives as long as something refers to it. On the
+    GPU the copy is made and waited for on `stream`; `prefetch.Stream` records the consumer's stream.
     """
     if stream is None:
         return _pinned(erase(from_dlpack(images.as_tensor()), patches)), _pinned(torch.from_numpy(labels))
@@ -255,5 +253,5 @@ def to_torch(
 
 
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """In page-locked memory when there is a GPU, so that its copy to the GPU need not be waited for."""
+    """Return the tensor in page-locked memory when there is a GPU, so that its copy to the GPU can be asynchronous."""
     return tensor.pin_memory() if torch.cuda.is_available() else tensor

@@ -1,4 +1,4 @@
-"""Read the bytes of one image by its place in the index: a file, or a stretch of a tar shard."""
+"""Read the bytes of one image by its place in the index: a file, or a part of a tar shard."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPEN_SHARDS = 128
 
 
 class ByteReader:
-    """Reads encoded images by random access; safe to call from several threads."""
+    """A reader of encoded images by random access; safe to use from several threads."""
 
     def __init__(self, index: Index):
         self._index = index
@@ -27,8 +27,8 @@ class ByteReader:
     def read(self, image: int) -> Uint8Array:
         """Return the encoded bytes of image `image`, uint8 [bytes].
 
-        Raises BadImage when they are gone, are not as many as the index says, or do not begin and end as an
-        image does.
+        Raises BadImage when they are missing, their number is not the index's, or their start or end is not that of an
+        image.
         """
         index = self._index
         shard, expected = int(index.shard[image]), int(index.num_bytes[image])
@@ -37,7 +37,7 @@ class ByteReader:
                 with _Descriptor(index.path(image)) as file:
                     found = os.fstat(file.fd).st_size
                     if found != expected:
-                        raise BadImage(f"changed since it was indexed ({found} bytes, then {expected})")
+                        raise BadImage(f"changed since it was indexed ({found} bytes, expected {expected})")
                     data = os.pread(file.fd, expected, 0)
             else:
                 opened = self._shard(shard)  # held here, so that it stays open while it is read
@@ -47,7 +47,7 @@ class ByteReader:
         except OSError as error:
             raise BadImage(f"cannot be read ({error.strerror})") from None
         if len(data) != expected:
-            raise BadImage(f"shrunk since it was indexed ({len(data)} bytes can be read of {expected})")
+            raise BadImage(f"shrunk since it was indexed ({len(data)} bytes, expected {expected})")
         check_whole(data)
         return np.frombuffer(data, np.uint8)
 
@@ -56,12 +56,14 @@ class ByteReader:
             if shard in self._shards:
                 self._shards.move_to_end(shard)
                 return self._shards[shard]
-        opened = _Descriptor(self._index.root / self._index.shard_names[shard])  # others need not wait for it
+        opened = _Descriptor(
+            self._index.root / self._index.shard_names[shard]
+        )  # outside the lock: other threads need not wait
         with self._lock:
             self._shards[shard] = opened
             self._shards.move_to_end(shard)
             if len(self._shards) > OPEN_SHARDS:
-                self._shards.popitem(last=False)  # closed when its last reader lets go of it
+                self._shards.popitem(last=False)  # closed when its last reader drops it
             return opened
 
 
@@ -82,6 +84,7 @@ class _Descriptor:
         self.close()
 
     def close(self) -> None:
+        """Close the file descriptor; closing it again does nothing."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)

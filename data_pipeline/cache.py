@@ -1,11 +1,11 @@
 """A cache of encoded images on the node's own disk, filled as they are read and shared by the node's ranks.
 
     DIR/<digest of the index>/2a/4138             image 4138: its bytes, then their CRC-32
-    DIR/<digest of the index>/filling-PID-x1y2/   what one process is writing; locked as long as it lives
+    DIR/<digest of the index>/filling-PID-x1y2/   what one process is writing; locked while it runs
 
-A file is renamed into place when it is written whole. It is not synchronised to the disk: one that a power failure has
-spoilt does not match its checksum, and is read from the source and written again. Nothing is ever evicted: in a random
-order every image is equally likely to be next, so that which images may be cached is fixed instead.
+A file is renamed into place when it is complete. It is not synchronised to the disk: one that a power failure has
+damaged does not match its checksum, and is read from the source and written again. Nothing is ever evicted: in a random
+order every image is equally likely to be next, so the set of images that may be cached is fixed instead.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from data_pipeline.arrays import BoolArray, Int64Array, Uint8Array
 from data_pipeline.index import Index
 from data_pipeline.rng import generator
 
-FREE_SHARE = 0.1  # of the disk, never filled
+FREE_SHARE = 0.1  # share of the disk that is never filled
 BLOCK_BYTES = 4096
 CHECKSUM_BYTES = 4
 FOLDERS = 256
@@ -38,10 +38,10 @@ log = logging.getLogger("data_pipeline")
 
 
 class ImageCache:
-    """Encoded images below `folder`; safe to call from several threads, and to fill from several processes.
+    """A cache of encoded images below `folder`; safe to use from several threads and processes.
 
-    `limit_gib` bounds the size on disk of this index's images (default: until FREE_SHARE of the disk is free, which
-    holds in any case). A disk that is full or fails is named in one warning; the source is read then.
+    `limit_gib` bounds the size on disk of this index's images (default: no bound); FREE_SHARE of the disk stays free in
+    any case. A full or failing disk is reported in one warning, and images are read from their source.
     """
 
     def __init__(self, folder: str | os.PathLike[str], index: Index, *, limit_gib: float | None = None):
@@ -61,7 +61,7 @@ class ImageCache:
     def read(self, image: int, source: Callable[[int], Uint8Array]) -> tuple[Uint8Array, bool]:
         """Return the encoded bytes of `image`, uint8 [bytes], and whether they come from the cache.
 
-        What is not there is read by `source(image)`, whose exceptions pass through, and is cached.
+        An image that is not cached is read by `source(image)`, whose exceptions pass through, and then cached.
         """
         if not self._cacheable[image]:
             return source(image), False
@@ -144,7 +144,9 @@ class ImageCache:
                 self._data.mkdir(parents=True, exist_ok=True)
                 fd = os.open(self._data, os.O_RDONLY | os.O_CLOEXEC)
                 try:
-                    fcntl.flock(fd, fcntl.LOCK_EX)  # one process at a time, so that a folder is never seen unlocked
+                    fcntl.flock(
+                        fd, fcntl.LOCK_EX
+                    )  # one process at a time, so that no process sees another's folder unlocked
                     for number in range(FOLDERS):
                         (self._data / f"{number:02x}").mkdir(exist_ok=True)
                     for left in self._data.glob("filling-*"):
@@ -165,7 +167,7 @@ class ImageCache:
 
 
 def _cacheable(num_bytes: Int64Array, limit_gib: float | None) -> BoolArray:
-    """Return which images may be cached, bool [n]: as many as fit in a pseudo-random order that is always the same."""
+    """Return which images may be cached, bool [n]: as many as fit, in a fixed pseudo-random order."""
     if limit_gib is None:
         return np.ones(len(num_bytes), bool)
     blocks = -(-(num_bytes + CHECKSUM_BYTES) // BLOCK_BYTES)
@@ -180,7 +182,7 @@ def _checksum(data: bytes | memoryview) -> bytes:
 
 
 def _remove_unless_locked(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # its process lives, or has just removed it
+    with contextlib.suppress(OSError):  # its process runs, or has just removed it
         fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

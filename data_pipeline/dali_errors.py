@@ -1,6 +1,6 @@
-"""Read DALI's errors: the decoder refused an image, or the machine failed, mostly for lack of memory.
+"""Interpret DALI's errors: a decoder refused an image, or the machine failed, mostly for lack of memory.
 
-An image may be replaced by another only when it is the image's fault. DALI's text alone does not tell: it hides a
+An image may be replaced by another only when it is the cause. DALI's text alone does not tell: it hides a
 failed allocation inside a decoder behind "Failed to decode sample". So a refused image counts as bad only when
 a sound image of its size can be decoded in its place, and every error that names no image stops the run.
 """
@@ -18,7 +18,7 @@ from data_pipeline.errors import BadImage, RunError
 from data_pipeline.image_header.read import read_header
 
 CROP_OUTSIDE = "The cropping window"  # the image is smaller than the index says
-LARGEST_CONTROL = 2**28  # pixels; no control image is made for a header that promises more
+LARGEST_CONTROL = 2**28  # pixels; above this no control image is made
 
 # nvImageCodec's status codes (nvimgcodec.h): 3, 13 bad code stream; 4, 14 and 9, 18 unsupported; 19 incomplete;
 # 17 internal error of a parser, as for a PNG that ends early.
@@ -37,7 +37,7 @@ _MEMORY = re.compile(
 
 
 def reason_in(error: Exception) -> str:
-    """Return the line of DALI's message that says what happened."""
+    """Return the line of DALI's message that gives the reason."""
     _, _, rest = str(error).rpartition("encountered:")
     lines = [line.strip() for line in rest.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("Current pipeline object", "C++ context"))]
@@ -53,7 +53,7 @@ def names_an_image(error: Exception) -> bool:
 def control_image(encoded: Uint8Array) -> Uint8Array | None:
     """Return a sound JPEG, uint8 [bytes], of the height and width of `encoded`; None when its header gives none.
 
-    It is progressive, which takes a decoder the most memory. Raises MemoryError.
+    It is progressive, the kind that takes a decoder the most memory. Raises MemoryError.
     """
     try:
         header = read_header(lambda offset, length: encoded[offset : offset + length].tobytes(), len(encoded))
@@ -69,7 +69,7 @@ def control_image(encoded: Uint8Array) -> Uint8Array | None:
 
 
 def machine_failure(error: Exception, num_images: int, device_id: int | None, *, memory: bool = False) -> RunError:
-    """Return the error that stops the run; `memory`: the lack of it is known, whatever the text says."""
+    """Return the error that stops the run; `memory`: it is known that memory ran out, whatever the text says."""
     what = f"DALI cannot decode a batch of {num_images} images"
     if not memory and not isinstance(error, MemoryError) and not _MEMORY.search(str(error)):
         return RunError(
@@ -88,6 +88,6 @@ def _held(device_id: int | None) -> str:
 
     try:
         free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device_id))
-    except RuntimeError:  # a device that failed does not answer
+    except RuntimeError:  # a failed device does not answer
         return held
     return f"GPU {device_id} has {free:.1f} of {total:.1f} GiB free, {held}"

@@ -1,7 +1,7 @@
 """Build the DALI graph: encoded bytes and a plan in, normalised crops out; the same for CPU and GPU ("mixed") decoding.
 
-It holds no state and reads no file: what it gives depends on its inputs alone. Apart from what the augmentations apply
-in it, all that is DALI's is here.
+It holds no state and reads no file: its output depends on its inputs alone. Apart from the operations of the
+augmentations, everything of DALI's graph is here.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ MIXED_DECODER: dict[str, Any] = {"affine": False, "hw_decoder_load": 0.0, "jpeg_
 
 @dataclass(frozen=True)
 class Decoding:
-    """What becomes of an image's bytes, and on what.
+    """The settings of decoding: augmentation, side of the square output in pixels, device and threads.
 
-    The result is a square of `image_size` pixels. `device` is auto (a GPU where DALI sees one), cpu or gpu, with the
-    GPU's number `device_id`; `threads` decode. With `exif_orientation` each image is turned as its EXIF says before it
-    is cut, and crops are in turned coordinates.
+    `device` is auto (a GPU where DALI sees one), cpu or gpu, with the GPU's number `device_id`. With
+    `exif_orientation` each image is turned by its EXIF orientation before it is cropped, and crops are in turned
+    coordinates.
     """
 
     augmentation: Augmentation
@@ -50,8 +50,8 @@ class Decoding:
 
 
 def import_dali() -> ModuleType:
-    """Return the module `nvidia.dali`. Raises UsageError naming the extra to install."""
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # what it says of an image that it refuses, DALI raises
+    """Return the module `nvidia.dali`. Raises UsageError, naming the extra to install, when it is missing."""
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # DALI raises what OpenCV prints of a refused image
     try:
         import nvidia.dali.backend
         import nvidia.dali.fn
@@ -91,21 +91,20 @@ def training_pipeline(decoding: Decoding, max_batch: int, *, device: str, device
     from nvidia.dali.types import DALIDataType
 
     float32, int32 = DALIDataType.FLOAT, DALIDataType.INT32
-    augmentation = decoding.augmentation
 
     # With conditionals, an operation of RandAugment runs on the images for which it was drawn.
-    @pipeline_def(enable_conditionals=augmentation.rand_augment)
+    @pipeline_def(enable_conditionals=decoding.augmentation.rand_augment)
     def graph() -> DataNode:
         images = _decoded(decoding, device)
         region_start = fn.external_source(name="region_start", dtype=float32, ndim=1)
         region_end = fn.external_source(name="region_end", dtype=float32, ndim=1)
         flip = fn.external_source(name="flip", dtype=int32, ndim=0)
         images = resize_crop(images, region_start, region_end, decoding.image_size)
-        if augmentation.jitter:
+        if decoding.augmentation.jitter:
             levels = fn.external_source(name="levels", dtype=float32, ndim=2)
             saturation = fn.external_source(name="saturation", dtype=float32, ndim=0)
             images = jitter_colours(images, levels, saturation)
-        if augmentation.rand_augment:
+        if decoding.augmentation.rand_augment:
             operations = fn.external_source(name="operations", dtype=int32, ndim=1)
             arguments = fn.external_source(name="arguments", dtype=float32, ndim=1)
             matrices = fn.external_source(name="matrices", dtype=float32, ndim=3)
@@ -113,7 +112,7 @@ def training_pipeline(decoding: Decoding, max_batch: int, *, device: str, device
             images = apply_operations(images, operations, arguments, matrices)
         return fn.crop_mirror_normalize(
             images,
-            mirror=0 if augmentation.rand_augment else flip,
+            mirror=0 if decoding.augmentation.rand_augment else flip,
             mean=[255 * value for value in IMAGENET_MEAN],
             std=[255 * value for value in IMAGENET_STD],
             dtype=float32,

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 
 class Decoder:
-    """Decodes, crops, resizes, flips, augments and normalises up to `max_batch` images at a time.
+    """A decoder that also crops, resizes, flips, augments and normalises up to `max_batch` images at a time.
 
-    `device` is where: "cpu" (`device_id` is None), or "mixed" with the GPU `device_id`. `damage` has a line for each
-    image of the last batch that is damaged, yet was decoded; which, the decoders do not say. Not safe to call from two
-    threads at once.
+    `device` is "cpu" (`device_id` is None), or "mixed" with the GPU `device_id`. `damage` has a line for each image of
+    the last batch that is damaged, yet was decoded; the decoders do not say which. Not safe to call from two threads at
+    once.
     """
 
     def __init__(self, decoding: Decoding, max_batch: int):
@@ -48,9 +48,9 @@ class Decoder:
         """Return a DALI tensor list, float32 [n, 3, image_size, image_size], of `encoded` (uint8 arrays) cut by
         `plan`.
 
-        It is finished on the host's side when this returns, and stays valid while it is referred to.
-        Raises BadImage (about one of the images; which, DALI does not say) when it cannot be decoded, and
-        RunError when no image is the cause, as for lack of memory.
+        The host's part is finished when this returns; the list stays valid while something refers to it. Raises
+        BadImage when an image (DALI does not say which) cannot be decoded, and RunError when no image is the cause, as
+        for lack of memory.
         """
         try:
             return self._run(encoded, plan)
@@ -64,7 +64,7 @@ class Decoder:
             raise BadImage(f"cannot be decoded ({said})") from error
 
     def _decode_control(self, refused: Uint8Array, plan: BatchPlan) -> None:
-        """Decode a sound image of the size of the `refused` one; RunError when that fails too."""
+        """Decode a sound image of the size of the `refused` one. Raises RunError when that fails too."""
         try:
             control = control_image(refused)
             if control is not None:
@@ -94,7 +94,7 @@ class Decoder:
             return self._pipeline.run(**inputs)[0]
 
     def close(self) -> None:
-        """Let go of the pipeline, its threads and its memory."""
+        """Release the pipeline, its threads and its memory."""
         self._pipeline = None
 
     def _build(self) -> Pipeline:
@@ -102,13 +102,13 @@ class Decoder:
 
 
 class WholeDecoder:
-    """Decodes one image at a time on the CPU, whole and as stored."""
+    """A decoder of one image at a time on the CPU, whole and as stored."""
 
     def __init__(self) -> None:
         self._pipeline: Pipeline | None = None
 
     def size(self, encoded: Uint8Array) -> tuple[int, int]:
-        """Decode an image (uint8 [bytes]); return the height and width it has then. Raises RuntimeError, as DALI."""
+        """Decode an image, uint8 [bytes], and return its height and width. Raises DALI's RuntimeError."""
         try:
             self._pipeline = self._pipeline or whole_image_pipeline()
             height, width, _ = self._pipeline.run(encoded=[encoded])[0].as_cpu().at(0).shape

@@ -1,8 +1,8 @@
-"""Catch what decoders write to C's stderr about damage that they decode all the same, to name the file.
+"""Catch the decoders' messages on C's stderr about damaged images that they decode all the same, to name the file.
 
 libjpeg, libtiff and libpng know of no file names and print "Corrupt JPEG data: ..." from whatever thread decodes. While
 `caught` lasts, C's variable `stderr` is a file in memory, as the C library allows; Python's own stderr, file descriptor
-2 and C++'s cerr stay what they are. What else was written there in that time is passed on afterwards.
+2 and C++'s cerr stay unchanged. Other text that was written there meanwhile is passed on afterwards.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Lines on missing or wrong pixels; other warnings, such as on an unusual header, say nothing of the image.
+# Lines on missing or wrong pixels; other warnings, such as on an unusual header, do not concern the pixels.
 _DAMAGE = re.compile(
     r"Corrupt JPEG data|Premature end of JPEG file|Unsupported marker type|Bogus |Invalid JPEG file structure"
     r"|(Huffman|Quantization|Arithmetic) table 0x|libpng error|Decode\w*: (?!.*Warning)|Using code not yet in table"
     r"|(Fill|Read)\w*: Read error"
 )
-# From the decoders too, but nothing is wrong with the pixels.
+# Lines of the decoders that do not concern the pixels.
 _HARMLESS = re.compile(
     r"libpng warning|TIFF\w*: Warning|Invalid SOS parameters|Inconsistent progression|Unknown Adobe color transform"
     r"|unknown JFIF revision|JPEGLib: Warning"
 )
 _UNBUFFERED = 2  # _IONBF
 
-_lock = threading.Lock()  # one batch is decoded at a time: its lines are its own
+_lock = threading.Lock()  # one batch is decoded at a time, so that the lines are its own
 
 
 class _Catcher:

@@ -1,26 +1,24 @@
-"""Errors with a reason that is said to people: the two that end a command with one line and an exit code, and BadImage.
-
-Everything above raises and catches these; this file imports nothing.
-"""
+"""Errors with a reason for people: two that end a command with one line and an exit code, and BadImage."""
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
 
 
 class _Explained(Exception):
+    """An error that explains itself; with `on_all_ranks` every rank raises it, so that only one need print it."""
+
     def __init__(self, text: str, *, on_all_ranks: bool = False):
-        """on_all_ranks: every rank raises the same, so that one of them is enough to say it."""
         super().__init__(text)
         self.on_all_ranks = on_all_ranks
 
 
 class UsageError(_Explained):
-    """Wrong usage, recipe or input: says what was found, what was expected and what to do. Exit code 2."""
+    """Wrong usage, recipe or input; the text says what was found, what was expected and what to do. Exit code 2."""
 
     exit_code = EXIT_USAGE
 
 
 class RunError(_Explained):
-    """A run that cannot go on for a reason that is known and said. Exit code 1."""
+    """The end of a run for a known reason, which the text gives. Exit code 1."""
 
     exit_code = EXIT_FAILED
 
@@ -30,5 +28,5 @@ class BadImage(Exception):
 
 
 def reason_of(error: Exception) -> str:
-    """Return what happened as one line for people: the operating system's text, else the error's own."""
+    """Return an error's reason on one line: the operating system's text, else the error's own."""
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]

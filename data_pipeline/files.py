@@ -1,4 +1,4 @@
-"""Write files whole or not at all: the one way in which everything that others read is written.
+"""Write files whole or not at all: the one way of writing everything that others read.
 
 The content goes to a temporary file beside the final one (`.NAME.*.tmp`), is synchronised to the disk and renamed; the
 folder is synchronised too, so that after a power failure the name has the old content or the new. An error or

@@ -1,4 +1,4 @@
-"""List what lies in a data folder, nothing opened: images or shards, and which folders are classes."""
+"""List the contents of a data folder without opening files: images or shards, and which folders are classes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from data_pipeline.errors import UsageError
 from data_pipeline.image_header.read import IMAGE_SUFFIXES
 
 CHUNK_NAMES = 1000
-BESIDE_SHARDS = frozenset((".json", ".idx", ".txt", ".md"))  # what packers leave beside shards: no images are missed
+BESIDE_SHARDS = frozenset((".json", ".idx", ".txt", ".md"))  # files that packers leave beside shards; not reported
 
 
 @dataclass
 class Listing:
-    """What lies in a data folder, nothing opened yet: images by chunk, or shards; by name, as bytes.
+    """The contents of a data folder by name: images in chunks, or shards.
 
     `left_out` counts the other files by suffix; `loops` has a line on links that are not followed.
     """
@@ -32,6 +32,7 @@ class Listing:
 
     @property
     def num_images(self) -> int:
+        """Return the number of images in all chunks."""
         return sum(names.count(b"\0") + 1 for _, names in self.chunks)
 
 
@@ -86,7 +87,7 @@ def list_folder(root: Path) -> Listing:
 
 
 def folder_problem(root: Path) -> str | None:
-    """Return what is wrong with a data folder as a whole, as when its disk is not mounted; None when nothing is."""
+    """Return the problem with a data folder as a whole, such as a disk that is not mounted; None when there is none."""
     try:
         with os.scandir(root) as entries:
             return None if any(entries) else f"the data folder {root} holds nothing"
@@ -107,7 +108,7 @@ def _not_followed(loops: list[bytes]) -> list[str]:
 def _classes(top: list[bytes], holders: set[bytes]) -> tuple[list[str], dict[bytes, int]]:
     """Return the classes by name, and the label of each folder that holds images (-1 for the root, b"").
 
-    The classes are the folders `top` in the root, whatever lies below them: also an only folder "images", as in
+    The classes are the folders `top` in the root, whatever lies below them, such as a single folder "images" in
     Tiny-ImageNet. Where none of them holds images but some hold several folders of them, as iNaturalist (Aves/3100)
     and Places (a/abbey) are published, the classes are the uppermost folders that hold images.
     """
@@ -120,6 +121,7 @@ def _classes(top: list[bytes], holders: set[bytes]) -> tuple[list[str], dict[byt
 
 
 def _uppermost(folders: set[bytes]) -> set[bytes]:
+    """Return the folders that have none of the others above them."""
     return {next(up for up in _from_top(folder) if up in folders) for folder in folders}
 
 

@@ -32,22 +32,22 @@ _NOT_IN_DIGEST = ("mtime_ns", "orientation")
 
 
 class DamagedIndex(UsageError):
-    """An index file that is no whole index of today's format."""
+    """An index file that is damaged or of another format."""
 
 
 @dataclass(frozen=True)
 class Remarks:
-    """What else a user should know of a data folder.
+    """Remarks on a data folder for its user.
 
-    `left_out` says how many files of which suffix are no images for us, by shard ("" for a folder); `lines` are
-    sentences for people.
+    `left_out` counts the files that are not images of a supported type, by shard ("" for a folder) and suffix; `lines`
+    are sentences.
     """
 
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
 
     def sentences(self) -> list[str]:
-        """Return all of it, one line per subject."""
+        """Return all remarks, one line per subject."""
         counts: dict[str, int] = {}
         for found in self.left_out.values():
             for suffix, count in found.items():
@@ -67,7 +67,7 @@ class Index:
     `label` int32 [n] (-1: none), `height` and `width` int32 [n] (pixels as stored), `num_bytes`, `mtime_ns`
     and `offset` int64 [n] (offset into the shard, 0 for a file), `shard` int32 [n] (-1 for a file), `orientation`
     uint8 [n] (EXIF's, 1 to 8; 0: not known, of an older index); `classes` the class names by label; `shard_names` and
-    `shard_bytes`; `bad` the unreadable files, which have no row; `remarks` what else the folder holds.
+    `shard_bytes`; `bad` the unreadable files, which have no row; `remarks` on other files of the folder.
     """
 
     def __init__(
@@ -99,16 +99,17 @@ class Index:
 
     @property
     def kind(self) -> str:
-        """ "folder" or "shards"."""
+        """Return "folder" or "shards"."""
         return "shards" if self.shard_names else "folder"
 
     @property
     def bad(self) -> list[Bad]:
+        """Return the files that were left out as unreadable."""
         return self.rows.bad
 
     @property
     def unreadable(self) -> list[tuple[str, str]]:
-        """(name, reason) of the files that were left out."""
+        """Return (name, reason) of the files that were left out as unreadable."""
         return [(bad.name, bad.reason) for bad in self.bad]
 
     def name(self, image: int) -> str:
@@ -116,7 +117,7 @@ class Index:
         return self.rows.shard_name(self.shard_names, int(image))
 
     def path(self, image: int) -> Path:
-        """Return the file that holds image `image`: itself, or its shard."""
+        """Return the file that holds image `image`: its own, or its shard."""
         shard = int(self.shard[image])
         inside = os.fsdecode(self.rows.name(int(image))) if shard < 0 else self.shard_names[shard]
         return self.root / inside
@@ -126,14 +127,14 @@ class Index:
         return self._of(self.rows.take(images))
 
     def turned(self) -> Index:
-        """Return an index with the heights and widths that the images have when they are turned by EXIF's orientation.
+        """Return an index with the heights and widths of the images turned by their EXIF orientation.
 
-        Raises UsageError when an orientation is not known.
+        Raises UsageError when an orientation is unknown.
         """
         if not self.orientation.all():
             raise UsageError(
-                f"the index of {self.root} is of an older version and does not know EXIF's orientations; write it anew "
-                "with `mae-scale data index`, or drop data.exif_orientation"
+                f"the index of {self.root} is of an older version, without EXIF orientations; build it again with "
+                "`mae-scale data index`, or remove data.exif_orientation"
             )
         lying = self.orientation >= 5
         columns = dict(self.rows.columns)
@@ -142,7 +143,7 @@ class Index:
         return self._of(Rows(self.rows.names, self.rows.ends, columns, self.rows.bad))
 
     def at(self, root: Path) -> Index:
-        """Return the same index of a folder that lies at `root` now."""
+        """Return this index for data that now lie at `root`."""
         return self._of(self.rows, root)
 
     def _of(self, rows: Rows, root: Path | None = None) -> Index:
@@ -156,7 +157,7 @@ class Index:
         )
 
     def few(self, count: int, *, seed: int) -> Index:
-        """Return an index of `count` images of each class, drawn by the seed, in the order of this one.
+        """Return an index of `count` images per class, drawn with the seed, in the order of this one.
 
         Raises UsageError when a class has fewer.
         """
@@ -166,14 +167,14 @@ class Index:
             if len(images) < count:
                 name = self.classes[label] if self.classes else str(label)
                 raise UsageError(
-                    f"data.labels_a_class={count}: class {name} has {len(images)} images; choose at most that many"
+                    f"data.labels_per_class={count}: class {name} has {len(images)} images; choose at most that many"
                 )
             draws = generator(seed, "few", int(label)).bit_generator.random_raw(len(images))
             chosen.append(images[np.argsort(draws, kind="stable")[:count]])
         return self.take(np.sort(np.concatenate(chosen)))
 
     def summary(self) -> str:
-        """Return one line for people."""
+        """Return a summary on one line."""
         mib = self.num_bytes.sum() / 2**20
         parts = [f"{len(self):,} images", f"{mib / 1024:.2f} GiB" if mib >= 1024 else f"{mib:.2f} MiB"]
         if self.classes:
@@ -218,7 +219,7 @@ class Index:
 def load_index(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Index:
     """Read an index file; `root` is where the data lie now (default: where they lay when it was written).
 
-    Raises UsageError when there is no such file or it cannot be read, DamagedIndex when it is no whole index.
+    Raises UsageError when there is no such file or it cannot be read, DamagedIndex when it is damaged.
     """
     path = Path(path)
     try:
@@ -226,10 +227,10 @@ def load_index(path: str | os.PathLike[str], root: str | os.PathLike[str] | None
             about = json.loads(file["about"].tobytes())
             if about["format"] != FORMAT:
                 raise DamagedIndex(
-                    f"index {path} is of format {about['format']}, not {FORMAT}; delete it to build it again"
+                    f"index {path} is of format {about['format']}, expected {FORMAT}; delete it to build it again"
                 )
             count = len(file["ends"])
-            older = {"orientation": np.zeros(count)}  # written before there was such a column
+            older = {"orientation": np.zeros(count)}  # missing in files of older versions
             columns = {
                 name: (file[name] if name in file else older[name]).astype(dtype, copy=False)
                 for name, dtype in COLUMNS.items()
@@ -246,11 +247,11 @@ def load_index(path: str | os.PathLike[str], root: str | os.PathLike[str] | None
                 remarks=remarks,
             )
         if any(len(column) != count for column in columns.values()):
-            raise ValueError("columns of several lengths")
+            raise ValueError("columns of different lengths")
     except FileNotFoundError:
         raise UsageError(f"no index at {path}; write it with `mae-scale data index`") from None
     except OSError as error:
         raise UsageError(f"index {path} cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error):
-        raise DamagedIndex(f"{path} is damaged, or no index at all; delete it, it is built again") from None
+        raise DamagedIndex(f"{path} is damaged or not an index; delete it to build it again") from None
     return index

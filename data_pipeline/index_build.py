@@ -1,4 +1,4 @@
-"""Build the index of a data folder, and open it again: what is new or changed is read, the rest is kept."""
+"""Build the index of a data folder, and open it again: new and changed files are read, the rest is kept."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ log = logging.getLogger("data_pipeline")
 def build_index(root: str | os.PathLike[str], *, workers: int | None = None, progress: Progress = True) -> Index:
     """Index every image under `root` (an image folder, flat or with a folder per class, or tar shards).
 
-    Where the first level holds only folders of folders, as in iNaturalist and Places, these inner ones are classes.
-
+    Where the first level holds only folders of folders, as in iNaturalist and Places, the inner folders are classes.
     `workers` processes read the headers (default: one per core); `progress` shows a bar, or is called with
     (done, total). Raises UsageError when the folder is missing, empty or cannot be listed, or no image is
     readable.
@@ -51,7 +50,7 @@ def open_index(
 
     With `refresh`, files that are new or changed (by size and modification time) are read again and files
     that are gone are dropped; a damaged index is built again, with a warning. A run that resumes uses
-    `refresh=False`, so that its order stays what it was. Without `keep` nothing is written.
+    `refresh=False`, so that its order does not change. Without `keep` nothing is written.
     Raises UsageError when the index is of other data, `path` is a file of another kind or cannot be written, or a
     shard has shrunk.
     """
@@ -98,12 +97,12 @@ def check_data(index: Index) -> None:
         if found < expected:
             raise UsageError(
                 f"shard {index.root / name} has shrunk: {found:,} bytes, {expected:,} when it was indexed; "
-                "copy it again, or delete the index if this is meant"
+                "copy it again, or delete the index if this is intended"
             )
 
 
 def _may_be_an_index(file: Path) -> bool:
-    """Return whether a file that is no index may be written over: it is named as one, begins as one or is empty."""
+    """Return whether a damaged file may be overwritten as an index: it is named as one, begins as one or is empty."""
     with open(file, "rb") as opened:
         return file.suffix == ".npz" or opened.read(4) in (b"", b"PK\3\4")
 
@@ -205,7 +204,7 @@ def _scan_shards(
 
 
 def _rows_before(known: Index, name: str, status: os.stat_result) -> Rows | None:
-    """Return a shard's rows in an earlier index, None when it is new or changed, or its orientations are not known."""
+    """Return a shard's rows in an earlier index, None when it is new or changed, or has no orientations there."""
     if name not in known.shard_names:
         return None
     number = known.shard_names.index(name)
@@ -219,13 +218,13 @@ def _rows_before(known: Index, name: str, status: os.stat_result) -> Rows | None
 
 
 def _without_images(index: Index) -> list[str]:
-    """Say which classes have no readable image."""
+    """Return a line on the classes without a readable image."""
     held = np.bincount(index.label[index.label >= 0], minlength=len(index.classes))
     empty = [index.classes[label] for label in np.flatnonzero(held == 0)]
     if not empty:
         return []
     names = ", ".join(empty[:NAMES_SHOWN]) + (", ..." if len(empty) > NAMES_SHOWN else "")
-    return [f"classes without an image, which count all the same: {len(empty):,} ({names})"]
+    return [f"classes without an image, still counted: {len(empty):,} ({names})"]
 
 
 def _named_twice(rows: Rows) -> list[str]:
@@ -234,17 +233,18 @@ def _named_twice(rows: Rows) -> list[str]:
 
 
 def _twice(files: Int64Array, name: Callable[[int], str], what: str) -> list[str]:
+    """Return a line on equal numbers in `files`; `name` gives the name of a row, `what` the rows' kind."""
     order = np.argsort(files, kind="stable")
     again = np.flatnonzero(np.diff(files[order]) == 0)
     if not len(again):
         return []
     first = again[np.argmin(order[again])]
     example = f"{name(int(order[first]))} and {name(int(order[first + 1]))} are one file"
-    return [f"{what} under a second name through links, used as often as they are named: {len(again):,} ({example})"]
+    return [f"{what} under a second name through links, used once per name: {len(again):,} ({example})"]
 
 
 def most_are_there(index: Index) -> bool:
-    """Return whether at least half of some images, spread over the index, lie where it says and have their size."""
+    """Return whether at least half of a sample of images exist at their paths with their sizes."""
     images = np.unique(np.linspace(0, len(index) - 1, SAMPLED_NAMES).astype(int))
     found = 0
     for image in images:

@@ -1,4 +1,4 @@
-"""Find the images in which two indexes, of two folders, differ; the folders' places and files' times do not count."""
+"""Find the images in which the indexes of two folders differ; locations and file times do not count."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from data_pipeline.index import Index
 
 
 def differing_images(kept: Index, found: Index, *, part: bool) -> list[str]:
-    """Return the names of images that are in one index and not, the same, in the other.
+    """Return the names of the images in one index that are missing or different in the other.
 
-    The same: name, bytes, height, width, place in its shard, and name of its class. Files that one of them could not
-    read are no difference: such an image is replaced when its turn comes. With `part`, `kept` holds a part of its
-    folder, and what `found` has beside it does not count.
+    Compared are name, number of bytes, height, width, offset in the shard and name of the class. Files that either
+    index could not read do not count: such an image is replaced during training. With `part`, `kept` holds only a part
+    of its folder, and other images in `found` do not count.
     """
     if kept.digest() == found.digest():
         return []
@@ -27,7 +27,7 @@ def differing_images(kept: Index, found: Index, *, part: bool) -> list[str]:
 
 
 def _images(index: Index) -> Iterator[tuple[str | int, ...]]:
-    """Yield what each image is, wherever its folder lies."""
+    """Yield what identifies each image, independent of the folder's location."""
     columns = (index.num_bytes, index.height, index.width, index.offset, index.label)
     for row, (*sizes, label) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
         yield index.name(row), *sizes, index.classes[label] if label >= 0 and index.classes else label

@@ -1,7 +1,6 @@
 """Read the image headers of a chunk of files, or of one tar shard, into rows: the work behind an index.
 
-A task is a plain tuple and gives `Rows`, so that any process can do it; unchanged files are copied from the rows of an
-earlier index.
+A task is a plain tuple, so that any process can do it; unchanged files are copied from the rows of an earlier index.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from data_pipeline.image_header.read import IMAGE_SUFFIXES, read_header
 from data_pipeline.image_header.window import Header, reader_of
 from data_pipeline.index_rows import Bad, Rows
 
-ONE_PROCESS_IMAGES, ONE_PROCESS_SHARDS = 5000, 1  # starting processes takes longer than this many
-# Members beside an image in WebDataset shards that are no images and need not be mentioned.
+ONE_PROCESS_IMAGES, ONE_PROCESS_SHARDS = 5000, 1  # up to this many, starting processes would take longer
+# Members beside an image in WebDataset shards that are not images and not reported.
 COMPANIONS = frozenset(
     (".cls", ".json", ".jsonl", ".txt", ".caption", ".tags", ".csv", ".xml", ".yaml", ".html", ".url", ".id", ".key")
 ).union((".index", ".meta", ".bbox", ".npy", ".npz", ".pth", ".pt", ".pkl", ".pickle", ".pyd", ".md5", ".sha256"))
@@ -66,12 +65,12 @@ def scan_names(task: tuple[str, int, bytes, Rows | None, list[Bad]]) -> Rows:
 
 
 def same_file(status: os.stat_result, name: str | bytes) -> int:
-    """Return a number that is equal for two names of one file; the names' own where the file system has no inodes."""
+    """Return a number that is equal for two names of one file; a hash of the name where there are no inodes."""
     return hash((status.st_dev, status.st_ino)) if status.st_ino else hash(name)
 
 
 def _same(known: Rows, row: int, status: os.stat_result) -> bool:
-    """Return whether a file's row still holds; one without orientation, of an older index, is read anew."""
+    """Return whether a file's row is still right; one without orientation, of an older index, is not."""
     found = (known.columns[name][row] for name in ("num_bytes", "mtime_ns"))
     return tuple(found) == (status.st_size, status.st_mtime_ns) and known.columns["orientation"][row] > 0
 
@@ -130,14 +129,14 @@ def scan_shard(task: tuple[str, int, str]) -> tuple[Rows, dict[str, int]]:
 def _members(
     archive: tarfile.TarFile, fd: int, relative: str, bad: list[Bad], status: os.stat_result
 ) -> Iterator[tarfile.TarInfo]:
-    """Yield the members, as far as the archive can be read; damage is noted once."""
+    """Yield the members as far as the archive can be read, and add its damage to `bad` once."""
     damage = None
     try:
         while (member := archive.next()) is not None:
             vars(archive)["members"].clear()  # tarfile keeps every member; a shard has tens of thousands
             yield member
         if os.pread(fd, tarfile.BLOCKSIZE, archive.offset).strip(b"\0"):
-            damage = f"no tar header at byte {archive.offset}"  # where tarfile ends without a word
+            damage = f"no tar header at byte {archive.offset}"  # where tarfile stops without an error
     except tarfile.TarError as error:
         damage = str(error)
     if damage:

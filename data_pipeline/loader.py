@@ -1,7 +1,7 @@
 """The loader: one rank's batches as torch tensors, decoded in a background thread.
 
-Images, crops and bytes are the same for any number of ranks, micro-batch size and number of threads; an order that
-starts at step t gives what one from the beginning gives at step t.
+Images, crops and bytes are the same for any number of ranks, micro-batch and number of threads; an order that starts at
+step t gives the batches that one from step 0 gives from step t on.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from data_pipeline.prefetch import Stream
 class ImageLoader:
     """The micro-batches of `order` from the images of `index`, `prefetch` of them decoded ahead.
 
-    `draw(batch number, positions int [n])` is called in the background thread; the tensors that it returns, on the
-    host, are in `Batch.drawn`. What `cache` holds is not read from the source. How many reads are in flight follows
-    from how long they take (`read_ahead`).
+    `draw` is called in the background thread; its tensors, on the host, are in `Batch.drawn`. Images in `cache` are not
+    read from the source. The number of reads in flight follows from their latency (`read_ahead`).
 
     An image that turns bad after indexing is named once in a warning (logger data_pipeline), replaced by the next
-    readable image of the index, and counted in `Batch.replaced` and `bad_images`, as `BadImagePolicy` says. One that is
-    damaged, yet decoded, is named once and used. Raises UsageError when the data folder does not exist or a shard has
-    shrunk; iterating does when the index has fewer images than a global batch, and RunError when a policy says stop or
-    the data folder is gone.
+    readable image of the index, and counted in `Batch.replaced` and `bad_images`. One that is damaged, yet decoded, is
+    named once and used.
+
+    Raises UsageError when the data folder does not exist or a shard has shrunk. Iterating raises UsageError when the
+    index has fewer images than a global batch, and RunError when the policy on bad images asks for it or the data
+    folder is gone.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class ImageLoader:
         prefetch: int = 2,
         cache: ImageCache | None = None,
     ):
-        if cache is None or index.kind == "shards":  # a cache may hold every image of a folder
+        if cache is None or index.kind == "shards":  # a cache may hold all images of a folder that is gone
             check_data(index)
         index = index.turned() if decoding.exif_orientation else index
         self.bad_images = BadImages(index, bad_images)
@@ -56,7 +57,9 @@ class ImageLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self._end_stream()
-        stream = Stream(self._loading.batches(), self._prefetch)  # refers to no loader, so that this one can go
+        stream = Stream(
+            self._loading.batches(), self._prefetch
+        )  # holds no reference to this loader, so that it can be freed
         closing = self._closing = weakref.finalize(self, stream.close)
         try:
             yield from stream
@@ -64,7 +67,7 @@ class ImageLoader:
             closing()
 
     def close(self) -> None:
-        """End the background thread and let go of DALI's memory; iterating starts anew."""
+        """End the background thread and release DALI's memory; iterating again starts from the beginning."""
         self._end_stream()
         self._loading.close()
 

@@ -1,8 +1,8 @@
-"""Read what a folder of packed shards says of itself, pack.json, and check that the shards are what it says.
+"""Read pack.json, the manifest of a folder of packed shards, and check the shards against it.
 
 pack.json is written last: {"format", "source" (digest of the index that was packed), "options", "classes" (names by
 label), "images", "unreadable" ([name, reason]), "shards" ([{"name", "images", "bytes", "sha256", "left_out"}])}.
-Until then the same beginning lies in pack.json.unfinished.
+Until then pack.json.unfinished holds the keys before "unreadable".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PACK_FORMAT = 1
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """Return what `path` holds, None when there is no such file. Raises UsageError when it is damaged."""
+    """Return the content of `path`, None when there is no such file. Raises UsageError when it is damaged."""
     try:
         found = json.loads(path.read_bytes())
         if found["format"] != PACK_FORMAT:
@@ -33,13 +33,13 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise UsageError(
-            f"{path} is damaged, or no manifest of packed shards; restore it, or pack into another folder"
+            f"{path} is damaged or not a manifest of packed shards; restore it, or pack into another folder"
         ) from None
     return found
 
 
 def packed_classes(folder: Path) -> list[str]:
-    """Return the class names by label, [] when `folder` was not packed. Raises UsageError when packing was cut off."""
+    """Return the class names by label, [] when `folder` was not packed. Raises UsageError when it is unfinished."""
     manifest = read_manifest(folder / PACK_NAME)
     if manifest is not None:
         return manifest["classes"]
@@ -49,7 +49,7 @@ def packed_classes(folder: Path) -> list[str]:
 
 
 def verify_pack(folder: Path, *, workers: int | None = None, progress: Progress = True) -> list[tuple[str, str]] | None:
-    """Return (shard, reason) of the shards that are not what pack.json says; None without a pack.json."""
+    """Return (shard, reason) of the shards that differ from pack.json; None without a pack.json."""
     manifest = read_manifest(folder / PACK_NAME)
     if manifest is None:
         return None
@@ -63,12 +63,12 @@ def verify_pack(folder: Path, *, workers: int | None = None, progress: Progress 
 
 
 def damage(task: tuple[str, dict[str, Any]]) -> str:
-    """Return what is wrong with a shard, "" when nothing is: (path, its record in pack.json)."""
+    """Return the damage of a shard, "" when it is whole; the task is (path, its record in pack.json)."""
     path, record = task
     try:
         num_bytes = os.stat(path).st_size
         if num_bytes != record["bytes"]:
-            return f"{num_bytes} bytes, {record['bytes']} when it was packed"
+            return f"{num_bytes} bytes, expected {record['bytes']}"
         with open(path, "rb") as file:
             digest = _sha256(file)
     except OSError as error:

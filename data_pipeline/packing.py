@@ -1,9 +1,9 @@
-"""Pack an image folder as WebDataset tar shards that train to the last bit as the folder does.
+"""Pack an image folder as WebDataset tar shards; training from them equals training from the folder to the last bit.
 
-The images are cut into shards in the order of the index, so that the index of the shards lists the same images in
-the same order, with the same labels, classes and sizes: plans, crops and pixels are equal. What a shard holds depends
-on the index and the options alone, never on the processes that write it. A member is named after the image's path;
-its label is the `.cls` member beside it; class names are in pack.json.
+The images are divided into shards in the order of the index, so that the index of the shards lists the same images in
+the same order, with the same labels, classes and sizes: plans, crops and pixels are equal. The content of a shard
+depends on the index and the options alone, never on the processes that write it. A member is named after the image's
+path; its label is the `.cls` member beside it; class names are in pack.json.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ BLOCK = tarfile.BLOCKSIZE
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to write: the index of its images, in order; `suffix` is the one that most images have."""
+    """A shard to write: the index of its images, in order; `suffix` is the most common one of all images."""
 
     images: Index
     folder: Path
     name: str
     suffix: bytes
     shrinking: Shrinking | None
-    record: dict[str, Any] | None  # in pack.json, where that is there already
+    record: dict[str, Any] | None  # in pack.json, where that exists already
 
 
 def pack(
@@ -58,8 +58,8 @@ def pack(
 ) -> tuple[Index, list[tuple[str, str]]]:
     """Pack the images of `source` as shards of about `shard_mib` MiB in `target`, and write their index.
 
-    Returns the index of the shards and (name, reason) of the images that were left out. Cut off and called again, it
-    keeps the shards whose digest is right and writes the rest; so it does with a finished pack that was damaged.
+    Returns the index of the shards and (name, reason) of the images that were left out. Called
+    again after an interruption, or on a damaged pack, it keeps the shards whose digest is right and writes the rest.
     Raises UsageError when `source` has no readable image, `target` lies inside it, cannot be written to, or holds
     something else or shards of other data or options; RunError when a shard cannot be written or an image has changed.
     """
@@ -114,7 +114,7 @@ def _header(index: Index, shrinking: Shrinking | None, shard_mib: int) -> dict[s
 
 @contextmanager
 def _begun(target: Path, header: dict[str, Any]) -> Iterator[dict[str, dict[str, Any]]]:
-    """Make or go on with `target`, alone; yield the records of its shards by name when it is finished, else none.
+    """Create or continue `target`, alone; yield the records of its shards by name when it is finished, else none.
 
     Raises UsageError when it cannot be written to or is not a pack of the same images with the same options.
     """
@@ -170,11 +170,11 @@ def _check_same(target: Path, before: dict[str, Any], header: dict[str, Any]) ->
 
 
 def _shards(index: Index, shrinking: Shrinking | None, shard_bytes: int) -> Iterator[tuple[str, Index]]:
-    """Yield (name, images) of each shard: cut where the members before an image fill a multiple of `shard_bytes`."""
+    """Yield (name, images) of each shard; one begins where the members before it fill a multiple of `shard_bytes`."""
     num_bytes = index.num_bytes.astype(np.float64)
     if shrinking is not None:
         shorter = np.minimum(index.height, index.width)
-        num_bytes *= np.minimum(1, shrinking.shorter_side / shorter) ** 2  # a guess that the index alone gives
+        num_bytes *= np.minimum(1, shrinking.shorter_side / shorter) ** 2  # an estimate from the index alone
     members = BLOCK + np.ceil(num_bytes / BLOCK) * BLOCK + np.where(index.label < 0, 0, 2 * BLOCK)
     numbers = (np.cumsum(members) - members) // shard_bytes
     bounds = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(index)]
@@ -190,7 +190,7 @@ def _suffix(index: Index) -> bytes:
 
 
 def member_key(path: bytes, common_suffix: bytes) -> tuple[bytes, bytes]:
-    """Return key and suffix of an image's member: its path, but for what WebDataset reads in another way.
+    """Return key and suffix of an image's member: its path, escaped where WebDataset would read it otherwise.
 
     A key ends at the first dot of a file's name, and all members of one sample share it: other dots are written
     as %2E (and % as %25), and a less common suffix joins the key, so that a.jpg and a.png stay two samples.
@@ -202,9 +202,9 @@ def member_key(path: bytes, common_suffix: bytes) -> tuple[bytes, bytes]:
 
 
 def write_shard(task: ShardTask) -> dict[str, Any]:
-    """Write a shard, unless it is there with the right digest; return its record.
+    """Write a shard, unless it exists with the right digest; return its record.
 
-    Raises RunError when it cannot be written, or an image is not what it was when it was indexed.
+    Raises RunError when it cannot be written, or an image has changed since it was indexed.
     """
     path = task.folder / task.name
     try:
@@ -239,7 +239,7 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
 
 
 def _members(task: ShardTask, left_out: list[tuple[str, str]]) -> Iterator[bytes]:
-    """Yield the tar members of each image, its label's with it."""
+    """Yield the tar members of each image and its label."""
     images = task.images
     reader = ByteReader(images)
     for row in range(len(images)):
@@ -267,7 +267,7 @@ def _members(task: ShardTask, left_out: list[tuple[str, str]]) -> Iterator[bytes
 
 
 def _member(name: bytes, data: bytes) -> bytes:
-    """Return a tar member with nothing in it of the time, the user or the machine."""
+    """Return a tar member that is independent of time, user and machine."""
     header = tarfile.TarInfo(os.fsdecode(name))
     header.size = len(data)
     return header.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape") + data + bytes(-len(data) % BLOCK)

@@ -1,7 +1,7 @@
 """Plan which images make up global batch t, and how each is cropped, flipped, coloured and erased.
 
 Pure functions of the seed: every number is drawn for the whole global batch from the counter-based generator, keyed by
-(seed, stream, batch number), and then cut to the positions that are asked for. So it depends on (seed, batch number,
+(seed, stream, batch number), and then cut to the requested positions. So it depends on (seed, batch number,
 position in the global batch, image size) alone: not on ranks, micro-batches, threads, or what was drawn before.
 """
 
@@ -19,7 +19,7 @@ from data_pipeline.errors import UsageError
 from data_pipeline.index import Index
 from data_pipeline.rng import generator
 
-# Where the numbers of each augmentation lie among those that are drawn for an image; saved runs rely on it.
+# The numbers of each augmentation among those drawn for an image; saved runs rely on these places.
 _CROP = slice(0, crop.DRAWS)
 _FLIP = slice(_CROP.stop, _CROP.stop + flip.DRAWS)
 _JITTER = slice(_FLIP.stop, _FLIP.stop + colour_jitter.DRAWS)
@@ -28,7 +28,7 @@ _DRAWS = 48
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What to load for n positions of a global batch.
+    """The images of n positions of a global batch, and how each is cropped and augmented.
 
     `sample_ids` int64 [n] are rows of the index. `crops` int32 [n, 4] (y, x, height, width) is the part of
     the stored image that is decoded; `regions` float32 [n, 4] (y0, x0, y1, x1, in pixels of that part) is
@@ -84,8 +84,7 @@ def steps_per_epoch(num_images: int, global_batch: int) -> int:
 def epoch_permutation(seed: int, epoch: int, num_images: int) -> Int64Array:
     """Return the order of epoch `epoch`: int64 [num_images], read-only.
 
-    It sorts raw 64-bit draws, so that no release of NumPy can change it (its own `permutation` is not
-    promised).
+    It sorts raw 64-bit draws, so that no release of NumPy can change it, as it may change its own `permutation`.
     """
     draws = generator(seed, "order", epoch).bit_generator.random_raw(num_images)
     permutation = np.argsort(draws, kind="stable")

@@ -1,4 +1,4 @@
-"""Make batches in a background thread, some ahead of the consumer; the interpreter's end waits for it."""
+"""Make batches in a background thread, ahead of the consumer; the interpreter waits for it when it ends."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from data_pipeline.errors import RunError
 
 POLL_S = 0.1
 
-Item = Batch | BaseException | None  # None: there are no more
+Item = Batch | BaseException | None  # None: the end
 
 
 class Stream:
-    """Runs an iterator of batches in a thread, `prefetch` batches ahead, and hands them to one consumer."""
+    """A thread that makes batches, `prefetch` ahead of its one consumer."""
 
     def __init__(self, batches: Generator[Batch], prefetch: int):
         self._queue: queue.Queue[Item] = queue.Queue(max(1, prefetch))
@@ -40,7 +40,9 @@ class Stream:
                 item = self._queue.get(timeout=1)
             except queue.Empty:
                 if not self._thread.is_alive() and self._queue.empty():
-                    raise RunError("the loader's thread has ended without a word") from None
+                    raise RunError(
+                        "the loader's thread has ended without an error; run the same command again"
+                    ) from None
                 continue
             if item is None:
                 return
@@ -52,7 +54,7 @@ class Stream:
             yield item
 
     def close(self) -> None:
-        """Stop and wait for the thread, which finishes at most the batch that it is decoding."""
+        """Stop the thread and wait for it; it finishes at most the batch that it is decoding."""
         self._stop.set()
         if self._thread is not threading.current_thread():
             self._thread.join()
@@ -81,7 +83,7 @@ def _produce(batches: Generator[Batch], into: queue.Queue[Item], stop: threading
             if stop.is_set():
                 break
         put(None)
-    except BaseException as error:  # whatever it is, the consumer must not wait for ever
+    except BaseException as error:  # whatever it is: the consumer must not wait forever
         put(error)
     finally:
         batches.close()

@@ -60,7 +60,7 @@ def run_tasks(
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -92,7 +92,7 @@ def _in_processes(function: Callable[[Task], Result], tasks: list[Task], workers
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it is gone, killed for example: it would wait for work for ever."""
+    """End this process when its parent is gone, for example killed: it would wait for work forever."""
 
     parent = multiprocessing.parent_process()
 

@@ -1,4 +1,4 @@
-"""Reading images ahead of their use, with as many reads in flight as their latency asks for."""
+"""Read images ahead of their use, with as many reads in flight as their latency requires."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-TARGET_IMAGES_PER_S = 4000  # of one rank: more than twice what an H100 is expected to take of ViT-H, 1,450
+TARGET_IMAGES_PER_S = 4000  # per rank: more than twice the 1,450 of ViT-H that an H100 is expected to train on
 LEAST_IN_FLIGHT, MOST_IN_FLIGHT = 4, 128
-RECENT = 64  # reads whose mean latency counts
+RECENT = 64  # number of reads whose latency is averaged
 
 T = TypeVar("T")
 
 
 class ReadAhead(Generic[T]):
-    """Calls `read(image)` on threads, in the order of submission, at most `in_flight` at a time.
+    """Threads that call `read(image)` in the order of submission, at most `in_flight` at a time.
 
     `in_flight` follows Little's law: mean seconds of the recent reads x TARGET_IMAGES_PER_S, between `least` and
     `most`. So reads from the page cache need few threads, and reads over a network overlap enough. A thread is
@@ -34,7 +34,7 @@ class ReadAhead(Generic[T]):
         self._recent_s: deque[float] = deque(maxlen=RECENT)
 
     def submit(self, image: int) -> Future[T]:
-        """Have `image` read; the future gives what `read` returns or raises."""
+        """Submit the reading of `image`; the future gives what `read` returns or raises."""
         future: Future[T] = Future()
         with self._lock:
             self._waiting.append((image, future))
@@ -42,7 +42,7 @@ class ReadAhead(Generic[T]):
         return future
 
     def close(self) -> None:
-        """Drop the reads that have not begun, and wait for those that have."""
+        """Cancel the reads that have not begun, and wait for the others."""
         with self._lock:
             while self._waiting:
                 self._waiting.popleft()[1].cancel()
@@ -58,7 +58,7 @@ class ReadAhead(Generic[T]):
         if self._waiting and self._active < self.in_flight:
             try:
                 self._pool.submit(self._work)
-            except RuntimeError:  # the interpreter is ending: the threads that there are read what waits
+            except RuntimeError:  # the interpreter is ending: the threads that run read the rest
                 if not self._active:
                     raise
             else:
@@ -74,7 +74,7 @@ class ReadAhead(Generic[T]):
             began = time.perf_counter()
             try:
                 found = self._read(image)
-            except BaseException as error:  # it is raised where the image is used
+            except BaseException as error:  # raised where the image is used
                 future.set_exception(error)
             else:
                 future.set_result(found)
@@ -82,7 +82,7 @@ class ReadAhead(Generic[T]):
 
     def _adapt(self, seconds: float) -> None:
         with self._lock:
-            # One stalled read must not speak for the others: above this, the limit is reached anyway.
+            # A single stalled read must not decide: above this value the limit is reached anyway.
             self._recent_s.append(min(seconds, self._most / TARGET_IMAGES_PER_S))
             wanted = TARGET_IMAGES_PER_S * sum(self._recent_s) / len(self._recent_s)
             self.in_flight = round(min(max(wanted, self._least), self._most))

@@ -1,4 +1,4 @@
-"""The counter-based random generator: every number drawn anywhere is a pure function of (seed, stream, step, position).
+"""The counter-based random generator: every random number is a pure function of (seed, stream, step, position).
 
 So a draw depends neither on the number of ranks, threads or micro-batches, nor on what was drawn before it.
 """

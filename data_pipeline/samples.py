@@ -20,8 +20,8 @@ def write_digits(root: str | os.PathLike[str]) -> Path:
     """Write scikit-learn's 1,797 handwritten digits as grey 32 x 32 JPEGs: root/train/<digit>/ and
     root/val/<digit>/.
 
-    Every fifth image of each digit is held out. The same bytes each time; a folder that holds them already is
-    left as it is. Raises UsageError when `root` holds something else.
+    Every fifth image of each digit is held out. The bytes are the same each time; a folder that holds them already is
+    left unchanged. Raises UsageError when `root` holds something else.
     """
     root = Path(root)
     if not _begin(root, {"digits": DIGIT_SIZE}):
@@ -46,7 +46,7 @@ def write_digits(root: str | os.PathLike[str]) -> Path:
 def write_photos(root: str | os.PathLike[str], count: int) -> Path:
     """Write `count` random crops of scikit-learn's two photographs as 500 x 375 JPEGs, flat in `root`.
 
-    The same bytes each time; a folder that holds them already is left as it is. Raises UsageError when `root`
+    The bytes are the same each time; a folder that holds them already is left unchanged. Raises UsageError when `root`
     holds something else.
     """
     root = Path(root)
@@ -71,7 +71,7 @@ def write_photos(root: str | os.PathLike[str], count: int) -> Path:
 
 
 def _begin(root: Path, content: dict[str, int]) -> bool:
-    """Make `root`; return False when it holds `content` already. What an interrupted call left is written over."""
+    """Create `root`; return False when it holds `content` already. Files of an interrupted call are overwritten."""
     mark, unfinished = root / MARK, root / (MARK + ".unfinished")
     if mark.is_file() and json.loads(mark.read_text()) == content:
         return False

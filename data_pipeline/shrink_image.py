@@ -1,4 +1,4 @@
-"""Re-encode large images as smaller JPEGs, for packing: with Pillow, as it is resized in training."""
+"""Re-encode large images as smaller JPEGs for packing, with the filter of training (Pillow's bicubic)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ EIGHT_BIT = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}  # Pillo
 
 @dataclass(frozen=True)
 class Shrinking:
-    """Re-encode images whose shorter side is above `shorter_side` pixels, as JPEGs of this quality."""
+    """The shorter side in pixels to which larger images are reduced, and the quality of their JPEGs."""
 
     shorter_side: int
     quality: int
 
 
 def shrunk(data: bytes, shrinking: Shrinking, orientation: int = 1) -> bytes | None:
-    """Return the image in `data` as a JPEG with that shorter side; None when it stays as it is.
+    """Return the image in `data` as a JPEG with that shorter side; None when it stays unchanged.
 
-    It does when its pixels do not fit into 8 bits, and when it is a TIFF with an orientation.
+    That is when its pixels do not fit into 8 bits, or it is a TIFF with an orientation.
 
     Bicubic with antialiasing, as in training. Grey stays grey, CMYK becomes RGB, alpha is dropped; a JPEG keeps its
     colour sub-sampling. The pixels stay as stored, and EXIF's `orientation` beside them; other metadata are not kept.
@@ -32,7 +32,7 @@ def shrunk(data: bytes, shrinking: Shrinking, orientation: int = 1) -> bytes | N
     """
     from PIL import Image, JpegImagePlugin
 
-    Image.MAX_IMAGE_PIXELS = None  # large photographs are what is made smaller here
+    Image.MAX_IMAGE_PIXELS = None  # large photographs are expected here
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode not in EIGHT_BIT or (image.format == "TIFF" and orientation != 1):  # Pillow would turn it

@@ -1,8 +1,8 @@
-"""Check indexed images: that their bytes are as indexed, and, decoding each of them whole, that they are sound.
+"""Check indexed images: that their bytes are as indexed, and, by decoding each of them whole, that they are sound.
 
-Deep checks are strict: what libjpeg, libtiff or libpng complain about is damage even though they decode it, and so is a
-wrong checksum in a PNG. Bytes behind a JPEG's end marker are not. Damage that leaves a readable stream, such as one bit
-of a photograph or of pixels that are stored plainly, is seen by no decoder.
+Deep checks are strict: whatever libjpeg, libtiff or libpng report is damage even though they decode it, and so is a
+wrong checksum in a PNG. Bytes behind a JPEG's end marker are not. No decoder sees damage that leaves a readable stream,
+such as one wrong bit of a photograph or of uncompressed pixels.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from data_pipeline.index_rows import Rows
 from data_pipeline.index_scan import ONE_PROCESS_IMAGES
 from data_pipeline.process_pool import Progress, available_cores, run_tasks
 
-CHUNK_IMAGES, CHUNK_DECODED = 1000, 50  # images per task: many enough to be cheap, few enough for the bar to move
+CHUNK_IMAGES, CHUNK_DECODED = 1000, 50  # images per task: enough to be cheap, few enough for the bar to move
 ONE_PROCESS_DECODED = 250
 
 
 def verify(
     index: Index, deep: bool = False, *, workers: int | None = None, progress: Progress = True
 ) -> list[tuple[str, str]]:
-    """Return (name, reason) of every indexed image that is no longer as indexed: its bytes, size, start and end.
+    """Return (name, reason) of every image that differs from the index: in bytes, size, start or end.
 
-    `deep` decodes each image as well, whole and strictly. Raises UsageError when DALI is missing for that.
+    `deep` also decodes each image, whole and strictly. Raises UsageError when that needs DALI and it is missing.
     """
     bounds = [*range(0, len(index), CHUNK_DECODED if deep else CHUNK_IMAGES), len(index)]
     if deep:
@@ -48,13 +48,13 @@ def verify(
     if workers is None and len(index) <= (ONE_PROCESS_DECODED if deep else ONE_PROCESS_IMAGES):
         workers = 1
     if workers is None and deep:
-        workers = available_cores()  # decoding, unlike reading headers, is work for each of them
+        workers = available_cores()  # decoding, unlike reading headers, keeps each of them busy
     parts = run_tasks("verifying images", check_images, tasks, counts, workers=workers, progress=progress)
     return [found for part in parts for found in part]
 
 
 def check_images(task: tuple[str, list[str], Rows, bool]) -> list[tuple[str, str]]:
-    """Return (name, reason) of images no longer as indexed: (root, shards, rows, whether to decode each too)."""
+    """Return (name, reason) of images that differ from the index; the task is (root, shards, rows, deep)."""
     root, shards, rows, deep = task
     found = []
     for row in range(len(rows)):
@@ -66,11 +66,11 @@ def check_images(task: tuple[str, list[str], Rows, bool]) -> list[tuple[str, str
             with open(os.path.join(os.fsencode(root), inside), "rb", buffering=0) as file:
                 there = os.fstat(file.fileno()).st_size
                 if (shard < 0 and there != size) or there < offset + size:
-                    raise BadImage(f"{there} bytes, expected {offset + size} when it was indexed")
+                    raise BadImage(f"{there} bytes, expected {offset + size}")
                 read = reader_of(file.fileno(), offset, size)
                 now = read_header(read, size)
                 if (now.height, now.width) != (height, width):
-                    raise BadImage(f"{now.height} x {now.width} pixels, {height} x {width} when it was indexed")
+                    raise BadImage(f"{now.height} x {now.width} pixels, expected {height} x {width}")
                 if deep:
                     check_pixels(read(0, size), height, width)
         except (BadImage, OSError) as error:
@@ -85,7 +85,7 @@ def _decoder() -> WholeDecoder:
 
 
 def check_pixels(data: bytes, height: int, width: int) -> None:
-    """Decode an image whole; raise BadImage when a decoder refuses it or complains, or it has another size."""
+    """Decode an image whole. Raises BadImage when a decoder refuses it or reports damage, or its size differs."""
     for name, content, checksum in png_chunks(data):
         if zlib.crc32(name + content).to_bytes(4, "big") != checksum:
             raise BadImage(f"damaged PNG (checksum of its chunk {name.decode('ascii', 'replace')})")
@@ -102,4 +102,4 @@ def check_pixels(data: bytes, height: int, width: int) -> None:
     if damage:
         raise BadImage(damage[0])
     if found != (height, width):
-        raise BadImage(f"decoded to {found[0]} x {found[1]} pixels, its header says {height} x {width}")
+        raise BadImage(f"decoded to {found[0]} x {found[1]} pixels, expected {height} x {width} by its header")

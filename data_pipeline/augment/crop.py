@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
 
 EVALUATION_CROP = 0.875  # 224 of 256, the share of the shorter side that a fixed-size crop keeps
-ATTEMPTS = 10  # of torchvision's RandomResizedCrop, before it falls back to the middle of the image
+ATTEMPTS = 10  # of torchvision's RandomResizedCrop, before it falls back to the centre of the image
 DRAWS = 4 * ATTEMPTS  # numbers in [0, 1) drawn for an image
 
 
@@ -42,10 +42,10 @@ def draw_crops(
 def random_resized_crops(
     draws: Float64Array, heights: Int32Array, widths: Int32Array, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Int32Array:
-    """Return what torchvision's RandomResizedCrop.get_params does for n images: int32 [n, 4] (y, x, height, width).
+    """Return the crops of torchvision's RandomResizedCrop.get_params for n images: int32 [n, 4] (y, x, height, width).
 
     `draws` float64 [n, 40] in [0, 1): area, log-ratio, y and x of each of ten attempts; the first that fits
-    counts, otherwise the largest middle crop whose ratio is allowed.
+    is used, otherwise the largest central crop whose ratio is allowed.
     """
     height, width = heights.astype(np.int64), widths.astype(np.int64)
     boxes = attempted_boxes(draws, height, width, scale, ratio)
@@ -63,8 +63,8 @@ def random_resized_crops(
 def attempted_boxes(
     draws: Float64Array, height: Int64Array, width: Int64Array, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Int64Array:
-    """Return boxes int64 [n, 10, 4] (y, x, height, width) of draws [n, 40], also those that do not fit into [n]
-    `height` x `width`."""
+    """Return boxes int64 [n, 10, 4] (y, x, height, width) of draws [n, 40], including those that do not fit into images
+    of `height` [n] x `width` [n]."""
     area, log_ratio, y, x = np.moveaxis(draws.reshape(len(draws), ATTEMPTS, 4), 2, 0)
     height, width = height[:, None], width[:, None]
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
@@ -79,7 +79,7 @@ def attempted_boxes(
 
 def resize_crop(images: DataNode, start: DataNode, end: DataNode, image_size: int) -> DataNode:
     """Resize, in a DALI graph, the region from `start` to `end` (y, x in pixels of `images`, fractions allowed) to a
-    square of `image_size`; what lies around the region takes part in the filter."""
+    square of `image_size`; pixels around the region contribute to the filter."""
     from nvidia.dali import fn
     from nvidia.dali.types import DALIInterpType
 
@@ -91,4 +91,4 @@ def resize_crop(images: DataNode, start: DataNode, end: DataNode, image_size: in
         roi_start=start,
         roi_end=end,
     )
-    return cast("DataNode", resized)  # a pair only with save_attrs
+    return cast("DataNode", resized)  # a pair only with save_attrs, which is off

@@ -10,11 +10,11 @@ from data_pipeline.errors import UsageError
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How images are cropped, flipped, coloured and erased.
+    """The crop, flip, colours and erasing of images.
 
     crop `random_resized`: torchvision's RandomResizedCrop with `scale` (share of the area) and `ratio` (width
     by height). crop `random` and `centre`: the shorter side is resized to int(image_size / 0.875), then a
-    square of image_size is cut out at random or in the middle (torchvision's Resize with RandomCrop or
+    square of image_size is cut out at random or at the centre (torchvision's Resize with RandomCrop or
     CenterCrop). crop `whole`: the whole image is resized to the square. `flip` is the probability of a
     horizontal flip. `jitter` is the strength of brightness, contrast and saturation, as in torchvision's
     ColorJitter, applied in random order; 0 for none. `rand_augment`: the flipped image goes through RandAugment.
@@ -35,7 +35,7 @@ _KNOWN = {
     kind.name: kind
     for kind in (
         Augmentation("random_resized_crop", "random_resized"),
-        # The paper gives no strengths; 0.4 without hue is the usual one of supervised ImageNet training.
+        # The paper gives no strengths; 0.4 without hue is usual in supervised ImageNet training.
         Augmentation("random_resized_crop_color_jitter", "random_resized", jitter=0.4),
         Augmentation("fixed_crop", "random"),
         Augmentation("none", "centre", flip=0.0),
@@ -49,13 +49,13 @@ _KNOWN = {
 def augmentation(
     name: str, *, crop_scale: float | None = None, flip: float | None = None, erasing: float = 0.0
 ) -> Augmentation:
-    """Return the augmentation of that name: random_resized_crop, random_resized_crop_color_jitter, fixed_crop, none
+    """Return the augmentation called `name`: random_resized_crop, random_resized_crop_color_jitter, fixed_crop, none
     (centre crop, no flip), rand_augment (fine-tuning's), evaluation (as none) or evaluation_whole (no crop either,
     for images that are cropped already).
 
     `crop_scale` replaces the smallest share of the area that a random resized crop takes, `flip` the probability
-    of a flip; `erasing` is the probability of random erasing. Raises UsageError for another name, a share
-    outside (0, 1] or for a kind with another crop, and a probability outside [0, 1].
+    of a flip; `erasing` is the probability of random erasing. Raises UsageError for an
+    unknown name, a share outside (0, 1] or without a random resized crop, and a probability outside [0, 1].
     """
     if name not in _KNOWN:
         raise UsageError(f"unknown augmentation '{name}'; expected one of {', '.join(_KNOWN)}")

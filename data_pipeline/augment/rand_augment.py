@@ -18,7 +18,7 @@ LAYERS = 2
 NO_OPERATION = -1
 PROBABILITY = 0.5
 MAGNITUDE, MAGNITUDE_STD, MAGNITUDE_MAX = 9.0, 0.5, 10.0
-FILL = (124.0, 116.0, 104.0)  # ImageNet's mean colour, of 255: what geometric operations show beyond the image
+FILL = (124.0, 116.0, 104.0)  # ImageNet's mean colour in levels of 255, shown beyond the image by geometric operations
 SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's ImageFilter.SMOOTH
 
 # The operations, named after timm's; neighbours share a DALI operator.
@@ -79,10 +79,10 @@ def to_arguments(operations: Int32Array, magnitudes: Float64Array, signs: Int64A
 
 
 def to_matrices(operations: Int32Array, arguments: Float32Array, image_size: int) -> Float32Array:
-    """Return where each pixel of the output is found in the input, in pixels from the corner: float32 [..., 3, 3] of
-    operations and arguments [...], the identity for an operation that is not geometric.
+    """Return the matrices that map each pixel of the output to its place in the input, in pixels from the corner:
+    float32 [..., 3, 3] of operations and arguments [...], the identity for operations that are not geometric.
 
-    A rotation is about the middle, counter-clockwise as Pillow's.
+    Rotations are about the centre, counter-clockwise as in Pillow.
     """
     angle = np.radians(arguments, dtype=np.float64)
     cos, sin, middle = np.cos(angle), np.sin(angle), image_size / 2
@@ -109,10 +109,10 @@ def apply_operations(images: DataNode, operations: DataNode, arguments: DataNode
 def _apply(images: DataNode, operation: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:
     """Apply one operation to each image.
 
-    What Pillow, and so timm, does otherwise: geometric operations stop at the image's edge, where this blends the
-    last pixels with the fill colour, and are bicubic with a coefficient of -0.5, OpenCV's -0.75 here; equalising
-    rounds its step to a whole number of pixels, which matters in images of less than about 200 pixels; sharpness
-    leaves the outermost pixels as they are.
+    Pillow, and so timm, differs: its geometric operations stop at the image's edge, where these blend the last pixels
+    with the fill colour, and its bicubic coefficient is -0.5, here OpenCV's -0.75; equalising rounds its step to a
+    whole number of pixels, which matters in images of less than about 200 pixels; sharpness leaves the outermost pixels
+    unchanged.
     """
     from nvidia.dali import fn, math
     from nvidia.dali.types import Constant, DALIDataType, DALIInterpType
@@ -133,12 +133,12 @@ def _apply(images: DataNode, operation: DataNode, argument: DataNode, matrix: Da
     elif operation == SOLARIZE:
         images = images ^ ((images >= argument) * white)
     elif operation == POSTERIZE:
-        # no bits, at magnitude 10 alone: black, where newer Pillows raise an error
+        # at magnitude 10 no bits are left: black, where newer versions of Pillow raise an error
         images = images & _uint8(256.0 - math.pow(2.0, 8.0 - argument))
     elif operation == INVERT:
         images = images ^ white
     elif operation == EQUALIZE:
-        # Pillow counts the darker pixels, DALI (as OpenCV) also those as dark: on the negative they agree
+        # Pillow counts the darker pixels, DALI (as OpenCV) also the equally dark: on the negative they agree
         images = fn.equalize(images ^ white) ^ white
     elif operation == AUTO_CONTRAST:
         low = fn.reductions.min(images, axis_names="HW", keep_dims=True)
@@ -150,8 +150,8 @@ def _apply(images: DataNode, operation: DataNode, argument: DataNode, matrix: Da
 
 
 def _enhance(images: DataNode, operation: DataNode, factor: DataNode) -> DataNode:
-    """Apply Pillow's ImageEnhance: the image x `factor` and what is missing to 1 of the grey image (colour), its mean
-    (contrast), the smooth image (sharpness) or black (brightness)."""
+    """Apply Pillow's ImageEnhance: `factor` x the image + (1 - `factor`) x the grey image (colour), its mean
+    (contrast), the smoothed image (sharpness) or black (brightness)."""
     from nvidia.dali import fn
     from nvidia.dali.types import Constant, DALIImageType
 
@@ -169,7 +169,7 @@ def _enhance(images: DataNode, operation: DataNode, factor: DataNode) -> DataNod
 
 
 def _linear(images: DataNode, scale: DataNode, offset: DataNode | float) -> DataNode:
-    """Return images x scale + offset, cut to whole levels as Pillow does, where DALI rounds."""
+    """Return images x scale + offset, truncated to whole levels as in Pillow; DALI rounds."""
     return _uint8(images * scale + (offset - 0.4999))
 
 

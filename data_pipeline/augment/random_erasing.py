@@ -24,7 +24,7 @@ def erasing_boxes(draws: Float64Array, image_size: int, probability: float) -> I
     """Return the boxes of n images: int32 [n, 4] (y, x, height, width), 0 for none.
 
     `draws` float64 [n, DRAWS] in [0, 1): whether to erase, then as for random resized crops; the first of ten
-    attempts that is smaller than the image counts, and none is erased when there is none.
+    attempts that is smaller than the image is used, and without one nothing is erased.
     """
     side = np.full(len(draws), image_size)
     boxes = attempted_boxes(draws[:, 1:], side, side, ERASED_AREA, ERASED_RATIO)

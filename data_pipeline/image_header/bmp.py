@@ -1,6 +1,6 @@
 """Read the header of a BMP: size, and whether all bytes are there.
 
-Refused is what DALI decodes otherwise than it is stored, or not at all (seen with DALI 2.4).
+Kinds that DALI decodes wrongly or not at all (seen with DALI 2.4) are refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _RGB_MASKS = (0xFF0000, 0xFF00, 0xFF)
 
 
 def bmp_header(window: Window) -> Header:
-    """Return what a BMP's header says. Raises BadImage."""
+    """Return the header of a BMP. Raises BadImage."""
     start = window.whole(0, 26, "BMP")
     body, size = struct.unpack_from("<II", start, 10)
     compression = data = 0
@@ -23,10 +23,10 @@ def bmp_header(window: Window) -> Header:
     else:
         start = window.whole(0, 54, "BMP")
         width, height, _, bits, compression, data = struct.unpack_from("<iiHHII", start, 18)
-    height = abs(height)  # negative: the rows from the top down
-    end = body + (data if compression in (1, 2) else (width * bits + 31) // 32 * 4 * height)  # 1, 2: run lengths
+    height = abs(height)  # negative: rows are stored from the top down
+    end = body + (data if compression in (1, 2) else (width * bits + 31) // 32 * 4 * height)  # 1, 2: run-length encoded
     if width < 0 or bits not in (1, 4, 8, 24, 32) or compression not in (0, 1, 2, 3):
-        raise BadImage(f"a BMP of {bits} bits a pixel, compression {compression}; convert it to 24 bits")
+        raise BadImage(f"a BMP of {bits} bits per pixel, compression {compression}; convert it to 24 bits")
     if compression == 3 and struct.unpack("<III", window.whole(54, 12, "BMP")) != _RGB_MASKS:
         raise BadImage("a BMP with its colours in an unusual order; convert it to 24 bits")
     if end > window.num_bytes:

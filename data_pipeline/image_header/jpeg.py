@@ -15,7 +15,7 @@ _JPEG_BARE = frozenset({0x01, *range(0xD0, 0xD9)})
 
 
 def jpeg_header(head: bytes, window: Window) -> tuple[Header, int]:
-    """Return what the marker segments up to the first scan say, and where the compressed data begins.
+    """Return the header in the marker segments up to the first scan, and the offset of the compressed data.
 
     `head` are the first bytes of the window. Raises BadImage.
     """
@@ -26,7 +26,7 @@ def jpeg_header(head: bytes, window: Window) -> tuple[Header, int]:
         if here + 10 > len(head):
             head, base, here = window(at, HEAD_BYTES), at, 0
             if len(head) < 4:
-                raise BadImage("truncated JPEG (its header is not all there)")
+                raise BadImage("truncated JPEG (its header is incomplete)")
         if head[here] != 0xFF:
             raise BadImage(f"damaged JPEG header (no marker at byte {at})")
         marker = head[here + 1]
@@ -38,7 +38,7 @@ def jpeg_header(head: bytes, window: Window) -> tuple[Header, int]:
         length = struct.unpack_from(">H", head, here + 2)[0]
         if marker in _JPEG_SIZES and size is None:
             if here + 9 > len(head):
-                raise BadImage("truncated JPEG (its header is not all there)")
+                raise BadImage("truncated JPEG (its header is incomplete)")
             height, width = struct.unpack_from(">HH", head, here + 5)
             size = height, width
         elif marker == 0xE1 and not is_exif_read and head[here + 4 : here + 10] == b"Exif\0\0":

@@ -1,6 +1,6 @@
 """Read the header of a JPEG 2000 file (.jp2): size, and whether its end is there.
 
-Refused is what DALI decodes otherwise than it is stored, or not at all (seen with DALI 2.4).
+Kinds that DALI decodes wrongly or not at all (seen with DALI 2.4) are refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _CMYK = 12
 
 
 def jp2_header(window: Window) -> Header:
-    """Return what a JPEG 2000 file's boxes say. Raises BadImage."""
+    """Return the header of a JPEG 2000 file. Raises BadImage."""
     header, colours, at = None, None, 0
     for name, at, end in _boxes(window, 0, window.num_bytes):
         if name == b"jp2h":
@@ -36,7 +36,7 @@ def jp2_header(window: Window) -> Header:
     height, width, channels, depth = header
     if channels not in (1, 3, 4) or depth not in (7, 15) or colours == _CMYK:
         raise BadImage(
-            f"a JPEG 2000 image of {channels} channels, {(depth & 0x7F) + 1} bits a sample, colour kind {colours}, "
+            f"a JPEG 2000 image of {channels} channels, {(depth & 0x7F) + 1} bits per sample, colour kind {colours}, "
             "which DALI does not decode as it is stored; convert it to 8-bit RGB"
         )
     tail = max(at, end - HEAD_BYTES)

@@ -15,7 +15,7 @@ _PNG_END = b"IEND\xaeB`\x82"
 
 
 def png_header(window: Window) -> tuple[Header, int]:
-    """Return what the chunks before the image data say, and where the second chunk begins. Raises BadImage."""
+    """Return the header in the chunks before the image data, and the offset of the second chunk. Raises BadImage."""
     start = window(0, 33)
     if len(start) < 33 or start[12:16] != b"IHDR":
         raise BadImage("damaged PNG header")
@@ -29,7 +29,7 @@ def png_header(window: Window) -> tuple[Header, int]:
 
 
 def late_orientation(window: Window, tail: bytes, tail_start: int) -> int:
-    """Return the orientation in an EXIF chunk behind the image data, where that lies in a PNG's last bytes, else 1."""
+    """Return the orientation in an EXIF chunk behind the image data, when it is among a PNG's last bytes, else 1."""
     at = tail.rfind(b"eXIf")
     if at < 4:
         return 1
@@ -45,7 +45,7 @@ def check_png_end(tail: bytes) -> None:
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """Yield (name, content, checksum as stored) of a PNG's chunks up to its end; of another image none."""
+    """Yield (name, content, stored checksum) of a PNG's chunks up to its end; nothing for other images."""
     at = len(PNG_START) if data.startswith(PNG_START) else len(data)
     while at + 12 <= len(data):
         length = int.from_bytes(data[at : at + 4], "big")

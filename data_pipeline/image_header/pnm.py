@@ -1,6 +1,6 @@
 """Read the header of a binary PBM, PGM or PPM: size, and whether all bytes are there.
 
-Refused is a largest value that DALI would take for another (seen with DALI 2.4).
+A largest value that DALI would take for another (seen with DALI 2.4) is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _PNM_LARGEST = re.compile(rb"(?:\s+|#[^\n]*\n)+(\d+)")
 
 
 def pnm_header(window: Window) -> Header:
-    """Return what the header of a binary PBM, PGM or PPM says. Raises BadImage."""
+    """Return the header of a binary PBM, PGM or PPM. Raises BadImage."""
     start = window(0, HEAD_BYTES)
     found = _PNM.match(start)
     if found is None:

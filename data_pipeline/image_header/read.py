@@ -1,4 +1,4 @@
-"""Read what an image's first and last bytes tell: its height, width and orientation, and whether it is whole.
+"""Read from an image's first and last bytes its height, width and orientation, and whether it is whole.
 
 Only a few kilobytes of an image are read, so a million images take minutes; nothing is decoded.
 """
@@ -15,7 +15,7 @@ from data_pipeline.image_header.tiff import TIFF_STARTS, tiff_header
 from data_pipeline.image_header.webp import webp_header
 from data_pipeline.image_header.window import HEAD_BYTES, Header, Read, Window
 
-# Files with these names are images. What a file holds is told by its first bytes, whatever its name.
+# Files with these suffixes are images. The type follows from the first bytes, whatever the suffix.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jp2"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
@@ -38,7 +38,7 @@ def read_header(read: Read, num_bytes: int) -> Header:
     """Return height, width and orientation of an image of `num_bytes` bytes.
 
     `read(offset, length)` gives at most `length` bytes of the image. Raises BadImage with the reason when the
-    bytes are no image that DALI decodes, or are not all there.
+    bytes are not an image that DALI decodes, or are incomplete.
     """
     if num_bytes == 0:
         raise BadImage("empty file")
@@ -62,7 +62,7 @@ def read_header(read: Read, num_bytes: int) -> Header:
 
 
 def check_whole(data: bytes) -> None:
-    """Raise BadImage unless `data` begins as an image does and has its end."""
+    """Raise BadImage unless `data` has the start and the end of an image."""
     if data.startswith((JPEG_START, PNG_START)):
         _check_end(data[:8], data[-TAIL_BYTES:])
     else:

@@ -1,8 +1,8 @@
 """Read TIFF directories: the header of a TIFF image, and the orientation in the EXIF block of any other.
 
-Refused is what DALI decodes otherwise than it is stored, or not at all (seen with DALI 2.4): grey with alpha, palettes
-apart from RGB, inverted grey, CMYK, planes apart, numbers that are not unsigned 8 or 16 bits. Of several pages the
-first counts.
+Kinds that DALI decodes wrongly or not at all (seen with DALI 2.4) are refused: grey with alpha, palettes with alpha,
+inverted grey, CMYK, separate colour planes, numbers that are not unsigned 8 or 16 bits. Of several pages the first is
+used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _JPEG_COMPRESSED = 7
 _GREY, _RGB, _PALETTE, _YCBCR = 1, 2, 3, 6
 _NO_COLOURS = -1
 _KINDS = {
-    _NO_COLOURS: "colours that it does not name",
+    _NO_COLOURS: "unnamed colours",
     0: "inverted grey",
     1: "grey",
     2: "RGB",
@@ -37,17 +37,17 @@ _KINDS = {
 class _Entry(NamedTuple):
     kind: int
     values: int
-    at: int  # where its place for a value, or the offset of one, begins
+    at: int  # offset of its field for a value, or for the offset of one
     place: bytes
 
 
 def tiff_header(window: Window) -> Header:
-    """Return what the first page says. Raises BadImage when it is damaged, cut short or of a kind that is refused."""
+    """Return the header of the first page. Raises BadImage when it is damaged, truncated or of a refused kind."""
     entries, order, end = _directory(window, 0)
-    window.whole(end, 4, "TIFF")  # where the next page lies
+    window.whole(end, 4, "TIFF")  # the offset of the next page
     tables = entries.get(_JPEG_TABLES)
     if tables is not None and struct.unpack(order + "I", tables.place[:4])[0] + tables.values > window.num_bytes:
-        raise BadImage("truncated TIFF (its JPEG tables are not all there)")
+        raise BadImage("truncated TIFF (its JPEG tables are incomplete)")
     numbers = {tag: _numbers(window, entries[tag], order) for tag in (_WIDTH, _HEIGHT) if tag in entries}
     if len(numbers) < 2:
         raise BadImage("damaged TIFF header (no width or height)")
@@ -65,7 +65,7 @@ def tiff_header(window: Window) -> Header:
 def exif_orientation(window: Window, at: int) -> int:
     """Return the orientation, 1 to 8, in the EXIF block (a TIFF without image) at this offset; 1 when it has none.
 
-    The first 16 bits of the entry's value count, whatever type it says, as in DALI, which turns the image.
+    The first 16 bits of the entry's value are used, whatever its type, as in DALI, which turns the image.
     """
     try:
         entries, order, _ = _directory(window, at)
@@ -78,19 +78,19 @@ _CHECKED = (_BITS, _COMPRESSION, _COLOURS, _SAMPLES, _PLANES, _FORMAT)
 
 
 def _unfit(values: dict[int, list[int]]) -> str | None:
-    """Return what DALI would decode otherwise than it is stored, None when there is nothing."""
+    """Return the kind of the TIFF when DALI would decode it wrongly, else None."""
     samples, colours = values.get(_SAMPLES, [1])[0], values.get(_COLOURS, [_NO_COLOURS])[0]
     bits = values.get(_BITS, [])
     jpeg = values.get(_COMPRESSION, [1])[0] == _JPEG_COMPRESSED
     if not bits or len(set(bits)) > 1 or bits[0] not in ((1, 4, 8) if colours == _PALETTE else (1, 8, 16)):
-        return f"a TIFF of {max(bits)} bits a sample" if bits else "a TIFF that does not say its bits a sample"
+        return f"a TIFF of {max(bits)} bits per sample" if bits else "a TIFF without bits per sample"
     if any(kind != 1 for kind in values.get(_FORMAT, [])):
         return "a TIFF of signed or floating-point numbers"
     allowed = {_GREY: (1,), _PALETTE: (1,), _RGB: (3, 4), _YCBCR: (3,) if jpeg else ()}.get(colours, ())
     if samples not in allowed:
-        return f"a TIFF of {_KINDS.get(colours, colours)} with {samples} samples a pixel"
+        return f"a TIFF of {_KINDS.get(colours, colours)} with {samples} samples per pixel"
     if samples > 1 and values.get(_PLANES, [1])[0] != 1:
-        return "a TIFF with its colours in planes apart"
+        return "a TIFF with separate colour planes"
     return None
 
 
@@ -118,7 +118,7 @@ def _directory(window: Window, base: int) -> tuple[dict[int, _Entry], str, int]:
 def _numbers(window: Window, entry: _Entry, order: str) -> list[int]:
     letter = _TYPES.get(entry.kind)
     if letter is None or not entry.values:
-        raise BadImage("damaged TIFF header (a number is of no known type)")
+        raise BadImage("damaged TIFF header (a number is of an unknown type)")
     size = entry.values * struct.calcsize(order + letter)
     data = entry.place[:size]
     if size > len(entry.place):

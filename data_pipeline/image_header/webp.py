@@ -1,6 +1,6 @@
 """Read the header of a WebP: size, orientation, and whether all bytes are there.
 
-Of an animation the first frame counts.
+Of an animation the first frame is used.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _WEBP_EXIF = 0x08
 
 
 def webp_header(window: Window) -> Header:
-    """Return what a WebP's header says. Raises BadImage."""
+    """Return the header of a WebP. Raises BadImage."""
     start = window.whole(0, 30, "WebP")
     end = 8 + struct.unpack_from("<I", start, 4)[0]
     if end > window.num_bytes:

@@ -1,4 +1,4 @@
-"""A window on an image's bytes, and what every format's reader returns: height, width, orientation."""
+"""A window on an image's bytes, and the header that the reader of each format returns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from data_pipeline.errors import BadImage
 
 HEAD_BYTES = 4096  # enough for nearly every header; embedded thumbnails and colour profiles are skipped over
 
-Read = Callable[[int, int], bytes]  # (offset, length) -> at most that many bytes of an image
+Read = Callable[[int, int], bytes]  # (offset, length) -> at most `length` bytes of an image
 
 
 class Header(NamedTuple):
@@ -22,7 +22,7 @@ class Header(NamedTuple):
 
 
 class Window:
-    """An image's bytes by offset, read a few kilobytes at a time and kept until others are asked for."""
+    """An image's bytes by offset, read a few kilobytes at a time and kept until others are needed."""
 
     def __init__(self, read: Read, num_bytes: int):
         self.num_bytes = num_bytes
@@ -41,7 +41,7 @@ class Window:
         """Return `length` bytes from `offset`. Raises BadImage when the image of kind `what` ends before."""
         found = self(offset, length)
         if len(found) < length:
-            raise BadImage(f"truncated {what} (its header is not all there)")
+            raise BadImage(f"truncated {what} (its header is incomplete)")
         return found
 
 

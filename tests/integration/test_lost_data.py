@@ -80,7 +80,7 @@ def test_a_file_that_is_no_index_is_never_written_over(images, tmp_path, call):
     note.write_text("mine")
     code, out, error = call("data", "index", images, "--index", note)
     assert code == 2, out
-    assert "no index at all" in error
+    assert "damaged or not an index" in error
     assert note.read_text() == "mine"
 
 

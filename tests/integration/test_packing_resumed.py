@@ -165,7 +165,7 @@ def refusals(tmp_path: Path, photos: Path, packed: Path) -> dict[str, tuple[list
         "a file": ([photos, tmp_path / "file"], "is not a folder"),
         "below a file": ([photos, tmp_path / "file" / "below"], "cannot be written to: Not a directory"),
         "something else there": ([photos, tmp_path / "full"], "is not empty and holds no packed shards"),
-        "damaged manifest": ([photos, tmp_path / "damaged"], "is damaged, or no manifest"),
+        "damaged manifest": ([photos, tmp_path / "damaged"], "is damaged or not a manifest"),
         "other images": ([tmp_path / "few", packed, "--shard-mib", 1], "holds shards of other images (60 of index"),
         "other options": ([photos, packed], "packed with other options (shard_mib 1 -> 256)"),
         "quality alone": ([photos, new, "--quality", 80], "--quality re-encodes nothing without --shorter-side"),

@@ -180,7 +180,7 @@ WRONG = {
     "missing folder": (["data.root=/no/such/folder"], "does not exist"),
     "patch that does not fit": (["model.patch_size=5"], "not a multiple"),
     "batch larger than the data": (["data.global_batch=4096"], "there are 1442 images"),
-    "ranks that do not fit": (["data.global_batch=127"], "does not divide by 2 ranks"),
+    "ranks that do not fit": (["data.global_batch=127"], "is not divisible by 2 ranks"),
     "fp16 on a CPU": (["engine.precision=fp16"], "needs a GPU"),
     "tracking in a folder": (["tracking.uri=file:///tmp/x"], "tracking URI"),
     "grid masking at a ratio it cannot do": (["model.masking=grid", "model.mask_ratio=0.6"], "ratio"),

@@ -202,7 +202,7 @@ def test_the_site_is_what_its_environment_file_says_and_the_environment_wins(sub
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        ([HUGE, "--nodes", 3], ["data.global_batch=4096 does not divide by 24 ranks", HUGE, "3 nodes x 8 ranks"]),
+        ([HUGE, "--nodes", 3], ["data.global_batch=4096 is not divisible by 24 ranks", HUGE, "3 nodes x 8 ranks"]),
         ([HUGE, "--nodes", 4], ["partition 'small' has 2 nodes", "--partition large"]),
         ([HUGE, "engine.micro_batch=16", "--nodes", 32, "--partition", "large"], ["partition 'large' has 16 nodes"]),
         ([HUGE, "--nodes", 2, "--partition", "lage"], ["partition 'lage' is not there", "small, large"]),

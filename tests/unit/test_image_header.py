@@ -11,6 +11,7 @@ from PIL import Image
 from data_pipeline.errors import BadImage
 from data_pipeline.image_header.read import check_whole, read_header
 from tests.image_types import DEEP, READ, REFUSED, photo
+from tests.pictures import small
 
 
 def header_of(data: bytes):
@@ -55,6 +56,20 @@ def test_damaged_headers_are_a_size_or_a_reason_and_never_another_error():
                 height, width, orientation = header_of(bytes(damaged))
                 assert min(height, width) > 0
                 assert orientation in range(1, 9)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_jpeg_or_png_cut_at_any_byte_is_refused(kind):
+    data = small(kind=kind)
+    for length in [*range(0, 700), *range(700, len(data), 97), len(data) - 1]:
+        with pytest.raises(BadImage):
+            read_header(lambda at, n, end=length: data[at : min(at + n, end)], length)
+    assert read_header(lambda at, n: data[at : at + n], len(data))[:2] == (40, 60)
+
+
+def test_padding_behind_the_end_marker_is_accepted():
+    data = small() + bytes(300)
+    assert read_header(lambda at, n: data[at : at + n], len(data))[:2] == (40, 60)
 
 
 def block(orientation: int, order: str = "<", first: int = 8) -> bytes:
