@@ -28,11 +28,14 @@ $(VENV)/.ready: requirements.lock setup.py setup.sh
 demo: setup
 	$(BIN)/mae-scale demo --out demo
 
+# Files of tests are shared out to two processes: many tests wait for a timeout, a signal or a server.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest tests --ignore=tests/cluster --numprocesses=$(WORKERS) --dist=loadfile
 test: setup
-	$(BIN)/python -m pytest tests --ignore=tests/cluster -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: setup
-	$(BIN)/python -m pytest tests --ignore=tests/cluster -m slow
+	$(PYTEST) -m slow
 
 test-all: test test-slow test-cluster
 	$(MAKE) torture N=12
