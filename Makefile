@@ -32,7 +32,8 @@ demo: setup
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest tests --ignore=tests/cluster --numprocesses=$(WORKERS) --dist=loadfile
 test: setup
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not alone"
+	$(PYTEST) -m "not slow and alone" --numprocesses=0
 
 test-slow: setup
 	$(PYTEST) -m slow

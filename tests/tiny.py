@@ -8,6 +8,7 @@ from mae_scale.tracking.metrics_log import read_metrics
 TINY = [
     "data.global_batch=120",  # divides by 1, 2 and 3 ranks
     "optim.base_lr=2e-3",
+    "model.patch_size=8",
     "model.width=32",
     "model.depth=2",
     "model.heads=2",

@@ -18,6 +18,7 @@ from tests.tiny import arguments, losses
 pytestmark = pytest.mark.timeout(900)
 
 TINY = [
+    "model.patch_size=8",
     "model.width=32",
     "model.depth=2",
     "model.heads=2",
@@ -95,7 +96,7 @@ def whole(tmp_path_factory, start):
     return run
 
 
-@pytest.fixture(scope="module", params=["finetune", "probe"])
+@pytest.fixture(scope="module", params=["finetune", pytest.param("probe", marks=pytest.mark.slow)])
 def killed(request, tmp_path_factory, start):
     """A kind, and the folder of its run that was killed in the middle, after a checkpoint."""
     out = tmp_path_factory.mktemp(f"killed_{request.param}") / "run"
@@ -182,7 +183,7 @@ def test_after_sigkill_one_rank_follows_the_uninterrupted_run(killed, start, who
     assert top1(out) == top1(whole(kind))
 
 
-@pytest.mark.parametrize("lost", [False, True], ids=["kept", "lost"])
+@pytest.mark.parametrize("lost", [pytest.param(False, marks=pytest.mark.slow), True], ids=["kept", "lost"])
 def test_after_sigterm_frozen_weights_are_those_of_the_start_also_when_their_file_is_lost(
     lost, stopped, start, whole, copied
 ):

@@ -106,6 +106,7 @@ def test_resume_on_other_ranks_and_engines_follows_the_uninterrupted_run(source,
     assert max(abs(a - b) for a, b in zip(whole, resumed, strict=True)) < 1e-6
 
 
+@pytest.mark.slow
 def test_two_to_three_to_one_rank_follows_the_uninterrupted_run(run_cases, two_ranks):
     whole = two_ranks["ZeRO 2, fp32, whole"][MIDDLE:]
     steps = {"first": MIDDLE, "last": MIDDLE + 10}

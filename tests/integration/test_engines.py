@@ -151,6 +151,7 @@ def test_the_plain_loop_learns_and_clipping_and_drop_path_change_it(plain):
         assert largest_difference(losses, plain[other]["losses"]) > 1e-5
 
 
+@pytest.mark.slow
 def test_losses_on_one_rank_are_the_plain_loops(run_cases, plain):
     results = run_cases(ONE_RANK, 1)
     for case in ONE_RANK:

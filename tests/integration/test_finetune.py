@@ -20,7 +20,7 @@ from tests.tiny import arguments, losses
 
 pytestmark = pytest.mark.timeout(600)
 
-SIZE = {"image_size": 32, "patch_size": 4, "width": 32, "depth": 2, "heads": 2}
+SIZE = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "heads": 2}
 TINY = [f"model.{key}={value}" for key, value in SIZE.items()]
 SHORT = ["data.global_batch=24", "schedule.epochs=3", "schedule.warmup_epochs=1", "tracking.log_every_steps=1"]
 AUGMENTED = ["data.augmentation=rand_augment", "data.random_erasing=0.25", "model.drop_path=0.2"]
@@ -82,7 +82,7 @@ def test_the_weights_it_leaves_are_timms_too(finetuned):
     out, _, _ = finetuned
     model, _ = checkpoint_model(list_checkpoints(out / "checkpoints")[-1][1])
     peer = VisionTransformer(
-        img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=10, global_pool="avg"
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=10, global_pool="avg"
     )
     peer.load_state_dict(read_weights(out / "export" / "model.safetensors"))
     images = torch.randn(4, 3, 32, 32)
@@ -192,7 +192,7 @@ WRONG = {
     "another size": (
         ["finetune", "finetune/demo", "--weights", "{run}"],
         ["model.width=64"],
-        "patch 4 px, width 32, 2 blocks",
+        "patch 8 px, width 32, 2 blocks",
     ),
     "labels missing": (
         ["finetune", "scratch/demo"],

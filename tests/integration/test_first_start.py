@@ -19,7 +19,7 @@ QUICK = ["engine.backend=fairscale", "engine.zero_stage=1", "schedule.stop_after
 
 def weights_file(path: Path, width: int) -> Path:
     """A file of weights of a tiny classifier without its head."""
-    model = build_classifier(None, classes=10, image_size=32, patch_size=4, width=width, depth=2, heads=2)
+    model = build_classifier(None, classes=10, image_size=32, patch_size=8, width=width, depth=2, heads=2)
     state = {k: v for k, v in classifier_to_official(model).items() if not k.startswith(("head.", "fc_norm."))}
     torch.save({"model": state}, path)
     return path

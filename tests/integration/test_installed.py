@@ -136,7 +136,7 @@ def test_the_metadata_say_the_version_of_the_code_and_the_choice_of_cuda(wheel):
     assert package.__version__ not in (ROOT / "setup.py").read_text()
 
 
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+@pytest.mark.parametrize("kind", ["sdist", pytest.param("wheel", marks=pytest.mark.slow)])
 def test_it_installs_and_leaves_the_names_slurm_and_ds_configs_to_others(kind, installed, wheel, tmp_path):
     """And its command runs; what it needs is there in the versions that it asks for."""
     fresh = installed if kind == "sdist" else Environment(tmp_path, wheel)
@@ -158,6 +158,7 @@ def test_it_trains_from_another_folder_with_the_packaged_recipe_and_deepspeed_fi
     assert json.loads((run / "engine.json").read_text())["zero_optimization"]["stage"] == 2
 
 
+@pytest.mark.slow
 def test_submit_shows_and_writes_what_sbatch_needs(installed, tmp_path):
     chain = ["submit", "pretrain/vit_huge_1600ep", "finetune/vit_huge_224", "--nodes", 16, "--out", "runs"]
     chain += ["data.root=/d", "data.val_root=/v"]

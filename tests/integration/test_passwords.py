@@ -31,7 +31,7 @@ def test_a_password_stands_nowhere_and_comes_from_the_command_or_the_environment
         ranks = training.wait_until(lambda: len(found := training.ranks()) == 2 and found)
         seen = [" ".join(rank.cmdline()) for rank in ranks.values()]
         assert training.wait() == 0, training.text()
-    assert all("tracking.uri=http://me@127" in words and "Tr0ub4dor" not in words for words in seen), seen
+    assert all("--tracking-uri http://me@127" in words and "Tr0ub4dor" not in words for words in seen), seen
     client = MlflowClient(server.uri)
     (run,) = client.search_runs([client.get_experiment_by_name("passwords").experiment_id])
     assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 2

@@ -11,6 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 import mae_scale
+from tests import warm
 from tests.tiny import arguments
 
 pytestmark = pytest.mark.timeout(300)
@@ -39,7 +40,7 @@ def test_an_installed_copy_inside_another_repository_records_no_commit(digits, t
         command = [sys.executable, "-m", "mae_scale", "pretrain", "demo", "--out", "runs/r", *arguments(digits, *quick)]
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MLFLOW_", "RANK", "GIT_"))}
         environment = clean | {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=240)
+        done = warm.run(command, cwd=project, env=environment, timeout=240)
         assert done.returncode == 0, done.stderr
         run_id = json.loads((project / "runs" / "r" / "mlflow.json").read_text())["run_id"]
         return MlflowClient(f"sqlite:///{project}/runs/mlflow.db").get_run(run_id).data.tags

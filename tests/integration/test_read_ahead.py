@@ -64,11 +64,13 @@ def images_per_s(read_s: float, count: int) -> float:
     return count / seconds
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("read_s", "count"), [(0.001, 4000), (SLOW_S, 4000), (0.02, 4000)])
 def test_two_thousand_images_a_second_are_read_however_long_a_read_takes(read_s, count):
     assert max(images_per_s(read_s, count) for _ in range(3)) > 2000  # the best of three: others use this machine
 
 
+@pytest.mark.alone
 def test_a_loader_with_slow_reads_gives_the_same_batches_at_two_thousand_images_a_second(index, slow, monkeypatch):
     def rate(micro_batch: int) -> float:
         began = time.perf_counter()
@@ -190,6 +192,7 @@ def test_reads_in_flight_are_finished_when_the_interpreter_ends():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.alone
 def test_shards_are_opened_side_by_side(digits, tmp_path, monkeypatch):
     files = sorted((digits / "val").rglob("*.jpg"))[:24]
     for number, file in enumerate(files):

@@ -11,7 +11,7 @@ from PIL import Image
 from mae_scale.tracking.mlflow_artifacts import steps_of_figure
 from tests.integration.mlflow_server import DEADLINE_S
 from tests.integration.test_mlflow import Run
-from tests.tiny import STEPS, arguments, losses
+from tests.tiny import arguments, losses
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -35,19 +35,20 @@ def test_zero_3_draws_validation_images_into_a_real_server_and_trains_as_without
     digits, greys, mae_scale, server, client, tmp_path
 ):
     """On two ranks that hold a part of the weights each, with checkpointed activations and two micro-batches."""
-    same = arguments(digits, f"data.val_root={greys}", "engine.zero_stage=3", "engine.micro_batch=12")
+    few = [f"data.root={digits}/val", "data.global_batch=24"]  # 14 steps per epoch
+    same = arguments(digits, *few, f"data.val_root={greys}", "engine.zero_stage=3", "engine.micro_batch=12")
     for out, every, uri in (("often", 1, server.uri), ("once", 1000, "off")):
         command = ["pretrain", "demo", "--nproc", 2, "--out", tmp_path / out, "--tracking-uri", uri]
         done = mae_scale(*command, *same, f"tracking.reconstruct_every_epochs={every}", timeout=290)
         assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "often") == losses(tmp_path / "once")
     run_id = json.loads((tmp_path / "often" / "mlflow.json").read_text())["run_id"]
-    assert steps_of_figure(client, run_id, "reconstructions") == [12, STEPS]
+    assert steps_of_figure(client, run_id, "reconstructions") == [14, 28]
     assert client.get_run(run_id).data.tags["mlflow.loggedImages"] == "True"
     folders = [tmp_path / out / "figures" / "reconstructions" for out in ("often", "once")]
     assert [[file.name for file in sorted(folder.iterdir())] for folder in folders] == [
-        ["step_00000012.png", "step_00000024.png"],
-        ["step_00000024.png"],
+        ["step_00000014.png", "step_00000028.png"],
+        ["step_00000028.png"],
     ]
     first, last, once = (
         np.asarray(Image.open(file).convert("RGB")) for folder in folders for file in sorted(folder.iterdir())

@@ -4,6 +4,7 @@ Each example of docs/examples is a folder laid out as the project, and `changes.
 the guides show these very files.
 """
 
+import functools
 import math
 import os
 import shutil
@@ -31,7 +32,7 @@ class Copy:
     """A copy of the project with an example in it."""
 
     def __init__(self, name: str, folder: Path, digits: Path):
-        self.words, self.folder, self._digits, self._runs = WORDS[name], folder, digits, {}
+        self.words, self.folder, self._digits = WORDS[name], folder, digits
         for part in PROJECT:
             shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / ".importlinter", folder)
@@ -49,13 +50,13 @@ class Copy:
         words = [*self.words, *arguments(self._digits, *SHORT, *overrides), "--out", out, "--nproc", str(nproc)]
         return self.call([sys.executable, "-m", "mae_scale", "pretrain", *words])
 
-    def whole(self, nproc: int) -> dict[int, float]:
-        """The losses of an uninterrupted run, made once."""
-        if nproc not in self._runs:
-            self.start(f"whole_{nproc}", nproc=nproc)
-            self._runs[nproc] = losses(self.folder / f"whole_{nproc}")
-            assert list(self._runs[nproc]) == list(range(1, STEPS + 1))
-        return self._runs[nproc]
+    @functools.cached_property
+    def whole(self) -> dict[int, float]:
+        """The losses of an uninterrupted run."""
+        self.start("whole")
+        found = losses(self.folder / "whole")
+        assert list(found) == list(range(1, STEPS + 1))
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -77,25 +78,29 @@ def test_an_example_keeps_to_the_layers(name, copy_of):
     assert "Contracts: 4 kept, 0 broken." in copy_of(name).call([program, "--no-logo", "--no-cache"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORDS)
-def test_an_example_stops_early_and_goes_on_to_the_losses_of_an_uninterrupted_run(name, copy_of):
+def test_an_example_stops_early_and_goes_on_bit_for_bit(name, copy_of):
     copy = copy_of(name)
     copy.start("run", f"schedule.stop_after_steps={MIDDLE}")
     assert f"going on from step {MIDDLE}" in copy.start("run")
-    assert losses(copy.folder / "run") == copy.whole(1)
+    assert losses(copy.folder / "run") == copy.whole
 
 
 @pytest.mark.parametrize("name", WORDS)
-def test_an_example_gives_the_same_losses_on_one_rank_and_two(name, copy_of):
-    assert copy_of(name).whole(2) == pytest.approx(copy_of(name).whole(1), abs=1e-6)
+def test_an_example_stops_early_and_goes_on_with_two_ranks_to_the_losses_of_an_uninterrupted_run(name, copy_of):
+    copy = copy_of(name)
+    copy.start("run", f"schedule.stop_after_steps={MIDDLE}")
+    assert f"going on from step {MIDDLE}" in copy.start("run", nproc=2)
+    assert losses(copy.folder / "run") == pytest.approx(copy.whole, abs=1e-6)
 
 
 def test_the_task_learns_and_leaves_weights_that_fine_tuning_takes(copy_of, digits, mae_scale, tmp_path):
     copy = copy_of("task")
-    curve = copy.whole(1)
+    curve = copy.whole
     assert curve[1] == pytest.approx(math.log(4), abs=0.2)  # it begins by guessing
     assert curve[STEPS] < curve[1]
-    weights = copy.folder / "whole_1" / "export" / "encoder.safetensors"
+    weights = copy.folder / "whole" / "export" / "encoder.safetensors"
     sizes = [word for word in arguments(digits, *SHORT) if not word.startswith("model.decoder")]
     words = ["finetune", "finetune/demo", "--weights", weights, "--out", tmp_path / "run", "data.labels_per_class=null"]
     done = mae_scale(*words, *sizes)
@@ -109,5 +114,5 @@ def test_the_augmentation_changes_the_images_and_the_engine_does_not_change_the_
     done = mae_scale("pretrain", "demo", "--out", tmp_path / "run", *arguments(digits, *SHORT))
     assert done.returncode == 0, done.stderr
     plain = losses(tmp_path / "run")
-    assert copy_of("engine").whole(1) == pytest.approx(plain, abs=1e-6)
-    assert copy_of("augmentation").whole(1) != pytest.approx(plain, abs=1e-3)
+    assert copy_of("engine").whole == pytest.approx(plain, abs=1e-6)
+    assert copy_of("augmentation").whole != pytest.approx(plain, abs=1e-3)
