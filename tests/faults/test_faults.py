@@ -222,6 +222,7 @@ def test_many_in_a_row_go_back_to_a_checkpoint_and_skip_the_data_also_over_a_new
     assert read_metrics(tmp_path / "one" / "metrics.jsonl")[-1]["faults/rollbacks"] == 1
 
 
+@pytest.mark.slow
 def test_going_back_takes_the_same_steps_when_skips_are_read_a_step_late(tmp_path, digits):
     """Steps 6 and 7 are skipped, where nothing is logged or saved: the second is known when step 8 is on its way."""
     rows, found = {}, {}

@@ -84,6 +84,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on_as_if_it_had_not_been(np
     assert len(losses(out)) == LAST
 
 
+@pytest.mark.slow
 def test_ctrl_c_under_torchrun_writes_a_checkpoint_too(tmp_path, digits):
     """Its agent hands on to the ranks what they have had from the terminal already."""
     out = tmp_path / "run"
@@ -240,7 +241,7 @@ def as_srun_starts_them(
     [
         (["data.roott=x"], "error: recipe demo: unknown key 'data.roott'; did you mean 'data.root'?\n"),
         (["data.root=x", "--no-such-option"], "No such option: --no-such-option"),
-        (["data.root=x"], "error: srun started this rank without MASTER_ADDR"),
+        pytest.param(["data.root=x"], "error: srun started this rank without MASTER_ADDR", marks=pytest.mark.slow),
     ],
 )
 def test_an_error_under_srun_is_said_once(wrong, said, tmp_path):

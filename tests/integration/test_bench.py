@@ -45,7 +45,8 @@ def module(monkeypatch):
     return load
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_engine_plain_loop_and_peer_train_alike(precision, tmp_path):
     found = bench(
         "engine",

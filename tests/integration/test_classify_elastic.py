@@ -45,7 +45,6 @@ ALL_MOVES = quick(
     [(run, ranks, target) for run, moves in MOVES.items() for ranks, target in moves],
     [
         ("average, ZeRO 3", 1, "ZeRO 0"),
-        ("last block, ZeRO 2", 3, "ZeRO 3"),
         ("probe, ZeRO 0", 3, "FairScale OSS"),
     ],
 )

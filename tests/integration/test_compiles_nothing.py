@@ -4,10 +4,9 @@ import pytest
 
 from tests.tiny import arguments
 
-OFFLOAD = ["engine.zero_stage=3", "engine.offload=true"]
 
-
-@pytest.mark.parametrize("engine", [OFFLOAD, pytest.param(["engine.zero_stage=2"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [["engine.zero_stage=2"], ["engine.zero_stage=3", "engine.offload=true"]])
 def test_a_first_start_on_a_cpu_compiles_nothing(engine, mae_scale, digits, tmp_path):
     recipe = arguments(digits, "tracking.uri=off", "schedule.stop_after_steps=1", *engine)
     (tmp_path / "built").mkdir()

@@ -169,6 +169,7 @@ def test_bf16_follows_float32_on_every_engine(run_cases, plain):
     assert waits == {"ZeRO 1": 2, "ZeRO 2": 0, "ZeRO 3": 3, "FairScale OSS": 0}
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_plain_losses(run_cases, plain):
     results = run_cases(COMPILED, 2)
     for case in COMPILED:

@@ -40,7 +40,7 @@ def write(mae_scale, run, digits, tmp_path_factory):
     return call
 
 
-@pytest.mark.parametrize("kind", ["cls", "mean", "patch"])
+@pytest.mark.parametrize("kind", ["cls", pytest.param("mean", marks=pytest.mark.slow), "patch"])
 def test_one_rank_and_two_write_the_same_rows_in_the_index_s_order(kind, write, digits):
     one, two = write(kind, 1), write(kind, 2)
     index = open_index(digits / "val", progress=False)

@@ -150,9 +150,22 @@ def test_it_installs_and_leaves_the_names_slurm_and_ds_configs_to_others(kind, i
     assert "mae-scale" not in checked
 
 
-def test_it_trains_from_another_folder_with_the_packaged_recipe_and_deepspeed_file(installed, digits):
+def test_it_trains_from_another_folder_with_the_packaged_recipe_and_deepspeed_file_and_compiles_nothing(
+    installed, digits, tmp_path
+):
     wanted = tiny_arguments(digits, "schedule.stop_after_steps=3", "engine.zero_stage=2")
-    installed.call("mae-scale", "pretrain", "demo", "--out", "run", "--tracking-uri", "off", *wanted)
+    installed.call(
+        "mae-scale",
+        "pretrain",
+        "demo",
+        "--out",
+        "run",
+        "--tracking-uri",
+        "off",
+        *wanted,
+        TORCH_EXTENSIONS_DIR=str(tmp_path),
+    )
+    assert list(tmp_path.iterdir()) == []
     run = installed.elsewhere / "run"
     assert len((run / "metrics.jsonl").read_text().splitlines()) >= 1
     assert json.loads((run / "engine.json").read_text())["zero_optimization"]["stage"] == 2

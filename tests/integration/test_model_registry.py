@@ -154,6 +154,7 @@ def test_the_same_command_again_logs_nothing_twice_whether_it_knows_or_asks(run,
     (run.out / "export" / "mlflow_model.json").write_text(json.dumps(run.note))
 
 
+@pytest.mark.slow
 def test_served_model_answers_an_image_with_its_probabilities(run, pixels, expected, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

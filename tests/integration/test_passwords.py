@@ -27,7 +27,7 @@ def test_a_password_stands_nowhere_and_comes_from_the_command_or_the_environment
     whole = server.uri.replace("http://", f"http://me:{ENCODED}@")
     quick = ["engine.backend=fairscale", "engine.zero_stage=1", "schedule.stop_after_steps=2"]
     recipe = [*arguments(digits, *quick), "tracking.experiment=passwords"]
-    with Training(out, "pretrain", "demo", "--nproc", 2, "--tracking-uri", whole, *recipe, cold=True) as training:
+    with Training(out, "pretrain", "demo", "--nproc", 2, "--tracking-uri", whole, *recipe) as training:
         ranks = training.wait_until(lambda: len(found := training.ranks()) == 2 and found)
         seen = [" ".join(rank.cmdline()) for rank in ranks.values()]
         assert training.wait() == 0, training.text()

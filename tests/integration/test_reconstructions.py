@@ -31,6 +31,7 @@ def greys(tmp_path) -> Path:
     return tmp_path / "greys"
 
 
+@pytest.mark.slow
 def test_zero_3_draws_validation_images_into_a_real_server_and_trains_as_without(
     digits, greys, mae_scale, server, client, tmp_path
 ):
