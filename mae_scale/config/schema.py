@@ -83,7 +83,7 @@ class OptimSection(Section):
     name: Literal["adamw", "lars"] = Field("adamw", description="lars: for linear probing")
     base_lr: float = Field(1.5e-4, gt=0, description="peak learning rate per 256 images of the global batch")
     weight_decay: float = Field(0.05, ge=0, description="not applied to biases, norms, cls and mask tokens")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="coefficients of AdamW")
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of LARS")
     layer_decay: float = Field(1.0, gt=0, le=1, description="layer-wise lr decay factor (1: none)")
     clip_grad_norm: float | None = Field(None, gt=0, description="largest L2 norm of the gradient; null: no clipping")
@@ -203,7 +203,7 @@ class Recipe(Section):
     """A complete training run."""
 
     task: str = Field("mae", description="task: mae (masked autoencoder) or classification")
-    seed: int = Field(0, ge=0, description="of weights, order, augmentation, masks and mixing")
+    seed: int = Field(0, ge=0, description="seed of weights, order, augmentation, masks and mixing")
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     optim: OptimSection = OptimSection()

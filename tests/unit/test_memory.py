@@ -106,7 +106,7 @@ def expected_gib(recipe: Recipe, ranks: int, micro_batch: int) -> float:
 def test_the_memory_that_a_header_names_is_the_formulas_and_fits_80_gb(name):
     recipe, ranks = load_recipe(name), ranks_of(command_of(name))
     first, size, rest = re.search(
-        r"Memory: about (\S+) GiB a GPU at micro-batch (\d+)(.*); estimated, for 80 GB", header(name)
+        r"Memory: about (\S+) GiB per GPU at micro-batch (\d+)(.*); estimated, for 80 GB", header(name)
     ).groups()
     assert int(size) == layout_of(recipe, ranks).micro_batch
     assert float(first) == pytest.approx(expected_gib(recipe, ranks, int(size)), rel=0.05)
