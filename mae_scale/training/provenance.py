@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, distributions, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 import mae_scale
 from data_pipeline.batch_layout import BatchLayout
-from data_pipeline.dali_graph import decoding_device
+from data_pipeline.dali_graph import decoding_device, import_dali
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.deepspeed_templates import zero_stage_of
 from mae_scale.engines.policy import compiles, precision_of
@@ -45,9 +45,7 @@ def versions() -> dict[str, str | None]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
-    # A distribution for each CUDA, such as nvidia-dali-cuda130.
-    dali = (one.version for one in distributions() if (one.metadata["Name"] or "").startswith("nvidia-dali-cuda"))
-    found["dali"] = next(dali, None)
+    found["dali"] = import_dali().__version__  # its distribution has another name for each CUDA
     return found
 
 

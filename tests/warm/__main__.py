@@ -6,7 +6,9 @@ import os
 import pkgutil
 import socket
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 
 LIBRARIES = (
     "torch",
@@ -38,12 +40,16 @@ with warnings.catch_warnings():
         importlib.import_module(library)
 import data_pipeline  # noqa: E402
 import mae_scale  # noqa: E402
+from mae_scale.reports.pretraining import loss_curve_figure  # noqa: E402
 from tests.warm.fork import execute, serve  # noqa: E402
 
 for package in (data_pipeline, mae_scale):
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+
+with tempfile.TemporaryDirectory() as folder:  # fonts and the parser of labels, which every start's figure needs
+    loss_curve_figure([{"epoch": 1, "train/loss": 1.0, "train/lr": 1e-4}], Path(folder) / "curve.png")
 
 gc.collect()
 gc.freeze()
