@@ -183,7 +183,7 @@ def test_a_chain_waits_for_the_real_end_of_a_requeued_link_and_starts_each_from_
         assert f"tensors from {before}" in log.read_text()
         assert json.loads((run / "evaluation.json").read_text())["images"] == VALIDATION_IMAGES
     positions = load_file(runs[2] / "export" / "model.safetensors")["pos_embed"]
-    assert positions.shape == (1, 1 + (64 // 4) ** 2, 32)
+    assert positions.shape == (1, 1 + (64 // 8) ** 2, 32)
 
 
 def test_a_refused_recipe_is_not_requeued_and_ends_its_chain(cluster: Cluster, tmp_path, digits):
