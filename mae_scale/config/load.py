@@ -60,7 +60,12 @@ def layers(name_or_path: str, seen: tuple[str, ...] = (), *, folder: Path = Path
     if _is_of_a_run(path):
         tree = with_new_names(tree)
     base = tree.pop("extends", None)
-    below = [] if base is None else layers(str(base), (*seen, str(path)), folder=path.parent)
+    if base is None:
+        return [(name_or_path, tree)]
+    try:
+        below = layers(str(base), (*seen, str(path)), folder=path.parent)
+    except UsageError as error:
+        raise UsageError(f"recipe {name_or_path}, in `extends`: {error}") from None
     return [*below, (name_or_path, tree)]
 
 

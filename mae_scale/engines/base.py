@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
@@ -16,20 +17,19 @@ from data_pipeline.batches import Batch
 from mae_scale.checkpoints.shards import EngineState
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """A torch module from the tensors of a micro-batch to its mean loss; it contains all that is trained.
 
-    A subclass defines `never_decayed`, `blocks`, draw() and tensors(); for layer-wise lr decay also `layers` and
-    layer_of().
+    A subclass sets `never_decayed`, and for layer-wise lr decay also defines `layers` and layer_of().
     """
 
     never_decayed: AbstractSet[str]
     """Last parts of the names of parameters that have no weight decay, such as `cls_token`."""
 
     @property
+    @abstractmethod
     def blocks(self) -> Sequence[nn.Module]:
         """Transformer blocks: what is compiled, checkpointed and sharded."""
-        raise NotImplementedError
 
     @property
     def layers(self) -> int:
@@ -40,16 +40,16 @@ class Objective(nn.Module):
         """Return the layer, from 0, of a parameter."""
         raise NotImplementedError
 
+    @abstractmethod
     def draw(self, step: int, positions: np.ndarray) -> tuple[torch.Tensor, ...]:
         """Return what is drawn at random for `positions` int [B] of a step's global batch, on the host.
 
         A pure function of (seed, step, position); the loader calls it in its own thread.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def tensors(self, batch: Batch, device: torch.device) -> tuple[torch.Tensor, ...]:
         """Return the arguments of forward() for a micro-batch, on the device."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

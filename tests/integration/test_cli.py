@@ -1,5 +1,9 @@
 """The other commands at the edge: data, doctor, and help."""
 
+import signal
+import subprocess
+import sys
+
 import pytest
 
 
@@ -65,3 +69,10 @@ def test_wrong_usage_has_exit_code_2_and_no_traceback(call, arguments):
     code, _, error = call(*arguments)
     assert code == 2
     assert "Traceback" not in error
+
+
+def test_ctrl_c_before_a_command_listens_ends_it_without_a_traceback():
+    """Between the start of the program and the end of its imports."""
+    code = "import os, signal, mae_scale.__main__; os.kill(os.getpid(), signal.SIGINT); print('still here')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

@@ -213,6 +213,11 @@ WRONG = {
         [],
         "1000 classes; this one has 10",
     ),
+    "JSON of nothing measured": (
+        ["finetune", "scratch/demo", "--json", "{out}/x.json"],
+        ["data.val_root=null"],
+        "data.val_root is not set",
+    ),
     "JSON nowhere after training": (["finetune", "scratch/demo", "--json", "{out}/no/x"], [], "no folder"),
     "JSON nowhere": (
         ["evaluate", "finetune/demo", "--weights", "{tuned}", "--json", "{out}/no/x.json"],

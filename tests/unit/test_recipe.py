@@ -165,7 +165,7 @@ def test_an_unknown_recipe_is_answered_with_the_nearest():
         ("- 1", "holds list"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
         ("extends: {self}", "circle"),
-        ("extends: nothing", "neither a file nor"),
+        ("extends: nothing", r"r\.yaml, in `extends`: recipe 'nothing' is neither a file nor"),
         ("model: 3", "model=3"),
     ],
 )
