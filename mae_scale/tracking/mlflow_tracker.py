@@ -27,7 +27,8 @@ from mae_scale.tracking.metrics_log import parse_rows, read_metrics
 from mae_scale.tracking.mlflow_artifacts import send_artifact
 from mae_scale.tracking.mlflow_environment import quieten_loggers, reason, set_environment
 from mae_scale.tracking.mlflow_state import MlflowState
-from mae_scale.tracking.mlflow_uri import artifact_location, new_sqlite_file
+from mae_scale.tracking.mlflow_uri import artifact_location
+from mae_scale.tracking.sqlite_database import new_sqlite_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

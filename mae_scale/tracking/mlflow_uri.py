@@ -1,14 +1,11 @@
 """The URI of a run's MLflow store, and the place of that store's files. Imports nothing of MLflow."""
 
 import os
-import tempfile
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from data_pipeline.errors import UsageError
-from data_pipeline.files import create_whole
 from mae_scale.passwords import redacted, without_password
 
 VARIABLE, OVERRIDE, OPTION = "MLFLOW_TRACKING_URI", "tracking.uri", "--tracking-uri"
@@ -86,21 +83,6 @@ def artifact_location(uri: str, out_dir: Path) -> str | None:
     database = sqlite_path(uri)
     beside = database.parent if database is not None else Path(out_dir).absolute().parent
     return (beside / "mlartifacts").as_uri()
-
-
-def new_sqlite_file(uri: str, fill: Callable[[str], object]) -> None:
-    """Make a SQLite URI's database if there is none, whole or not at all; `fill(uri)` makes the tables.
-
-    MLflow fills a new file table by table for seconds; a process killed meanwhile would leave a file that no later
-    start can open.
-    """
-    path = sqlite_path(uri)
-    if path is None or path.exists():
-        return
-    with tempfile.TemporaryDirectory(prefix="mlflow-") as folder:
-        draft = Path(folder) / "mlflow.db"
-        fill(f"sqlite:///{draft}")
-        create_whole(path, draft.read_bytes())  # False: another run in the same folder was first
 
 
 def _is_web_address(uri: str) -> bool:

@@ -197,7 +197,12 @@ WRONG = {
     "labels missing": (
         ["finetune", "scratch/demo"],
         ["data.root={flat}", "data.labels_per_class=null"],
-        "have no label",
+        "lie in no class folder; expected a folder per class",
+    ),
+    "neighbours without labels": (
+        ["knn", "probe/demo", "--weights", "{run}"],
+        ["data.root={flat}", "data.labels_per_class=null"],
+        "lie in no class folder; expected a folder per class",
     ),
     "classes that training lacks": (["finetune", "scratch/demo"], ["data.val_root={more}"], "zebra"),
     "a head of other classes": (
@@ -230,6 +235,7 @@ WRONG = {
 # Found by the ranks, not before they are started: these need a process of their own.
 BY_THE_RANKS = {"another size", "labels missing", "classes that training lacks", "a head of other classes"}
 BY_THE_RANKS |= {"more labels than images", "nothing to evaluate", "an unknown set", "a set for ImageNet's classes"}
+BY_THE_RANKS |= {"neighbours without labels", "JSON of nothing measured"}
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 
 from data_pipeline.errors import UsageError
 from mae_scale.passwords import redacted, without_password
-from mae_scale.tracking.mlflow_uri import artifact_location, hide_password, new_sqlite_file, tracking_uri
+from mae_scale.tracking.mlflow_uri import artifact_location, hide_password, tracking_uri
 
 
 @pytest.fixture(autouse=True)
@@ -100,27 +100,3 @@ def test_ranks_get_a_password_by_the_environment():
         ["tracking.uri=http://host", "seed=1"],
         {},
     )
-
-
-def test_database_whose_making_fails_halfway_is_not_there(tmp_path):
-    def die(uri):
-        with open(uri.removeprefix("sqlite:///"), "w") as file:
-            file.write("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        new_sqlite_file(f"sqlite:///{tmp_path / 'mlflow.db'}", die)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_database_of_another_run_that_was_first_is_kept(tmp_path):
-    path = tmp_path / "mlflow.db"
-
-    def fill(uri):
-        path.write_text("theirs")
-        with open(uri.removeprefix("sqlite:///"), "w") as file:
-            file.write("ours")
-
-    new_sqlite_file(f"sqlite:///{path}", fill)
-    assert path.read_text() == "theirs"
-    assert list(tmp_path.iterdir()) == [path]

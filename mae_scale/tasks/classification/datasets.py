@@ -96,7 +96,7 @@ def open_sets(kind: str, root: Path, *, num_classes: int, class_names: list[str]
 
 def folder_set(index: Index, *, num_classes: int, class_names: list[str] | None) -> EvaluationSet:
     """Return the set of a plain folder's index; see `open_sets`."""
-    _check_labelled(index)
+    refuse_unlabelled(index)
     return EvaluationSet("", index, _folder_classes(index, num_classes, class_names), None, "evaluation")
 
 
@@ -127,11 +127,11 @@ def imagenet_wnids(name: str = "imagenet") -> list[str]:
 
 def _open_labelled(root: Path) -> Index:
     index = open_index(root, progress=False)
-    _check_labelled(index)
+    refuse_unlabelled(index)
     return index
 
 
-def _check_labelled(index: Index) -> None:
+def refuse_unlabelled(index: Index) -> None:
     """Raise UsageError when an image has no label."""
     unlabelled = np.flatnonzero(index.label < 0)
     if len(unlabelled):

@@ -32,7 +32,7 @@ from mae_scale.models.weights.classifier import classes_in, load_classifier
 from mae_scale.reports.classification import neighbours_figure
 from mae_scale.tasks.classification import evaluate
 from mae_scale.tasks.classification.accuracy import Accuracy
-from mae_scale.tasks.classification.datasets import EvaluationSet, folder_set
+from mae_scale.tasks.classification.datasets import EvaluationSet, folder_set, refuse_unlabelled
 from mae_scale.tasks.classification.evaluate import Predict, all_ranks, predictor
 from mae_scale.tasks.classification.measure import evaluation_loader, report
 from mae_scale.tracking.finished_run import add_artifact
@@ -114,6 +114,7 @@ def _opened(recipe: Recipe) -> tuple[Classifier, Index, EvaluationSet]:
     """Return the model with its weights, the training images and those to be classified."""
     data = recipe.data
     index = open_index(known_root(recipe), data.index)
+    refuse_unlabelled(index)
     if data.labels_per_class is not None:
         index = index.few(data.labels_per_class, seed=recipe.seed)
     one = folder_set(

@@ -22,7 +22,7 @@ from mae_scale.models.classifier import Classifier
 from mae_scale.planning.flops import vit_forward_macs
 from mae_scale.reports.classification import attention_figure, per_class_figure
 from mae_scale.reports.style import pictures_of
-from mae_scale.tasks.classification.datasets import folder_set
+from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelled
 from mae_scale.tasks.classification.objective import Classify
 from mae_scale.tasks.classification.starting_weights import initialise, load_weights
 from mae_scale.tasks.classification.validation import EVALUATION, Validation
@@ -68,12 +68,7 @@ class Classification(Task[Classify]):
             )
 
     def choose_images(self, index: Index) -> Index:
-        unlabelled = int((index.label < 0).sum())
-        if unlabelled:
-            raise UsageError(
-                f"{unlabelled:,} of the {len(index):,} images in {index.root} have no label; expected a folder per "
-                "class (or a .cls member beside each image of a shard)"
-            )
+        refuse_unlabelled(index)
         labels = self.recipe.data.labels_per_class
         return index if labels is None else index.few(labels, seed=self.recipe.seed)
 
