@@ -23,7 +23,7 @@ STEP_BY_STEP = ["schedule.warmup_epochs=1", "tracking.log_every_steps=1"]
 PRETRAIN = [*SIZE, *DECODER, *STEP_BY_STEP, "data.global_batch=120", "schedule.epochs=2", "optim.base_lr=2e-3"]
 FINETUNE = [*SIZE, *STEP_BY_STEP, "data.global_batch=20", "schedule.epochs=3", "model.drop_path=0.2"]
 FINETUNE += ["data.augmentation=rand_augment", "data.random_erasing=0.25", "classifier.mixup=0.8"]
-FINETUNE += ["classifier.cutmix=1.0", "classifier.ema=0.9", "classifier.evaluate_every_epochs=1"]
+FINETUNE += ["classifier.cutmix=1.0", "classifier.ema=0.9", "tracking.evaluate_every_epochs=1"]
 
 RUNS = {
     "pretrain_one_rank": (["pretrain", "demo", *PRETRAIN], 1, 8),

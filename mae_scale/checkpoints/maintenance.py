@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,15 @@ def print_table(checkpoints: Path, check: Callable[[Path], dict[str, Any]]) -> b
     for folder in partial_folders(checkpoints):
         console.print(f"{folder.name}: being written now, or left by a save that never ended", soft_wrap=True)
     return not damages
+
+
+def best_by(checkpoints: Path) -> str:
+    """Return the metric by which the run keeps its best checkpoint; train/loss where it keeps none."""
+    for _, folder in reversed(list_checkpoints(checkpoints)):
+        with contextlib.suppress(Damaged):
+            kept = read_manifest(folder)["recipe"]["checkpoint"].get("keep_best")
+            return kept if isinstance(kept, str) else "train/loss"  # true in manifests of older versions
+    return "train/loss"
 
 
 def prune(checkpoints: Path, retention: Retention) -> list[Path]:

@@ -33,11 +33,12 @@ FROZEN = "frozen.safetensors"
 
 @dataclass(frozen=True)
 class Retention:
-    """Rule for the checkpoints to keep: the newest `keep`, those of every n-th epoch's end, that of the lowest loss."""
+    """Rule for the checkpoints to keep: the newest `keep`, those of every n-th epoch's end, the best by a metric."""
 
     keep: int
     every_epochs: int | None = None
-    best: bool = False
+    best: str | None = None
+    """train/loss: the mean since the checkpoint before; else a metric that was measured at the checkpoint's step."""
 
 
 class Damaged(Exception):
@@ -155,10 +156,18 @@ def beyond(checkpoints: Path, retention: Retention) -> list[Path]:
     kept = set(list(manifests)[-retention.keep :])
     if n := retention.every_epochs:
         kept |= {f for f, m in manifests.items() if m["epoch"] == int(m["epoch"]) and int(m["epoch"]) % n == 0}
-    losses = {f: m["loss"] for f, m in manifests.items() if m["loss"] is not None}
-    if retention.best and losses:
-        kept.add(min(losses, key=lambda folder: losses[folder]))
+    if retention.best:
+        values = {folder: _value(manifest, retention.best) for folder, manifest in manifests.items()}
+        known = {folder: value for folder, value in values.items() if value is not None}
+        if known:
+            kept.add((min if retention.best.endswith("loss") else max)(known, key=lambda folder: known[folder]))
     return [folder for folder in manifests if folder not in kept]
+
+
+def _value(manifest: dict[str, Any], metric: str) -> float | None:
+    """Return a metric of a checkpoint; None where it was not measured."""
+    value: float | None = manifest["loss"] if metric == "train/loss" else manifest.get("measured", {}).get(metric)
+    return value
 
 
 def newest_whole(checkpoints: Path) -> tuple[Path, dict[str, Any]]:

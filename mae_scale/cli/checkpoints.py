@@ -44,19 +44,22 @@ def checkpoints_prune(
         int | None,
         typer.Option(metavar="N", min=1, help="Also keep those of every n-th epoch.", show_default=False),
     ] = None,
-    keep_best: Annotated[bool, typer.Option("--keep-best", help="Also keep the one with the lowest loss.")] = False,
+    keep_best: Annotated[
+        bool,
+        typer.Option("--keep-best", help="Also keep the best one, by the run's checkpoint.keep_best, else train/loss."),
+    ] = False,
 ) -> None:
     """Remove old checkpoints and the remains of interrupted saves; refused while the run trains.
 
     Example: `mae-scale checkpoints prune runs/vit_huge --keep 1 --keep-every-epochs 100`
     """
-    from mae_scale.checkpoints.maintenance import checkpoints_of, prune
+    from mae_scale.checkpoints.maintenance import best_by, checkpoints_of, prune
     from mae_scale.checkpoints.store import Retention
     from mae_scale.training.run_lock import refuse_held
 
     checkpoints = checkpoints_of(run)
     refuse_held(checkpoints.parent)
-    gone = prune(checkpoints, Retention(keep, keep_every_epochs, keep_best))
+    gone = prune(checkpoints, Retention(keep, keep_every_epochs, best_by(checkpoints) if keep_best else None))
     for folder in gone:
         typer.echo(f"removed {folder.name}")
     typer.echo(f"{len(gone)} removed")

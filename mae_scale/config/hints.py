@@ -16,6 +16,8 @@ def contradiction(recipe: Recipe) -> str | None:
     if (recipe.task == "classification") != (classifier is not None):
         section = "no section classifier" if classifier is None else "a section classifier"
         return f"task: {recipe.task}, and {section}; task: classification and the section classifier belong together"
+    if problem := _never_measured(recipe):
+        return problem
     if classifier is None:
         for key, found in (
             ("optim.layer_decay", optim.layer_decay != 1),
@@ -31,6 +33,24 @@ def contradiction(recipe: Recipe) -> str | None:
         return "classifier.from_scratch=true trains everything; drop classifier.trained_blocks"
     if optim.name == "lars" and classifier.trained_blocks != 0:
         return "optim.name=lars is for linear probing (classifier.trained_blocks=0); use adamw"
+    return None
+
+
+def _never_measured(recipe: Recipe) -> str | None:
+    """Return which metric that the recipe asks for is never measured, and what to do; else None."""
+    best, knn = recipe.checkpoint.keep_best, recipe.tracking.knn_images
+    if knn is not None and recipe.task == "classification":
+        return "tracking.knn_images belongs to pre-training; task: classification measures its own accuracy"
+    if knn is not None and recipe.data.val_root is None:
+        return f"tracking.knn_images={knn} measures images of data.val_root; add data.val_root=/path/to/images"
+    if best is None or not best.startswith("val/"):
+        return None
+    if recipe.data.val_root is None:
+        return f"checkpoint.keep_best={best} is measured on data.val_root; add data.val_root=/path/to/images"
+    if best == "val/knn_top1" and knn is None:
+        return f"checkpoint.keep_best={best} is measured with tracking.knn_images only; add tracking.knn_images=10000"
+    if best == "val/top1" and recipe.task != "classification":
+        return f"checkpoint.keep_best={best} belongs to task: classification; use val/loss or val/knn_top1"
     return None
 
 

@@ -2,7 +2,10 @@
 
 from typing import Any
 
-RENAMED = {"data.labels_a_class": "data.labels_per_class"}
+RENAMED = {
+    "data.labels_a_class": "data.labels_per_class",
+    "classifier.evaluate_every_epochs": "tracking.evaluate_every_epochs",
+}
 
 
 def with_new_names(tree: dict[str, Any]) -> dict[str, Any]:
@@ -11,5 +14,6 @@ def with_new_names(tree: dict[str, Any]) -> dict[str, Any]:
     for old, new in RENAMED.items():
         section, _, key = old.partition(".")
         if key in (tree.get(section) or {}):
-            tree[section][new.partition(".")[2]] = tree[section].pop(key)
+            new_section, _, new_key = new.partition(".")
+            tree.setdefault(new_section, {})[new_key] = tree[section].pop(key)
     return tree

@@ -120,7 +120,6 @@ class ClassifierSection(Section):
         lt=1,
         description="decay of the moving average of the weights, which is what is evaluated; null: none",
     )
-    evaluate_every_epochs: int = Field(1, gt=0, description="interval of evaluation on data.val_root; also at the end")
 
 
 class EngineSection(Section):
@@ -161,14 +160,21 @@ class CheckpointSection(Section):
     every_epochs: int | None = Field(1, gt=0, description="interval in epochs; the last step is always saved")
     keep: int = Field(2, gt=0, description="number of newest checkpoints to keep")
     keep_every_epochs: int | None = Field(None, gt=0, description="also keep those of every n-th epoch")
-    keep_best: bool = Field(
-        False, description="also keep the one with the lowest mean training loss since its predecessor"
+    keep_best: Literal["train/loss", "val/loss", "val/top1", "val/knn_top1"] | None = Field(
+        None,
+        description="also keep the best one by this metric: the mean training loss since its predecessor (true means "
+        "this too), or what was measured on data.val_root at its step",
     )
     background: bool = Field(True, description="write while training goes on; needs host memory for the rank's shard")
     rollback_after_skips: int = Field(
         20, gt=0, description="number of consecutive steps with non-finite gradients before the run rolls back"
     )
     max_rollbacks: int = Field(3, ge=0, description="maximum number of rollbacks; one more stops the run")
+
+    @field_validator("keep_best", mode="before")
+    @classmethod
+    def _by_training_loss(cls, value: Any) -> Any:
+        return {True: "train/loss", False: None}[value] if isinstance(value, bool) else value
 
 
 class TrackingSection(Section):
@@ -184,6 +190,14 @@ class TrackingSection(Section):
         None, description="name of the classifier in MLflow's model registry; null: logged to the run only"
     )
     log_every_steps: int = Field(20, gt=0, description="interval of log lines and metrics")
+    evaluate_every_epochs: int = Field(
+        1, gt=0, description="interval of evaluation on data.val_root; also at the end of the schedule"
+    )
+    knn_images: int | None = Field(
+        None,
+        gt=0,
+        description="evaluate k-NN too in pre-training, by the features of this many training images; null: not",
+    )
     reconstruct_every_epochs: int = Field(
         20, gt=0, description="interval of drawing reconstructions; also at the end of each start"
     )
@@ -259,7 +273,6 @@ FREE_KEYS = {
     "data.device",
     "data.cache",
     "data.cache_gib",
-    "classifier.evaluate_every_epochs",
 }
 
 

@@ -68,15 +68,15 @@ class Decoder(nn.Module):
 
 
 class MaskedAutoencoderOutput(dict[str, Tensor]):
-    """Output of a MaskedAutoencoder: loss, mask and prediction.
+    """Output of a MaskedAutoencoder: the losses, mask and prediction.
 
     The loss needs the removed patches' prediction only. The whole prediction is computed at its first use; use it
     inside `torch.no_grad()` unless its gradient is wanted.
     It is a dict because sharding engines look for tensors in tuples, lists and dicts.
     """
 
-    def __init__(self, *, loss: Tensor, mask: Tensor, predict: Callable[[], Tensor]):
-        super().__init__(loss=loss, mask=mask)
+    def __init__(self, *, loss_per_patch: Tensor, mask: Tensor, predict: Callable[[], Tensor]):
+        super().__init__(loss=loss_per_patch.mean(), loss_per_patch=loss_per_patch, mask=mask)
         self._predict = predict
         self._prediction: Tensor | None = None
 
@@ -84,6 +84,11 @@ class MaskedAutoencoderOutput(dict[str, Tensor]):
     def loss(self) -> Tensor:
         """Mean loss over the removed patches, [] fp32."""
         return self["loss"]
+
+    @property
+    def loss_per_image(self) -> Tensor:
+        """Mean loss over each image's removed patches, [B] fp32."""
+        return self["loss_per_patch"].mean(dim=1)
 
     @property
     def mask(self) -> Tensor:
@@ -157,13 +162,13 @@ class MaskedAutoencoder(nn.Module):
         decoded = self.decoder(latent, visible, removed)  # [B, 1 + L, E]
         prediction = self.head(decoded[:, 1 + self.kept :])  # [B, R, T]
         target = self.target.of_removed(patches, removed)  # [B, R, T]
-        loss = self.target.loss(prediction, target).mean()  # scalar: the mean over removed patches
+        loss = self.target.loss(prediction, target)  # [B, R]
 
         def predict() -> Tensor:
             image_order = torch.argsort(order, dim=1)  # [B, L]
             return gather_tokens(self.head(decoded[:, 1:]), image_order)  # [B, L, T]
 
-        return MaskedAutoencoderOutput(loss=loss, mask=mask, predict=predict)
+        return MaskedAutoencoderOutput(loss_per_patch=loss, mask=mask, predict=predict)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the encoder's normed features [B, 1 + L, D] of all patches of images [B, 3, H, W], cls first."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mae_scale.models.vit import unpatchify
-from mae_scale.reports.style import Array, as_array, new_figure, pictures_of, save_png
+from mae_scale.reports.style import BLUE, GREY, ORANGE, Array, as_array, new_figure, pictures_of, save_png
 
 REMOVED = 0.5  # grey
 ROWS = ("original", "masked", "reconstructed")
@@ -75,21 +75,27 @@ def _draw_bands(pictures: Sequence[np.ndarray], path: Path, title: str | None) -
 
 
 def loss_curve_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a PNG of the training loss against the epoch, the learning rate below it.
+    """Write a PNG of the loss against the epoch, in training and validation, the learning rate below it.
 
     `rows`: as `read_metrics` returns them. Values that are not finite are left out.
     """
     figure = new_figure((8, 5.5), 120)
     loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     curves = (
-        (loss_axes, "train/loss", "training loss", "#1f5fa8"),
-        (lr_axes, "train/lr", "learning rate", "#c0562b"),
+        (loss_axes, "train/loss", "training", BLUE),
+        (loss_axes, "val/loss", "validation", ORANGE),
+        (lr_axes, "train/lr", "", GREY),
     )
     for axes, name, label, colour in curves:
         points = [(row["epoch"], row[name]) for row in rows if _is_finite(row.get(name))]
         if points:
-            axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, marker="." * (len(points) < 3))
-        axes.set_ylabel(label)
+            marker = "." if len(points) < 3 else None
+            axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, marker=marker, label=label)
+    loss_axes.set_ylabel("loss")
+    if loss_axes.lines:
+        loss_axes.legend(frameon=False)
+    lr_axes.set_ylabel("learning rate")
+    for axes in (loss_axes, lr_axes):
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)

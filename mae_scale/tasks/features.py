@@ -20,7 +20,7 @@ from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others, from_first
 from mae_scale.models.build import size_of
 from mae_scale.tasks.classification.evaluate import all_ranks, predictor
-from mae_scale.tasks.classification.measure import evaluation_loader
+from mae_scale.training.evaluation_loader import evaluation_loader
 
 Kind = Literal["cls", "mean", "patch"]
 KINDS: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
@@ -73,7 +73,7 @@ def write_features(recipe: Recipe, weights: Path, out: Path, kind: Kind) -> list
             from_first(lambda: _lay_out(beside, index, shape))
             features, valid = _columns(beside, shape)
             predict = predictor(_Tokens(encoder, kind), recipe, device)
-            with evaluation_loader(recipe, index, "evaluation", ranks) as loader:
+            with evaluation_loader(recipe, index, ranks) as loader:
                 for batch in loader:
                     rows = batch.sample_ids[batch.valid]
                     features[rows] = predict(batch.images.to(device))[torch.from_numpy(batch.valid)].cpu().numpy()

@@ -158,7 +158,7 @@ class Console(NullConsole):
             (4, f"lr {metrics.get('train/lr', math.nan):9.2e}"),
             (3, f"{metrics.get('perf/images_per_second', math.nan):8.1f} images/s"),
             (6, f"{duration(self.time_left_s()):>12} left"),
-            *([(2, f"val top-1 {metrics['val/top1']:6.2f} %")] if "val/top1" in metrics else []),
+            *_evaluation(metrics),
         ]
 
     def _bar_fields(self, step: int, metrics: Mapping[str, float]) -> list[tuple[int, str]]:
@@ -184,6 +184,15 @@ class Console(NullConsole):
     def _write(self, text: str) -> None:
         self._stream.write(f"{text}\n")
         self._stream.flush()
+
+
+def _evaluation(metrics: Mapping[str, float]) -> list[tuple[int, str]]:
+    """Return the fields of what was measured on the validation images, where it was."""
+    if "val/top1" in metrics:
+        return [(2, f"val top-1 {metrics['val/top1']:6.2f} %")]
+    loss, knn = metrics.get("val/loss"), metrics.get("val/knn_top1")
+    fields = [] if loss is None else [(2, f"val loss {loss:.4f}")]
+    return fields if knn is None else [*fields, (2, f"k-NN top-1 {knn:.2f} %")]
 
 
 class _Handler(logging.Handler):

@@ -44,6 +44,12 @@ class RunContext:
     def checkpoints(self) -> Path:
         return self.out / "checkpoints"
 
+    def evaluation_is_due(self, done: int) -> bool:
+        """Return whether data.val_root is to be measured after update `done`."""
+        return (
+            done % (self.recipe.tracking.evaluate_every_epochs * self.steps.per_epoch) == 0 or done == self.steps.total
+        )
+
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of update number `step`, from 0."""
         schedule = self.recipe.schedule

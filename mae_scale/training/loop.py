@@ -37,9 +37,11 @@ class Loop:
     tensors_of: Callable[[Batch, torch.device], tuple[torch.Tensor, ...]]
     """Maps a micro-batch to the objective's inputs."""
     tracker: Tracker
-    evaluator: Evaluator | None
+    evaluators: list[Evaluator]
     _losses: list[float] = field(default_factory=list)
     """Losses logged since the last checkpoint."""
+    _measured: dict[str, float] = field(default_factory=dict)
+    """Metrics of the evaluators after the last update, empty where none was due."""
 
     def train(self, start: int, open_loader: OpenLoader) -> str | None:
         """Run the updates after `start` to the last of this start, and write a final checkpoint.
@@ -77,13 +79,14 @@ class Loop:
             skips.check()
             skips.add(done, result.skipped)
             owed = owed or retry or self._checkpoint_is_due(done)
-            measure = self.evaluator is not None and self.evaluator.due(done)
-            logged = stop or measure or self._log_is_due(done) or done in (start + 1, last)
+            due = [evaluator for evaluator in self.evaluators if evaluator.due(done)]
+            logged = stop or due or self._log_is_due(done) or done in (start + 1, last)
+            self._measured = {}
             if logged or owed:
                 context.control.meet()
                 skips.settle()
             if logged:
-                self._log(result, loader, clock, done)
+                self._log(result, loader, clock, done, due)
             skips.check()
             # Not between skipped steps: what has led to them may be in the weights already.
             if stop or done == last or (owed and not skips.in_a_row):
@@ -124,12 +127,13 @@ class Loop:
         checkpoint, epochs = self.context.recipe.checkpoint, self.context.recipe.checkpoint.every_epochs
         return _due(done, checkpoint.every_steps) or _due(done, epochs and epochs * self.context.steps.per_epoch)
 
-    def _log(self, result: StepResult, loader: ImageLoader, clock: StepClock, done: int) -> None:
-        """Log step `done`, evaluated where that is due."""
+    def _log(self, result: StepResult, loader: ImageLoader, clock: StepClock, done: int, due: list[Evaluator]) -> None:
+        """Log step `done`, with what the evaluators that are due measure."""
         metrics = step_metrics(self.context, result, loader, clock, done)
-        if self.evaluator is not None and self.evaluator.due(done):
-            metrics |= self.evaluator(done)
+        for evaluator in due:
+            self._measured |= evaluator(done)
             clock.restart(done)
+        metrics |= self._measured
         self.tracker.log(done, done / self.context.steps.per_epoch, metrics)
         self._losses.append(metrics["train/loss"])
 
@@ -143,12 +147,16 @@ class Loop:
             saver.save(self.engine.state(), self._facts(done))
 
     def _facts(self, done: int) -> dict[str, Any]:
-        """Return what a checkpoint's manifest says; loss is the mean over the logged steps since the one before."""
+        """Return what a checkpoint's manifest says.
+
+        loss is the mean over the logged steps since the checkpoint before, measured what evaluators gave at this step.
+        """
         finite = [loss for loss in self._losses if math.isfinite(loss)]
         return {
             "step": done,
             "epoch": done / self.context.steps.per_epoch,
             "loss": sum(finite) / len(finite) if finite else None,
+            "measured": {name: value for name, value in self._measured.items() if math.isfinite(value)},
             "time": round(time.time(), 3),
             "mlflow_run_id": self.tracker.mlflow_run_id,
             **self.context.facts,

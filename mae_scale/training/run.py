@@ -180,8 +180,7 @@ def _train(
     """Train from step `start` on; return the signal that asked to stop, or None at the end."""
     if start >= context.steps.last:
         return None
-    evaluator = task.evaluator(context, engine, tracker)
-    loop = Loop(context, engine, objective.tensors, tracker, evaluator)
+    loop = Loop(context, engine, objective.tensors, tracker, task.evaluators(context, engine, tracker))
     return loop.train(start, lambda step: _open_loader(context, objective, step))
 
 

@@ -76,9 +76,9 @@ class Task(Protocol[ObjectiveT]):
         """Return lines about what is trained, printed at the start."""
         return []
 
-    def evaluator(self, context: RunContext, engine: Engine, tracker: Tracker) -> Evaluator | None:
-        """Return what measures or draws at intervals beside the loss; None: nothing."""
-        return None
+    def evaluators(self, context: RunContext, engine: Engine, tracker: Tracker) -> list[Evaluator]:
+        """Return what measures or draws at intervals beside the loss."""
+        return []
 
     def finish(self, context: RunContext, tracker: Tracker) -> str:
         """Write weights and figures after the whole schedule, on rank 0; return a line that says where they are."""

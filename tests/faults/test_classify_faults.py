@@ -41,8 +41,8 @@ AUGMENTED = [
 EPOCHS = {"finetune": 7, "probe": 25, "partial": 7}
 TOLERANCE = {"finetune": 1e-6, "probe": 1e-5}  # BatchNorm over the small differences of hardly trained features
 KINDS = {
-    "finetune": ["finetune", "finetune/demo", *AUGMENTED, "classifier.ema=0.9", "classifier.evaluate_every_epochs=2"],
-    "probe": ["probe", "probe/demo", "optim.base_lr=20", "classifier.evaluate_every_epochs=10"],
+    "finetune": ["finetune", "finetune/demo", *AUGMENTED, "classifier.ema=0.9", "tracking.evaluate_every_epochs=2"],
+    "probe": ["probe", "probe/demo", "optim.base_lr=20", "tracking.evaluate_every_epochs=10"],
     "partial": ["finetune", "partial/demo", *AUGMENTED, "engine.zero_stage=2"],
 }
 

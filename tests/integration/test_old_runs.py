@@ -45,6 +45,7 @@ def test_a_recipe_that_an_old_run_has_stored_is_understood(tmp_path):
     assert (recipe.task, recipe.data.labels_per_class) == ("classification", 10)
     model, recipe = checkpoint_model(next((out / "checkpoints").iterdir()))
     assert (model.classes, recipe.data.labels_per_class) == (10, 10)
+    assert stored["classifier"]["evaluate_every_epochs"] == recipe.tracking.evaluate_every_epochs == 1
 
 
 @pytest.mark.parametrize("where", ["override", "file"])

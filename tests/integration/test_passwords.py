@@ -50,6 +50,7 @@ def test_a_password_stands_nowhere_and_comes_from_the_command_or_the_environment
     assert holding(server.folder) == []  # MLflow's database and the artifacts
 
 
+@pytest.mark.slow  # the start waits for MLflow at its end
 def test_a_password_of_a_database_stays_out_of_the_log_when_nobody_answers(digits, mae_scale, tmp_path):
     uri = "postgresql://127.0.0.1:1/db?user=me&password=Tr0ub4dor"
     quick = ["engine.backend=fairscale", "engine.zero_stage=1", "schedule.stop_after_steps=1"]

@@ -97,11 +97,12 @@ def test_loss_curve_has_loss_and_learning_rate_against_the_epoch(tmp_path, monke
     rows = [
         {"step": 1, "epoch": 0.5, "train/loss": 2.0, "train/lr": 1e-4},
         {"step": 2, "epoch": 1.0, "train/loss": math.nan, "train/lr": 2e-4},
-        {"step": 3, "epoch": 1.5, "train/loss": 1.0, "train/lr": 1e-4},
+        {"step": 3, "epoch": 1.5, "train/loss": 1.0, "train/lr": 1e-4, "val/loss": 1.5},
     ]
     loss_curve_figure(rows, tmp_path / "loss.png")
-    loss, lr = (axes.lines[0].get_xydata().tolist() for axes in caught[0].axes)
+    loss, val, lr = (line.get_xydata().tolist() for axes in caught[0].axes for line in axes.lines)
     assert loss == [[0.5, 2.0], [1.5, 1.0]]
+    assert val == [[1.5, 1.5]]
     assert lr == [[0.5, 1e-4], [1.0, 2e-4], [1.5, 1e-4]]
     with Image.open(tmp_path / "loss.png") as png:
         assert png.format == "PNG"

@@ -23,12 +23,12 @@ from mae_scale.checkpoints.store import (
 from tests.unit.test_shards import state
 
 
-def make(checkpoints: Path, step: int, *, epoch: float = 0.5, loss: float | None = None) -> Path:
+def make(checkpoints: Path, step: int, *, epoch: float = 0.5, loss: float | None = None, **more: object) -> Path:
     folder = folder_of(checkpoints, step)
     folder.mkdir(parents=True)
     files = {"rank_00000.safetensors": write_shard(folder / "rank_00000.safetensors", state([50]))}
     facts = {"step": step, "epoch": epoch, "loss": loss, "time": 0.0, "engine": "deepspeed ZeRO 2", "world_size": 1}
-    write_manifest(folder, facts, files)
+    write_manifest(folder, facts | more, files)
     return folder
 
 
@@ -71,7 +71,8 @@ def test_what_is_set_aside_is_no_checkpoint_and_never_overwritten(tmp_path):
 
 def test_the_newest_every_nth_epoch_and_the_best_stay(tmp_path):
     for step in range(1, 13):
-        make(tmp_path, step, epoch=step / 2, loss=abs(step - 5.1))
+        measured = {} if step % 4 else {"val/loss": abs(step - 8.1), "val/top1": 10 - step}
+        make(tmp_path, step, epoch=step / 2, loss=abs(step - 5.1), measured=measured)
     os.truncate(folder_of(tmp_path, 3) / "manifest.json", 9)  # damaged: not pruned, not counted
 
     def gone(retention: Retention) -> list[int]:
@@ -79,7 +80,10 @@ def test_the_newest_every_nth_epoch_and_the_best_stay(tmp_path):
 
     assert gone(Retention(keep=2)) == [1, 2, 4, 5, 6, 7, 8, 9, 10]
     assert gone(Retention(keep=1, every_epochs=2)) == [1, 2, 5, 6, 7, 9, 10, 11]
-    assert gone(Retention(keep=1, every_epochs=3, best=True)) == [1, 2, 4, 7, 8, 9, 10, 11]
+    assert gone(Retention(keep=1, every_epochs=3, best="train/loss")) == [1, 2, 4, 7, 8, 9, 10, 11]
+    assert gone(Retention(keep=1, best="val/loss")) == [1, 2, 4, 5, 6, 7, 9, 10, 11]
+    assert gone(Retention(keep=1, best="val/top1")) == [1, 2, 5, 6, 7, 8, 9, 10, 11]
+    assert gone(Retention(keep=1, best="val/knn_top1")) == [1, 2, 4, 5, 6, 7, 8, 9, 10, 11]  # never measured
     remove(folder_of(tmp_path, 12))
     assert [step for step, _ in list_checkpoints(tmp_path)] == list(range(1, 12))
 

@@ -6,7 +6,7 @@ cosine similarity, each of the k nearest votes with exp(similarity / 0.07).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,13 @@ from mae_scale.tasks.classification import evaluate
 from mae_scale.tasks.classification.accuracy import Accuracy
 from mae_scale.tasks.classification.datasets import EvaluationSet, folder_set, refuse_unlabelled
 from mae_scale.tasks.classification.evaluate import Predict, all_ranks, predictor
-from mae_scale.tasks.classification.measure import evaluation_loader, report
+from mae_scale.tasks.classification.measure import report
 from mae_scale.tracking.finished_run import add_artifact
 from mae_scale.tracking.mlflow_uri import tracking_uri
 from mae_scale.training.decoding import decoding_on_cpu
+from mae_scale.training.evaluation_loader import evaluation_loader
 
-TEMPERATURE = 0.07
+TEMPERATURE, NEIGHBOURS = 0.07, 20
 SHOWN, NEAREST_SHOWN = 8, 7  # in the picture
 CHUNK = 4096  # training features compared with a batch at a time
 
@@ -54,6 +55,10 @@ class Features:
     vectors: Tensor
     labels: Tensor
     images: Tensor
+
+    def with_classes(self, class_of: np.ndarray) -> Features:
+        """Return them with class_of int64 [classes] of each label in its place."""
+        return replace(self, labels=torch.from_numpy(class_of).to(self.labels.device)[self.labels])
 
 
 class FeaturesOf(torch.nn.Module):
@@ -90,15 +95,8 @@ def nearest_neighbours(recipe: Recipe, neighbours: int, figure: Path | None) -> 
         model, index, one = first_then_others(lambda: _opened(recipe))
         predict = predictor(FeaturesOf(model), recipe, device)
         known = gathered(features(predict, index, recipe, ranks, device))
-        asked = features(predict, one.index, recipe, ranks, device)
-        asked = Features(asked.vectors, torch.from_numpy(one.class_of).to(device)[asked.labels], asked.images)
-        accuracy = Accuracy(len(index.classes))
-        for first in range(0, len(asked.labels), CHUNK):
-            part = slice(first, first + CHUNK)
-            similarity, nearest = search(asked.vectors[part], known.vectors, neighbours)
-            scores = vote(similarity, known.labels[nearest], len(index.classes))
-            accuracy.update(scores, asked.labels[part], np.ones(len(scores), bool))
-        accuracy.reduce()
+        asked = features(predict, one.index, recipe, ranks, device).with_classes(one.class_of)
+        accuracy = accuracy_of(asked, known, classes=len(index.classes), neighbours=neighbours)
         if not ranks.is_first:
             return None
         if figure is not None:
@@ -131,7 +129,7 @@ def _opened(recipe: Recipe) -> tuple[Classifier, Index, EvaluationSet]:
 def features(predict: Predict, index: Index, recipe: Recipe, ranks: Ranks, device: torch.device) -> Features:
     """Return this rank's part of the images of an index."""
     vectors, labels, images = [], [], []
-    with evaluation_loader(recipe, index, "evaluation", ranks) as loader:
+    with evaluation_loader(recipe, index, ranks) as loader:
         for batch in loader:
             valid = torch.from_numpy(batch.valid)
             found = functional.normalize(predict(batch.images.to(device)), dim=1)
@@ -158,6 +156,18 @@ def gathered(part: Features) -> Features:
     vectors, labels, images = (whole(tensor) for tensor in (part.vectors, part.labels, part.images))
     order = torch.argsort(images)
     return Features(vectors[order], labels[order], images[order])
+
+
+def accuracy_of(asked: Features, known: Features, *, classes: int, neighbours: int) -> Accuracy:
+    """Return the accuracy of asked, of which each rank has a part, by known, all of them; over all ranks."""
+    accuracy = Accuracy(classes)
+    for first in range(0, len(asked.labels), CHUNK):
+        part = slice(first, first + CHUNK)
+        similarity, nearest = search(asked.vectors[part], known.vectors, neighbours)
+        scores = vote(similarity, known.labels[nearest], classes)
+        accuracy.update(scores, asked.labels[part], np.ones(len(scores), bool))
+    accuracy.reduce()
+    return accuracy
 
 
 def search(asked: Tensor, known: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:

@@ -8,25 +8,14 @@ from typing import Any
 
 import torch
 
-from data_pipeline.augment.kinds import augmentation
-from data_pipeline.batch_order import EvaluationOrder
 from data_pipeline.index import Index
-from data_pipeline.loader import ImageLoader
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.ranks import Ranks
 from mae_scale.tasks.classification.accuracy import NO_PREDICTION, Accuracy
 from mae_scale.tasks.classification.datasets import EvaluationSet
-from mae_scale.training.decoding import bad_image_policy, decoding_of
+from mae_scale.training.evaluation_loader import evaluation_loader
 
-BATCH_SIZE = 64
 CONFUSIONS_SHOWN = 3
-
-
-def evaluation_loader(recipe: Recipe, index: Index, kind: str, ranks: Ranks) -> ImageLoader:
-    """Return this rank's part of each image once, cut as the recipe's model takes them."""
-    order = EvaluationOrder(recipe.engine.micro_batch or BATCH_SIZE, ranks.rank, ranks.world_size)
-    decoding = decoding_of(recipe, augmentation(kind), ranks)
-    return ImageLoader(index, order, decoding, bad_images=bad_image_policy(recipe))
 
 
 def measure(
@@ -44,7 +33,7 @@ def measure(
     """
     accuracy = Accuracy(classes)
     class_of = torch.from_numpy(one.class_of)
-    with evaluation_loader(recipe, one.index, one.augmentation, ranks) as loader:
+    with evaluation_loader(recipe, one.index, ranks, kind=one.augmentation) as loader:
         for batch in loader:
             logits = predict(batch.images.to(device, non_blocking=True))
             accuracy.update(logits, class_of[batch.labels.cpu()], batch.valid, one.candidates)

@@ -31,7 +31,7 @@ from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.inputs import VALIDATION, has_checkpoint, refuse_other_weights
 from mae_scale.training.shown_images import shown_images
-from mae_scale.training.task import Origin, Task
+from mae_scale.training.task import Evaluator, Origin, Task
 
 FIGURE_IMAGES = 8
 
@@ -124,12 +124,12 @@ class Classification(Task[Classify]):
             ]
         return said
 
-    def evaluator(self, context: RunContext, engine: Engine, tracker: Tracker) -> Validation | None:
+    def evaluators(self, context: RunContext, engine: Engine, tracker: Tracker) -> list[Evaluator]:
         root, classes = context.recipe.data.val_root, context.index.classes
         if root is None:
-            return None
+            return []
         validation = load_index(context.out / VALIDATION, root)
-        return Validation(context, engine, folder_set(validation, num_classes=len(classes), class_names=classes))
+        return [Validation(context, engine, folder_set(validation, num_classes=len(classes), class_names=classes))]
 
     def finish(self, context: RunContext, tracker: Tracker) -> str:
         weights = context.out / "export" / "model.safetensors"

@@ -11,15 +11,13 @@ EVALUATION = "evaluation.json"
 
 
 class Validation:
-    """An evaluator: top-1 and top-5 every classifier.evaluate_every_epochs and at the end; keeps the last as JSON."""
+    """An evaluator: top-1 and top-5 every tracking.evaluate_every_epochs and at the end; keeps the last as JSON."""
 
     def __init__(self, context: RunContext, engine: Engine, images: EvaluationSet):
         self._context, self._engine, self._images = context, engine, images
 
     def due(self, done: int) -> bool:
-        steps = self._context.steps
-        every = self._context.recipe.classification.evaluate_every_epochs * steps.per_epoch
-        return done % every == 0 or done == steps.total
+        return self._context.evaluation_is_due(done)
 
     def __call__(self, done: int) -> dict[str, float]:
         context, names = self._context, self._context.index.classes

@@ -60,14 +60,18 @@ class Reconstruct(Objective):
         return torch.from_numpy(scores)
 
     def forward(
-        self, images: torch.Tensor, noise: torch.Tensor, branch_scales: torch.Tensor | None = None
+        self, images: torch.Tensor, noise: torch.Tensor | None = None, branch_scales: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """images [B, 3, H, W], noise [B, L], branch_scales [B, depth, 2] -> the loss, [] float32.
 
-        In evaluation mode: the loss, the mask [B, L] (1: removed), and the prediction as pixels [B, L, p*p*3] float32.
+        In evaluation mode: each image's loss [B], the mask [B, L] (1: removed), and the prediction as pixels
+        [B, L, p*p*3], all float32; without noise the encoder's features of whole images, the mean of their patches'
+        tokens [B, D].
         """
+        if noise is None:
+            return self.model.forward_features(images)[:, 1:].mean(dim=1)
         output = self.model(images, noise, branch_scales)
         if self.training:
             return output.loss
         patches = patchify(images, self.model.patch_size)
-        return output.loss, output.mask, self.model.target.to_pixels(output.prediction, patches)
+        return output.loss_per_image, output.mask, self.model.target.to_pixels(output.prediction, patches)

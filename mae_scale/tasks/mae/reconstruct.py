@@ -40,14 +40,14 @@ class Reconstructions:
     picture takes about a second, in which the others would wait.
     """
 
-    def __init__(self, context: RunContext, engine: Engine, tracker: Tracker):
-        """Read the images to draw. All ranks make one; an error in reading is raised on all of them."""
+    def __init__(self, context: RunContext, engine: Engine, tracker: Tracker, objective: Reconstruct):
+        """Read the images to draw. All ranks make one; an error in reading is raised on all of them.
+
+        objective: draws the masks; its weights are not used.
+        """
         self._context, self._engine, self._tracker = context, engine, tracker
         self._images = first_then_others(lambda: shown_images(context, IMAGES))
-        with torch.device("meta"):  # only its masks are asked for
-            self._noise = fixed_noise(
-                Reconstruct(build_model(context.recipe), seed=context.recipe.seed), len(self._images)
-            )
+        self._noise = fixed_noise(objective, len(self._images))
         self._painter, self._drawing = ThreadPoolExecutor(1, NAME), Future[None]()
         self._drawing.set_result(None)
 

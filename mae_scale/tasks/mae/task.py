@@ -13,13 +13,16 @@ from mae_scale.models.build import build_model
 from mae_scale.models.targets import PcaCoefficients
 from mae_scale.models.vit import patchify
 from mae_scale.planning.flops import mae_forward_flops, training_flops
+from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelled
+from mae_scale.tasks.mae.knn import KnnAccuracy
 from mae_scale.tasks.mae.objective import Reconstruct
 from mae_scale.tasks.mae.reconstruct import Reconstructions
+from mae_scale.tasks.mae.validation import ValidationLoss
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.preflight import training_augmentation
 from mae_scale.training.shown_images import some_images
-from mae_scale.training.task import FROM_SCRATCH, Origin, Task
+from mae_scale.training.task import FROM_SCRATCH, Evaluator, Origin, Task
 
 PCA_IMAGES = 256
 
@@ -32,6 +35,11 @@ class MaskedAutoencoding(Task[Reconstruct]):
     def check(self, layout: BatchLayout) -> None:
         with torch.device("meta"):
             build_model(self.recipe)
+
+    def check_fit(self, images: Index, validation: Index | None) -> None:
+        if self.recipe.tracking.knn_images is not None and validation is not None:
+            refuse_unlabelled(images)
+            folder_set(validation, num_classes=len(images.classes), class_names=images.classes)
 
     def build(self, index: Index) -> Reconstruct:
         return Reconstruct(build_model(self.recipe), seed=self.recipe.seed)
@@ -62,8 +70,15 @@ class MaskedAutoencoding(Task[Reconstruct]):
             )
         )
 
-    def evaluator(self, context: RunContext, engine: Engine, tracker: Tracker) -> Reconstructions:
-        return Reconstructions(context, engine, tracker)
+    def evaluators(self, context: RunContext, engine: Engine, tracker: Tracker) -> list[Evaluator]:
+        with torch.device("meta"):  # only its masks are asked for
+            objective = Reconstruct(build_model(self.recipe), seed=self.recipe.seed)
+        found: list[Evaluator] = [Reconstructions(context, engine, tracker, objective)]
+        if self.recipe.data.val_root is not None:
+            found.append(ValidationLoss(context, engine, objective))
+        if self.recipe.tracking.knn_images is not None:
+            found.append(KnnAccuracy(context, engine))
+        return found
 
     def finish(self, context: RunContext, tracker: Tracker) -> str:
         weights = context.out / "export" / "model.safetensors"
