@@ -23,7 +23,7 @@ setup(
     package_data={
         "mae_scale": ["py.typed"],
         "data_pipeline": ["py.typed"],
-        "mae_scale.recipes": ["**/*.yaml"],
+        "mae_scale.recipes": ["**/*.yaml", "**/*.json"],
         "mae_scale.ds_configs": ["*.json"],
         "mae_scale.slurm": ["*.sbatch", "*.sh"],
     },

@@ -12,6 +12,7 @@ import typer
 
 from data_pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RunError, UsageError
 from mae_scale.cli.checkpoints import checkpoints_app, export_app
+from mae_scale.cli.compare import compare_app
 from mae_scale.cli.data import data_app
 from mae_scale.cli.demo import demo_app
 from mae_scale.cli.doctor import doctor_app
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for family in (doctor_app, demo_app, train_app, measure_app, slurm_app, export_app):
+for family in (doctor_app, demo_app, train_app, measure_app, compare_app, slurm_app, export_app):
     app.add_typer(family)
 app.add_typer(data_app, name="data", no_args_is_help=True)
 app.add_typer(checkpoints_app, name="checkpoints", no_args_is_help=True)

@@ -95,6 +95,7 @@ class MlflowTracker:
         self._log_inode: int | None = None
         self._log_offset = 0
         self._final_status: str | None = None
+        self._has_new_tags = False
         self._wake, self._closing, self._abandoned, self._answered = (threading.Event() for _ in range(4))
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
@@ -110,6 +111,12 @@ class MlflowTracker:
 
     def notify(self) -> None:
         """Wake the thread for a new row of metrics.jsonl."""
+        self._wake.set()
+
+    def set_tag(self, name: str, value: str) -> None:
+        """Set a tag of the run; a later start does not know it."""
+        self._tags[_name(name)] = redacted(value)[:TAG_LENGTH]
+        self._has_new_tags = True
         self._wake.set()
 
     def log_artifact(self, path: Path, artifact_path: str | None = None) -> None:
@@ -162,6 +169,7 @@ class MlflowTracker:
             try:
                 connection = self._connection or self._connect()
                 filled_in += self._send_rows(connection)
+                self._send_tags(connection)
                 if down:
                     where = redacted(self.uri)
                     logger.info("MLflow (%s) is back; %d logged steps filled in", where, filled_in)
@@ -298,6 +306,14 @@ class MlflowTracker:
         if batch:
             send()
         return rows_sent
+
+    def _send_tags(self, connection: _Connection) -> None:
+        """Send the tags that were set since connecting."""
+        from mlflow.entities import RunTag
+
+        if self._has_new_tags:
+            self._has_new_tags = False
+            connection.client.log_batch(connection.run_id, tags=[RunTag(*tag) for tag in dict(self._tags).items()])
 
     def _missing(self, row: Mapping[str, Any]) -> dict[str, float]:
         """Return the row's metrics, with the epoch, that MLflow is not known to have at its step."""

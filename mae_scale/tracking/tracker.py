@@ -97,6 +97,11 @@ class Tracker:
         if self._log is not None:
             self._log.sync()
 
+    def tag(self, name: str, value: str) -> None:
+        """Set a tag of the MLflow run."""
+        if self.mlflow is not None:
+            self.mlflow.set_tag(name, value)
+
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Queue a file for MLflow."""
         if self.mlflow is not None:

@@ -1,4 +1,4 @@
-"""events.jsonl: the events of a run beside its steps: starts and their ends, skipped steps, rollbacks.
+"""events.jsonl: the events of a run beside its steps: starts and their ends, skipped steps, rollbacks, warnings.
 
 Every start has one event that closes it: `stop` (a signal), `end` (done, stopped early, nothing to do) or `failure`;
 one that has none was killed.
@@ -35,7 +35,10 @@ class Events:
         self._rows = from_first(lambda: _rows_of(path))
 
     def add(self, event: str, step: int, **facts: Any) -> None:
-        """Note an event after `step` updates: start, skipped_step, rollback, stop, end or failure."""
+        """Note an event after `step` updates: start, skipped_step, rollback, warning, stop, end or failure.
+
+        A warning changes nothing that is computed: rank 0 alone may note one.
+        """
         row = {"step": step, "event": event, "time": round(time.time(), 3), **facts}
         self._rows.append(row)
         self._is_open = event not in CLOSING and (self._is_open or event == "start")
@@ -57,9 +60,13 @@ class Events:
         except OSError as full:
             log.warning("%s: why the run failed could not be noted: %s", self.path, full.strerror)
 
+    def all(self, event: str) -> list[dict[str, Any]]:
+        """Return what was noted of an event in the whole run, over all its starts."""
+        return [row for row in self._rows if row["event"] == event]
+
     def count(self, event: str) -> int:
         """Return how often it has happened in the whole run, over all its starts."""
-        return sum(row["event"] == event for row in self._rows)
+        return len(self.all(event))
 
     def batch_of(self, step: int) -> int:
         """Return the number of the global batch that update `step` (from 0) takes: the step plus what was skipped."""

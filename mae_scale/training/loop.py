@@ -18,6 +18,7 @@ from mae_scale.distributed import stop_requests
 from mae_scale.engines.base import Engine, StepResult
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
+from mae_scale.training.self_check import SelfCheck
 from mae_scale.training.skipped_steps import RollBack, SkippedSteps
 from mae_scale.training.step_metrics import StepClock, step_metrics
 from mae_scale.training.task import Evaluator
@@ -38,6 +39,7 @@ class Loop:
     """Maps a micro-batch to the objective's inputs."""
     tracker: Tracker
     evaluators: list[Evaluator]
+    self_check: SelfCheck
     _losses: list[float] = field(default_factory=list)
     """Losses logged since the last checkpoint."""
     _measured: dict[str, float] = field(default_factory=dict)
@@ -135,6 +137,7 @@ class Loop:
             clock.restart(done)
         metrics |= self._measured
         self.tracker.log(done, done / self.context.steps.per_epoch, metrics)
+        self.self_check.see({"step": done, **metrics})
         self._losses.append(metrics["train/loss"])
 
     def _save(self, done: int, *, is_end: bool) -> None:
@@ -187,6 +190,7 @@ class Loop:
         events.add("rollback", step, reason=str(reason), skipped_batches=skipped)
         log.warning("%s: back to step %d, and the %d batches since are skipped", reason, step, skipped)
         self.tracker.rewind(step)
+        self.self_check.rewind(step)
         self.tracker.artifact(events.path)
         return step
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from mae_scale.training.loop import Loop, resume
 from mae_scale.training.preflight import prepare, training_augmentation
 from mae_scale.training.provenance import settings_used, start_tags, versions
 from mae_scale.training.run_lock import hold
+from mae_scale.training.self_check import Course, SelfCheck
 from mae_scale.training.task import Origin, Task
 
 Guard = Callable[[], None]
@@ -180,8 +182,26 @@ def _train(
     """Train from step `start` on; return the signal that asked to stop, or None at the end."""
     if start >= context.steps.last:
         return None
-    loop = Loop(context, engine, objective.tensors, tracker, task.evaluators(context, engine, tracker))
+    loop = Loop(
+        context,
+        engine,
+        objective.tensors,
+        tracker=tracker,
+        evaluators=task.evaluators(context, engine, tracker),
+        self_check=SelfCheck(context, tracker, _course(task, context, objective)),
+    )
     return loop.train(start, lambda step: _open_loader(context, objective, step))
+
+
+def _course(task: Task[Any], context: RunContext, objective: Objective) -> Course:
+    steps = context.steps
+    return Course(
+        steps_per_epoch=steps.per_epoch,
+        warmup_steps=context.recipe.schedule.warmup_epochs * steps.per_epoch,
+        total_steps=steps.total,
+        learns_steadily=task.command == "pretrain",
+        untrained=cache(lambda: task.untrained_loss(context, objective)),
+    )
 
 
 def _open_loader(context: RunContext, objective: Objective, start: int) -> ImageLoader:

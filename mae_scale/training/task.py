@@ -9,6 +9,7 @@ from mae_scale.config.schema import Recipe
 from mae_scale.engines.base import Engine, Objective
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
+from mae_scale.training.self_check import Untrained
 
 
 class Origin(NamedTuple):
@@ -79,6 +80,10 @@ class Task(Protocol[ObjectiveT]):
     def evaluators(self, context: RunContext, engine: Engine, tracker: Tracker) -> list[Evaluator]:
         """Return what measures or draws at intervals beside the loss."""
         return []
+
+    def untrained_loss(self, context: RunContext, objective: ObjectiveT) -> Untrained | None:
+        """Return the loss of a model that does not look at the images; None where it is not known. On rank 0 alone."""
+        return None
 
     def finish(self, context: RunContext, tracker: Tracker) -> str:
         """Write weights and figures after the whole schedule, on rank 0; return a line that says where they are."""

@@ -1,6 +1,7 @@
 """Classification as a task: fine-tuning, partial fine-tuning, linear probing, supervised from scratch."""
 
 import json
+import math
 from functools import cache, partial
 from pathlib import Path
 from typing import ClassVar
@@ -30,6 +31,7 @@ from mae_scale.tracking.mlflow_models import keep_classifier
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.inputs import VALIDATION, has_checkpoint, refuse_other_weights
+from mae_scale.training.self_check import Untrained
 from mae_scale.training.shown_images import shown_images
 from mae_scale.training.task import Evaluator, Origin, Task
 
@@ -130,6 +132,11 @@ class Classification(Task[Classify]):
             return []
         validation = load_index(context.out / VALIDATION, root)
         return [Validation(context, engine, folder_set(validation, num_classes=len(classes), class_names=classes))]
+
+    def untrained_loss(self, context: RunContext, objective: Classify) -> Untrained | None:
+        """Return ln(classes), the cross-entropy of guessing, also of smoothed and mixed labels."""
+        classes = objective.model.classes
+        return Untrained(math.log(classes), f"ln({classes})", tolerance=0)
 
     def finish(self, context: RunContext, tracker: Tracker) -> str:
         weights = context.out / "export" / "model.safetensors"

@@ -21,10 +21,11 @@ from mae_scale.tasks.mae.validation import ValidationLoss
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.preflight import training_augmentation
+from mae_scale.training.self_check import Untrained
 from mae_scale.training.shown_images import some_images
 from mae_scale.training.task import FROM_SCRATCH, Evaluator, Origin, Task
 
-PCA_IMAGES = 256
+PCA_IMAGES, UNTRAINED_IMAGES = 256, 64
 
 
 class MaskedAutoencoding(Task[Reconstruct]):
@@ -79,6 +80,15 @@ class MaskedAutoencoding(Task[Reconstruct]):
         if self.recipe.tracking.knn_images is not None:
             found.append(KnnAccuracy(context, engine))
         return found
+
+    def untrained_loss(self, context: RunContext, objective: Reconstruct) -> Untrained | None:
+        """Return the variance of the target's values over some training images: the loss of predicting their mean."""
+        images = some_images(context.index, UNTRAINED_IMAGES, self.recipe, training_augmentation(self.recipe))
+        patches = patchify(images.to(context.device), objective.model.patch_size).flatten(0, 1)
+        with torch.inference_mode():
+            values = objective.model.target(patches)
+        loss = float((values - values.mean(dim=0)).square().mean())
+        return Untrained(loss, "the variance of what is predicted", tolerance=0.02)
 
     def finish(self, context: RunContext, tracker: Tracker) -> str:
         weights = context.out / "export" / "model.safetensors"
