@@ -173,6 +173,16 @@ class Index:
             chosen.append(images[np.argsort(draws, kind="stable")[:count]])
         return self.take(np.sort(np.concatenate(chosen)))
 
+    def share(self, fraction: float, *, seed: int) -> Index:
+        """Return an index of a share of the images, rounded to a whole number, in the order of this one.
+
+        Drawn with the seed from all images alike, whatever their class. Nested: of two shares the images of the smaller
+        one are among those of the larger.
+        """
+        draws = generator(seed, "share", 0).bit_generator.random_raw(len(self))
+        chosen = np.argsort(draws, kind="stable")[: round(fraction * len(self))]
+        return self.take(np.sort(chosen))
+
     def summary(self) -> str:
         """Return a summary on one line."""
         mib = self.num_bytes.sum() / 2**20

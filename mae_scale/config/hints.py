@@ -13,6 +13,8 @@ def contradiction(recipe: Recipe) -> str | None:
     classifier, optim = recipe.classifier, recipe.optim
     if recipe.data.cache_gib is not None and recipe.data.cache is None:
         return f"data.cache_gib={recipe.data.cache_gib:g} bounds data.cache, which is not set; add data.cache=DIR"
+    if recipe.data.fraction is not None and recipe.data.labels_per_class is not None:
+        return "data.fraction and data.labels_per_class each choose the training images; drop one of them"
     if (recipe.task == "classification") != (classifier is not None):
         section = "no section classifier" if classifier is None else "a section classifier"
         return f"task: {recipe.task}, and {section}; task: classification and the section classifier belong together"

@@ -62,6 +62,9 @@ class DataSection(Section):
     )
     random_erasing: float = Field(0.0, ge=0, le=1, description="probability of filling a rectangle with noise")
     labels_per_class: int | None = Field(None, gt=0, description="train on this many images per class, drawn by seed")
+    fraction: float | None = Field(
+        None, gt=0, le=1, description="train on this share of the images, drawn by seed; a larger one contains it"
+    )
     device: Literal["auto", "cpu", "gpu"] = Field(
         "auto", description="where images are decoded; auto: on a GPU where there is one"
     )

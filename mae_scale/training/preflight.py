@@ -58,7 +58,7 @@ def check_images(task: Task[Any], *, keep: bool = True, progress: bool = True) -
     Raises UsageError when the images, or the task's starting weights, do not fit.
     """
     data, root, val_root = task.recipe.data, training_root(task.recipe), task.recipe.data.val_root
-    part = data.labels_per_class is not None
+    part = data.labels_per_class is not None or data.fraction is not None
     training = Folder("data.root", root, lambda: open_index(root, data.index, keep=keep, progress=progress))
     found = {IMAGES: run_images(task.out / IMAGES, training, task.choose_images, part=part)}
     steps_of(task.recipe, len(found[IMAGES].index))  # refuses a batch larger than the data

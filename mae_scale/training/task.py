@@ -55,8 +55,9 @@ class Task(Protocol[ObjectiveT]):
         """Raise UsageError for what this task cannot do, before a rank is started."""
 
     def choose_images(self, index: Index) -> Index:
-        """Select the training images; raise UsageError if they are unsuitable."""
-        return index
+        """Select the training images, data.fraction of them; raise UsageError if they are unsuitable."""
+        fraction = self.recipe.data.fraction
+        return index if fraction is None else index.share(fraction, seed=self.recipe.seed)
 
     def check_fit(self, images: Index, validation: Index | None) -> None:
         """Raise UsageError if validation images or starting weights do not fit the training images and the recipe."""

@@ -42,3 +42,22 @@ def test_few_labels_are_a_number_per_class_drawn_with_the_seed_in_the_order_of_t
     assert all(sizes[name] == few.num_bytes[i] for i, name in enumerate(names))
     with pytest.raises(UsageError, match="choose at most that many"):
         index.few(1000, seed=0)
+
+
+def test_a_share_is_drawn_with_the_seed_from_all_images_and_part_of_every_larger_share(digits):
+    index = build_index(digits / "train", progress=False)
+
+    def names(fraction: float, seed: int = 0) -> list[str]:
+        part = index.share(fraction, seed=seed)
+        return [part.name(i) for i in range(len(part))]
+
+    shares = [names(fraction) for fraction in (0.01, 0.1, 0.5, 1)]
+    assert [len(share) for share in shares] == [14, 144, 721, 1442]
+    assert all(share == sorted(share) for share in shares)
+    for smaller, larger in zip(shares, shares[1:], strict=False):
+        assert set(smaller) < set(larger)
+    assert names(0.5) == names(0.5)
+    common = len(set(names(0.5)) & set(names(0.5, seed=1)))
+    assert abs(common - 721 / 2) < 4 * np.sqrt(721 / 4)  # two seeds share half of their halves
+    per_class = np.bincount(index.share(0.5, seed=0).label) / np.bincount(index.label)
+    assert per_class == pytest.approx(np.full(10, 0.5), abs=0.15)

@@ -88,7 +88,8 @@ def known_root(recipe: Recipe) -> Path:
 def nearest_neighbours(recipe: Recipe, neighbours: int, figure: Path | None) -> dict[str, Any] | None:
     """Return top-1 and top-5 of k-NN: data.val_root's images by those of data.root; on rank 0, else None.
 
-    Training images (data.labels_per_class of each class, where set) and validation images are cut as in evaluation.
+    Training images (data.labels_per_class of each class or data.fraction of all, where set) and validation images are
+    cut as in evaluation.
     {"k": k, "top1": percent, "top5": percent, "images": n, "per_class": [...]}.
     """
     with all_ranks(recipe) as (ranks, device):
@@ -115,6 +116,8 @@ def _opened(recipe: Recipe) -> tuple[Classifier, Index, EvaluationSet]:
     refuse_unlabelled(index)
     if data.labels_per_class is not None:
         index = index.few(data.labels_per_class, seed=recipe.seed)
+    elif data.fraction is not None:
+        index = index.share(data.fraction, seed=recipe.seed)
     one = folder_set(
         open_index(evaluate.validation_root(recipe), progress=False),
         num_classes=len(index.classes),

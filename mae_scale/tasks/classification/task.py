@@ -72,7 +72,7 @@ class Classification(Task[Classify]):
     def choose_images(self, index: Index) -> Index:
         refuse_unlabelled(index)
         labels = self.recipe.data.labels_per_class
-        return index if labels is None else index.few(labels, seed=self.recipe.seed)
+        return super().choose_images(index) if labels is None else index.few(labels, seed=self.recipe.seed)
 
     def check_fit(self, images: Index, validation: Index | None) -> None:
         if validation is not None:
