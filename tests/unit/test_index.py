@@ -1,6 +1,7 @@
 """The index as a file, and parts of it."""
 
 import os
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_a_share_is_drawn_with_the_seed_from_all_images_and_part_of_every_larger
     shares = [names(fraction) for fraction in (0.01, 0.1, 0.5, 1)]
     assert [len(share) for share in shares] == [14, 144, 721, 1442]
     assert all(share == sorted(share) for share in shares)
-    for smaller, larger in zip(shares, shares[1:], strict=False):
+    for smaller, larger in pairwise(shares):
         assert set(smaller) < set(larger)
     assert names(0.5) == names(0.5)
     common = len(set(names(0.5)) & set(names(0.5, seed=1)))
