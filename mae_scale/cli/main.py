@@ -19,6 +19,7 @@ from mae_scale.cli.doctor import doctor_app
 from mae_scale.cli.help import common, run
 from mae_scale.cli.measure import measure_app
 from mae_scale.cli.recipes import recipes_app
+from mae_scale.cli.scaling import scaling_app
 from mae_scale.cli.slurm import slurm_app
 from mae_scale.cli.train import train_app
 from mae_scale.distributed.ranks import leave, say_error, this_rank
@@ -39,6 +40,7 @@ for family in (doctor_app, demo_app, train_app, measure_app, compare_app, slurm_
 app.add_typer(data_app, name="data", no_args_is_help=True)
 app.add_typer(checkpoints_app, name="checkpoints", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes", no_args_is_help=True)
+app.add_typer(scaling_app, name="scaling", no_args_is_help=True)
 
 
 def main() -> None:
