@@ -68,16 +68,16 @@ def step_metrics(
         # Each rank has counted its own, and one may be another's too: look at the names.
         found = from_all(lambda: loader.bad_images.found)
         loader.bad_images.check({name: reason for part in found for name, reason in part.items()})
-    rates = clock.rates(done)
+    rates, seen = clock.rates(done), done * context.layout.global_batch
     metrics = {
         "train/loss": loss / world_size,
         "train/lr": context.learning_rate(done - 1),
         "train/grad_norm": result.grad_norm(),
         **rates,
         "memory/peak_gib": _peak_gib(context.device),
-        "data/replaced_images": int(replaced),
-        "faults/skipped_steps": context.events.count("skipped_step"),
-        "faults/rollbacks": context.events.count("rollback"),
+        "images_seen": seen,
+        "compute_pflops": seen * context.training_flops / 1e15,
+        **_faults(context, int(replaced)),
     }
     if context.recipe.data.cache is not None:
         metrics["data/cache_hits"] = cache_hits / images
@@ -89,6 +89,16 @@ def step_metrics(
             devices=world_size,
         )
     return metrics
+
+
+def _faults(context: RunContext, replaced: int) -> dict[str, float]:
+    """Return the counters of what has gone wrong: those that are not 0, so that no chart shows a flat line."""
+    counts = {
+        "data/replaced_images": replaced,
+        "faults/skipped_steps": context.events.count("skipped_step"),
+        "faults/rollbacks": context.events.count("rollback"),
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
 def _peak_gib(device: torch.device) -> float:
