@@ -188,7 +188,9 @@ class TrackingSection(Section):
         description="MLflow URI; null: MLFLOW_TRACKING_URI, else SQLite beside the output folder; off: none",
     )
     experiment: str = Field("mae-scale", description="MLflow experiment")
-    run_name: str | None = Field(None, description="name of the MLflow run; null: the output folder's")
+    run_name: str | None = Field(
+        None, description="name of the MLflow run; null: the output folder's, with kind, size and seed"
+    )
     registered_model: str | None = Field(
         None, description="name of the classifier in MLflow's model registry; null: logged to the run only"
     )

@@ -1,11 +1,11 @@
 """Files for the MLflow run of a training that has ended."""
 
-import json
 import logging
 from pathlib import Path
 
 from mae_scale.passwords import redacted
 from mae_scale.tracking.mlflow_environment import quieten_loggers, reason, set_environment
+from mae_scale.tracking.mlflow_state import mlflow_run_of
 
 logger = logging.getLogger(__name__)
 
@@ -15,8 +15,7 @@ def add_artifact(out: Path, uri: str, path: Path, folder: str) -> None:
 
     Does nothing for a training that was not tracked.
     """
-    known = out / "mlflow.json"
-    run_id = json.loads(known.read_text(encoding="utf-8"))["run_id"] if known.exists() else None
+    run_id = mlflow_run_of(out)
     if run_id is None:
         return
     set_environment()

@@ -81,3 +81,12 @@ class MlflowState:
             write_json(self._path, self._values)
         except OSError as error:
             logger.warning("%s could not be written: %s", self._path, error)
+
+
+def mlflow_run_of(out_dir: Path) -> str | None:
+    """Return the id of the MLflow run of the training in a folder; None where there is none, or no training."""
+    try:
+        run_id: str | None = json.loads((out_dir / "mlflow.json").read_text(encoding="utf-8"))["run_id"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return run_id

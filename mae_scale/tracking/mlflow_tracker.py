@@ -26,6 +26,7 @@ from mae_scale.passwords import redacted, without_password
 from mae_scale.tracking.metrics_log import parse_rows, read_metrics
 from mae_scale.tracking.mlflow_artifacts import send_artifact
 from mae_scale.tracking.mlflow_environment import quieten_loggers, reason, set_environment
+from mae_scale.tracking.mlflow_page import RunPage, complete_page
 from mae_scale.tracking.mlflow_state import MlflowState
 from mae_scale.tracking.mlflow_uri import artifact_location
 from mae_scale.tracking.sqlite_database import new_sqlite_file
@@ -66,6 +67,7 @@ class MlflowTracker:
         run_name: str | None,
         params: Mapping[str, Any],
         tags: Mapping[str, Any],
+        page: RunPage | None = None,
     ):
         """Import mlflow, which takes seconds, and start the thread; do not wait for the server.
 
@@ -83,7 +85,7 @@ class MlflowTracker:
         self._out_dir = Path(out_dir).absolute()
         self._out_dir.mkdir(parents=True, exist_ok=True)
         self._log_path = self._out_dir / "metrics.jsonl"
-        self._run_name = run_name or self._out_dir.name
+        self._run_name, self._page = run_name or self._out_dir.name, page
         self._params = {_name(key): redacted(str(value))[:PARAM_LENGTH] for key, value in params.items() if str(value)}
         self._tags = {_name(key): redacted(str(value))[:TAG_LENGTH] for key, value in tags.items() if value is not None}
         self._started_at = time.time()
@@ -228,6 +230,8 @@ class MlflowTracker:
             params=[Param(key, value) for key, value in self._params.items() if key not in first],
             tags=[RunTag(key, value) for key, value in (self._tags | others).items()],
         )
+        if self._page is not None:
+            self._complete_page(client, run, self._page)
         delivered: dict[str, set[int]] = defaultdict(set)
         for name in run.data.metrics:
             delivered[name].update(metric.step for metric in client.get_metric_history(run_id, name))
@@ -236,6 +240,18 @@ class MlflowTracker:
         self._connection = _Connection(client, run_id)
         self._answered.set()
         return self._connection
+
+    def _complete_page(self, client: MlflowClient, run: Run, page: RunPage) -> None:
+        """Give the run its description and data sets; a server that does not take them costs a warning, no metrics."""
+        from mlflow import MlflowException
+
+        try:
+            complete_page(client, run, page)
+        except MlflowException as error:
+            if error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"):  # such as a lost connection
+                raise
+            self._page = None
+            logger.warning("MLflow (%s) does not take the run's description: %s", redacted(self.uri), reason(error))
 
     def _known_run(self, client: MlflowClient) -> Run | None:
         """Return the run of mlflow.json, or one that a request without an answer has made, or None."""

@@ -12,6 +12,7 @@ from typing import Any
 from mae_scale.config.schema import Recipe
 from mae_scale.tracking.console import Console, NullConsole
 from mae_scale.tracking.metrics_log import MetricsLog
+from mae_scale.tracking.mlflow_page import RunPage
 from mae_scale.tracking.mlflow_tracker import MlflowTracker
 from mae_scale.tracking.mlflow_uri import tracking_uri
 from mae_scale.tracking.output import Output
@@ -30,6 +31,8 @@ class RunFacts:
     """Values that this start has decided itself, by the recipe's key."""
     tags: Mapping[str, Any]
     """Tags of the MLflow run; None is left out."""
+    page: RunPage | None
+    """On rank 0."""
 
 
 class Tracker:
@@ -62,11 +65,13 @@ class Tracker:
         self._log = MetricsLog(out / "metrics.jsonl", facts.start)
         uri = tracking_uri(recipe.tracking.uri, out)
         if uri is not None:
+            assert facts.page is not None
             self.mlflow = MlflowTracker(
                 out,
                 uri=uri,
                 experiment=recipe.tracking.experiment,
-                run_name=recipe.tracking.run_name,
+                run_name=recipe.tracking.run_name or facts.page.name,
+                page=facts.page,
                 params=recipe.flat() | dict(facts.used),
                 tags=facts.tags,
             )

@@ -21,6 +21,7 @@ from mae_scale.checkpoints.store import FROZEN, Damaged, damaged_folders, list_c
 from mae_scale.config.load import load_recipe
 from mae_scale.config.schema import Recipe, differing_keys
 from mae_scale.tracking.metrics_log import read_metrics
+from mae_scale.tracking.mlflow_state import mlflow_run_of
 
 log = logging.getLogger("mae_scale")
 
@@ -141,15 +142,18 @@ def refuse_other_recipe(recipe: Recipe, out: Path) -> None:
 
 
 def started_from(out: Path, source: Path | None) -> dict[str, Any] | None:
-    """Return the starting weights' place and digest, as a checkpoint's manifest holds them; None when unknown.
+    """Return the starting weights' place, digest and MLflow run, for a checkpoint's manifest; None when unknown.
 
     source: the file or checkpoint that this start has read; None where it goes on from a checkpoint of its own.
     """
     if source is None or has_checkpoint(out):
         return _recorded(out, "started_from")
     if source.is_dir():
-        return {"path": str(source), "manifest_sha256": read_manifest(source)["manifest_sha256"]}
-    return {"path": str(source), "sha256": digest_of(source)}
+        manifest = read_manifest(source)
+        known = {"manifest_sha256": manifest["manifest_sha256"], "mlflow_run_id": manifest.get("mlflow_run_id")}
+    else:  # a run's export/model.safetensors lies beside its mlflow.json
+        known = {"sha256": digest_of(source), "mlflow_run_id": mlflow_run_of(source.absolute().parent.parent)}
+    return {"path": str(source), **known}
 
 
 def refuse_other_weights(path: Path, out: Path) -> None:

@@ -79,4 +79,5 @@ def start_tags(facts: dict[str, Any], device: torch.device, unreadable: int) -> 
         "slurm_restart_count": slurm.get("SLURM_RESTART_COUNT"),
         "slurm_nodes": slurm.get("SLURM_JOB_NUM_NODES"),
         "unreadable_images": unreadable,
+        "mae_scale.started_from_run": (facts.get("started_from") or {}).get("mlflow_run_id"),
     }

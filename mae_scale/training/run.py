@@ -39,6 +39,7 @@ from mae_scale.training.loop import Loop, resume
 from mae_scale.training.preflight import prepare, training_augmentation
 from mae_scale.training.provenance import settings_used, start_tags, versions
 from mae_scale.training.run_lock import hold
+from mae_scale.training.run_page import run_page
 from mae_scale.training.self_check import Course, SelfCheck
 from mae_scale.training.task import Origin, Task
 
@@ -68,7 +69,7 @@ def run(task: Task[Any], output: Output) -> int:
             context = _context(task, control, index, engine, device=device, ranks=ranks, origin=origin, guard=guard)
             failure.events = context.events
             start = resume(context, engine)
-            with _tracker(context, start, output, guard) as tracker:
+            with _tracker(task, context, start, output, guard=guard) as tracker:
                 _begin(context, engine, tracker, start, notes)
                 stopped = _train(task, context, engine, objective, tracker=tracker, start=start)
                 _conclude(task, context, tracker, start, stopped)
@@ -152,13 +153,14 @@ def _saver(recipe: Recipe, out: Path, guard: Guard | None) -> Saver:
     return Saver(out / "checkpoints", retention, background=checkpoint.background, timeout_s=timeout_s, guard=guard)
 
 
-def _tracker(context: RunContext, start: int, output: Output, guard: Guard | None) -> Tracker:
+def _tracker(task: Task[Any], context: RunContext, start: int, output: Output, *, guard: Guard | None) -> Tracker:
     facts = RunFacts(
         start=start,
         total_steps=max(start, context.steps.last),
         steps_per_epoch=context.steps.per_epoch,
         used=settings_used(context.recipe, context.layout, context.device),
-        tags=start_tags(context.facts, context.device, len(context.index.bad)),
+        tags=start_tags(context.facts, context.device, len(context.index.bad)) | {"mae_scale.task": task.kind},
+        page=run_page(task, context) if context.ranks.is_first else None,
     )
     return Tracker(context.recipe, context.out, facts, speaks=context.ranks.is_first, output=output, guard=guard)
 

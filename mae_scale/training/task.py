@@ -51,6 +51,11 @@ class Task(Protocol[ObjectiveT]):
     def __init__(self, recipe: Recipe, out: Path):
         self.recipe, self.out = recipe, out
 
+    @property
+    def kind(self) -> str:
+        """Return what kind of training it is, in a word."""
+        return self.command
+
     def check(self, layout: BatchLayout) -> None:
         """Raise UsageError for what this task cannot do, before a rank is started."""
 

@@ -14,6 +14,7 @@ import pytest
 from data_pipeline.errors import UsageError
 from mae_scale.tracking import mlflow_tracker
 from mae_scale.tracking.metrics_log import MetricsLog
+from mae_scale.tracking.mlflow_page import Images, RunPage
 from mae_scale.tracking.mlflow_tracker import MlflowTracker
 from mae_scale.tracking.mlflow_uri import tracking_uri
 from tests.integration.mlflow_server import DEADLINE_S, wait_for
@@ -67,11 +68,11 @@ class _Forward(BaseHTTPRequestHandler):
 class Run:
     """A training run's side of tracking: rows into metrics.jsonl, each noticed to the tracker, and timed."""
 
-    def __init__(self, out_dir: Path, uri: str, *, resume_step: int = 0, params=None, tags=None):
+    def __init__(self, out_dir: Path, uri: str, *, resume_step: int = 0, params=None, tags=None, page=None):
         self.log = MetricsLog(out_dir / "metrics.jsonl", resume_step)
         self.times_s: list[float] = []
         self.tracker = MlflowTracker(
-            out_dir, uri=uri, experiment=EXPERIMENT, run_name=None, params=params or {}, tags=tags or {}
+            out_dir, uri=uri, experiment=EXPERIMENT, run_name=None, params=params or {}, tags=tags or {}, page=page
         )
 
     def log_steps(self, steps, pause_s: float = 0.0) -> None:
@@ -177,6 +178,23 @@ def test_parameters_tags_step_metrics_and_figures_arrive(server, client, tmp_pat
     ]
     downloaded = client.download_artifacts(run.tracker.run_id, "figures/reconstruction.png", str(tmp_path))
     assert Path(downloaded).read_bytes() == b"picture"
+
+
+def test_a_run_has_a_description_and_its_images_once_and_what_a_user_has_written_stays(server, client, tmp_path):
+    images = tuple(Images("digits/" + role, "ab" * 16, "/data", role, 100, 10) for role in ("training", "validation"))
+    page = RunPage("a name", "**pretrain**, on http://me:secret@host", images)
+    for note in ("written by a user", None):
+        run = Run(tmp_path / "run", server.uri, page=page)
+        run_id = run.tracker.wait_for_run(DEADLINE_S)
+        stored = client.get_run(run_id)
+        if note is not None:
+            assert stored.data.tags["mlflow.note.content"] == "**pretrain**, on http://me:***@host"
+            client.set_tag(run_id, "mlflow.note.content", note)
+        run.tracker.close()
+        run.log.close()
+    assert client.get_run(run_id).data.tags["mlflow.note.content"] == "written by a user"
+    found = [(one.dataset.name, one.dataset.digest, one.tags[0].value) for one in stored.inputs.dataset_inputs]
+    assert sorted(found) == [("digits/" + role, "ab" * 16, role) for role in ("training", "validation")]
 
 
 def test_server_that_is_down_at_the_start_gets_every_step_later(outage, client):

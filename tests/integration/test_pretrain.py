@@ -90,6 +90,17 @@ def test_a_run_is_in_mlflow_with_parameters_tags_metrics_and_files(uninterrupted
     assert (run.data.params["model.width"], run.data.params["engine.zero_stage"]) == ("32", "2")
     assert (run.data.tags["world_size"], run.data.tags["engine"]) == ("2", "deepspeed ZeRO 2")
     assert run.info.status == "FINISHED"
+    assert (run.info.run_name, run.data.tags["mae_scale.task"]) == ("whole, pretrain 32x2, seed 0", "pretrain")
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith(
+        "**pretrain** of 32x2 (width 32, 2 blocks, patches of 8 px) at 32 px: 2 epochs of 1,442 images"
+    )
+    assert "mae-scale pretrain demo --nproc 2" in note
+    images = [(one.tags[0].value, json.loads(one.dataset.profile)) for one in run.inputs.dataset_inputs]
+    assert sorted(images, key=str) == [
+        ("training", {"num_images": 1442, "num_classes": 10}),
+        ("validation", {"num_images": 355, "num_classes": 10}),
+    ]
     files = [f.path for folder in ("", "figures") for f in client.list_artifacts(run.info.run_id, folder)]
     expected = {"recipe.yaml", "engine.json", "figures/reconstructions.png", "figures/loss_curve.png"}
     assert expected <= set(files)

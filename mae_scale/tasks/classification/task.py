@@ -43,6 +43,15 @@ class Classification(Task[Classify]):
 
     command: ClassVar[str] = "finetune"
 
+    @property
+    def kind(self) -> str:
+        section = self.recipe.classification
+        if section.from_scratch:
+            return "scratch"
+        if section.trained_blocks is None:
+            return "finetune"
+        return "partial" if section.trained_blocks else "probe"
+
     def check(self, layout: BatchLayout) -> None:
         section = self.recipe.classification
         with torch.device("meta"):

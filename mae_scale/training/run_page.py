@@ -1,0 +1,41 @@
+"""The page of a run in MLflow: its name, what it is in words, and its images."""
+
+import shlex
+import sys
+from typing import Any
+
+from data_pipeline.index import Index, load_index
+from mae_scale.models.build import size_of
+from mae_scale.tracking.mlflow_page import Images, RunPage
+from mae_scale.training.context import RunContext
+from mae_scale.training.inputs import VALIDATION
+from mae_scale.training.task import Task
+
+
+def run_page(task: Task[Any], context: RunContext) -> RunPage:
+    """Return the page of a run; on rank 0, whose command line it names."""
+    recipe, model = task.recipe, task.recipe.model
+    size = size_of(model)
+    encoder = model.name or f"{size.width}x{size.depth}"
+    images = [_images(context.index, "training")]
+    if recipe.data.val_root is not None:
+        images.append(_images(load_index(context.out / VALIDATION, recipe.data.val_root), "validation"))
+    lines = [
+        f"**{task.kind}** of {encoder} (width {size.width}, {size.depth} blocks, patches of {size.patch_size} px) at "
+        f"{model.image_size} px: {recipe.schedule.epochs} epochs of {len(context.index):,} images, global batch "
+        f"{recipe.data.global_batch}, seed {recipe.seed}.",
+        f"    {shlex.join(['mae-scale', *sys.argv[1:]])}",
+        "The same command goes on with this run, on any number of ranks, from the newest checkpoint in "
+        f"`{context.checkpoints.absolute()}`.",
+    ]
+    started_from = context.facts.get("started_from")
+    if started_from:
+        its_run = started_from.get("mlflow_run_id")
+        lines.append(f"Weights: `{started_from['path']}`" + (f", MLflow run `{its_run}`" if its_run else ""))
+    return RunPage(f"{context.out.name}, {task.kind} {encoder}, seed {recipe.seed}", "\n\n".join(lines), tuple(images))
+
+
+def _images(index: Index, role: str) -> Images:
+    folder = index.root
+    name = "/".join(folder.parts[-2:]).strip("/")
+    return Images(name, index.digest(), str(folder), role, len(index), len(index.classes))
