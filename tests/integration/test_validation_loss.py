@@ -20,6 +20,7 @@ from mae_scale.training.decoding import decoding_on_cpu
 from tests.tiny import STEPS_PER_EPOCH, arguments
 
 FROZEN = ["optim.base_lr=1e-30", "schedule.epochs=2", "schedule.stop_after_steps=12", "tracking.uri=off"]
+FROZEN += ["tracking.evaluate_every_epochs=1"]
 """Weights that no step changes, so that runs of every layout measure the same ones."""
 
 LAYOUTS = {
@@ -101,7 +102,8 @@ def test_keep_best_follows_the_validation_loss(tmp_path, digits, mae_scale):
     """A rate that grows until it harms: the best checkpoint is an earlier one, and stays."""
     out = tmp_path / "run"
     words = ["schedule.epochs=9", "schedule.warmup_epochs=8", "schedule.stop_after_steps=48", "optim.base_lr=10"]
-    words += ["checkpoint.every_epochs=1", "checkpoint.keep=1", "checkpoint.keep_best=val/loss"]
+    words += ["tracking.evaluate_every_epochs=1", "checkpoint.every_epochs=1"]
+    words += ["checkpoint.keep=1", "checkpoint.keep_best=val/loss"]
     done = mae_scale("pretrain", "demo", "--out", out, *arguments(digits, *words, "tracking.uri=off"))
     assert done.returncode == 0, done.stderr
     losses = dict(measured(out))
