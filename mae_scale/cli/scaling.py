@@ -1,24 +1,68 @@
-"""The commands on scaling curves: `mae-scale scaling fit`."""
+"""The commands on scaling: `mae-scale scaling run`, `report`, `fit`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from data_pipeline.errors import UsageError
 from mae_scale.cli.json_file import Json, check_json, write_figures
+from mae_scale.cli.options import Overrides, RecipeName, can_be_stopped
 
-if TYPE_CHECKING:
-    pass
+scaling_app = typer.Typer(help="Measure throughput on several numbers of ranks; fit scaling curves.")
 
-scaling_app = typer.Typer(help="Fit scaling curves.")
+Picture = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="PNG to write.", show_default=False)]
+KINDS = ("strong", "weak")
 
 
-@scaling_app.callback()
-def scaling() -> None:
-    """Fit scaling curves."""
+@scaling_app.command("run")
+@can_be_stopped
+def scaling_run(
+    recipe: RecipeName,
+    ranks: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of local ranks, such as 1,2,4.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the points; those that are done stay.")],
+    overrides: Overrides = None,
+    kind: Annotated[
+        str,
+        typer.Option(metavar="KIND", help="strong: one global batch; weak: the recipe's is that of the fewest ranks."),
+    ] = "strong",
+    steps: Annotated[int, typer.Option(metavar="N", min=5, help="Steps per point; a fifth of them warms up.")] = 100,
+) -> None:
+    """Train the first steps of a recipe on several numbers of ranks of this machine, one after the other.
+
+    Example: `mae-scale scaling run pretrain/vit_base_800ep --ranks 1,2,4,8 --kind weak --out scaling/vit_base
+    data.root=/data/imagenet/train`
+    """
+    from mae_scale.launch.scaling_run import ThroughputSweep, ranks_of, run_sweep
+
+    if kind not in KINDS:
+        raise UsageError(f"--kind {kind} is not known; expected strong or weak")
+    sweep = ThroughputSweep(recipe, list(overrides or []), ranks_of(ranks), weak=kind == "weak", steps=steps, out=out)
+    raise typer.Exit(run_sweep(sweep))
+
+
+@scaling_app.command("report")
+def scaling_report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out of `scaling run` or slurm/scaling.sbatch.")],
+    out: Picture = None,
+    json: Json = None,
+) -> None:
+    """Show images per second, efficiency and waiting for images against the number of ranks.
+
+    Example: `mae-scale scaling report scaling/vit_base --out scaling.png`
+    """
+    from mae_scale.tasks.throughput import as_json, draw, lines, read_throughput
+
+    check_json(json)
+    _check_picture(out)
+    points = read_throughput(folder)
+    typer.echo("\n".join(lines(points)))
+    write_figures(json, as_json(points))
+    if out is not None:
+        draw(points, out, title=str(folder))
+        typer.echo(f"{out}")
 
 
 @scaling_app.command("fit")
@@ -31,7 +75,7 @@ def scaling_fit(
     shift: Annotated[
         bool, typer.Option("--shift", help="Fit (x + c) in place of x, as Zhai et al. (2021) do; takes ten points.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="PNG to write.", show_default=False)] = None,
+    out: Picture = None,
     json: Json = None,
 ) -> None:
     """Fit L = E + A x^-alpha to one value per run, the last of its schedule, and predict the largest from the others.
@@ -42,11 +86,15 @@ def scaling_fit(
     from mae_scale.tasks.scaling_points import read_points
 
     check_json(json)
-    if out is not None and out.suffix != ".png":
-        raise UsageError(f"--out {out}: expected a name that ends in .png")
+    _check_picture(out)
     found = fit_points(read_points(sweep, x, y), x=x, y=y, shifted=shift)
     typer.echo("\n".join(found.lines()))
     write_figures(json, found.as_json())
     if out is not None:
         draw(found, out)
         typer.echo(f"{out}")
+
+
+def _check_picture(out: Path | None) -> None:
+    if out is not None and out.suffix != ".png":
+        raise UsageError(f"--out {out}: expected a name that ends in .png")

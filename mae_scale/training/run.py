@@ -1,6 +1,7 @@
 """One start of a run, from top to bottom: check, meet, build, start from, scale out, resume, train, conclude."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -40,8 +41,10 @@ from mae_scale.training.preflight import prepare, training_augmentation
 from mae_scale.training.provenance import settings_used, start_tags, versions
 from mae_scale.training.run_lock import hold
 from mae_scale.training.run_page import run_page
-from mae_scale.training.self_check import Course, SelfCheck
+from mae_scale.training.self_check import Course, SelfCheck, Untrained
 from mae_scale.training.task import Origin, Task
+
+log = logging.getLogger("mae_scale")
 
 Guard = Callable[[], None]
 """Ends this process when another start has taken the run's folder over; called before something is written."""
@@ -197,12 +200,21 @@ def _train(
 
 def _course(task: Task[Any], context: RunContext, objective: Objective) -> Course:
     steps = context.steps
+
+    @cache
+    def untrained() -> Untrained | None:
+        try:
+            return task.untrained_loss(context, objective)
+        except Exception as error:
+            log.warning("the loss of an untrained model is not known (%s: %s)", type(error).__name__, error)
+            return None
+
     return Course(
         steps_per_epoch=steps.per_epoch,
         warmup_steps=context.recipe.schedule.warmup_epochs * steps.per_epoch,
         total_steps=steps.total,
         learns_steadily=task.command == "pretrain",
-        untrained=cache(lambda: task.untrained_loss(context, objective)),
+        untrained=untrained,
     )
 
 

@@ -209,6 +209,7 @@ def test_many_in_a_row_go_back_to_a_checkpoint_and_skip_the_data_also_over_a_new
                 assert training.wait() == 0, training.text()
     # Batches 5 to 7 are skipped as steps 6 to 8; then from step 4 on batch 8 is next, and 8 and 9 are bad too.
     rows = [json.loads(line) for line in (tmp_path / "one" / "events.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["event"] != "warning"]  # that so small a run has not learned much
     assert [(row["event"], row["step"]) for row in rows] == [
         ("start", 0),
         *(("skipped_step", step) for step in (6, 7, 8)),
@@ -234,6 +235,7 @@ def test_going_back_takes_the_same_steps_when_skips_are_read_a_step_late(tmp_pat
             assert training.wait() == 0, training.text()
         rows[every] = read_metrics(out / "metrics.jsonl")
         happened = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+        happened = [row for row in happened if row["event"] != "warning"]
         found[every] = [(row["event"], row["step"], row.get("skipped_batches")) for row in happened]
     assert [row["step"] for row in rows[100]] == [1, 5, STEPS]
     assert found[100] == found[1]

@@ -17,7 +17,7 @@ from mae_scale.config.load import load_recipe
 from mae_scale.tasks.mae.objective import Reconstruct
 from mae_scale.tracking.metrics_log import read_metrics
 from mae_scale.training.decoding import decoding_on_cpu
-from tests.tiny import STEPS_PER_EPOCH, arguments
+from tests.tiny import STEPS_PER_EPOCH, arguments, losses
 
 FROZEN = ["optim.base_lr=1e-30", "schedule.epochs=2", "schedule.stop_after_steps=12", "tracking.uri=off"]
 FROZEN += ["tracking.evaluate_every_epochs=1"]
@@ -88,6 +88,19 @@ def test_knn_top1_is_between_chance_and_all_and_the_log_line_has_both(one_rank):
     (row,) = [row for row in read_metrics(out / "metrics.jsonl") if "val/knn_top1" in row]
     assert 20 < row["val/knn_top1"] < 100  # ten classes: chance is 10
     assert f"val loss {row['val/loss']:.4f}  k-NN top-1 {row['val/knn_top1']:.2f} %" in printed
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_measuring_changes_no_loss_of_the_training(stage, tmp_path, digits, mae_scale):
+    found = []
+    for name, more in (("measured", ["tracking.evaluate_every_epochs=1", "tracking.knn_images=200"]), ("not", [])):
+        out = tmp_path / name
+        words = [*arguments(digits, *more), f"engine.zero_stage={stage}", "tracking.uri=off"]
+        done = mae_scale("pretrain", "demo", "--nproc", 2, "--out", out, *words)
+        assert done.returncode == 0, done.stderr
+        found.append(losses(out))
+    assert found[0] == found[1]
+    assert [step for step, _ in measured(tmp_path / "measured")] == [STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH]
 
 
 def test_a_checkpoint_says_what_was_measured_at_its_step(one_rank):
