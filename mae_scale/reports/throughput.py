@@ -25,6 +25,8 @@ class Rate:
 
 def throughput_figure(rates: Sequence[Rate], path: Path, *, title: str) -> None:
     """Write a PNG of rates by ascending ranks: the rate beside perfect scaling, efficiency, and the time of a step."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     figure = new_figure((9.5, 3.8), 120)
     rate_axes, efficiency_axes, time_axes = figure.subplots(1, 3)
     ranks = [rate.ranks for rate in rates]
@@ -38,6 +40,9 @@ def throughput_figure(rates: Sequence[Rate], path: Path, *, title: str) -> None:
     medians = [rate.images_per_second for rate in rates]
     rate_axes.errorbar(ranks, medians, yerr=spread, color=BLUE, marker="o", markersize=4, capsize=3, label="measured")
     rate_axes.set_yscale("log", base=10)
+    rate_axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    rate_axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    rate_axes.yaxis.set_minor_formatter(NullFormatter())
     rate_axes.set_ylabel("images per second")
     rate_axes.legend(frameon=False, fontsize=8)
     efficiency_axes.plot(ranks, [100 * rate.efficiency for rate in rates], color=BLUE, marker="o", markersize=4)
