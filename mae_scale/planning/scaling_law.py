@@ -21,7 +21,7 @@ POINTS_FOR_E, SPAN_FOR_E = 6, 10.0
 POINTS_FOR_SHIFT = 10
 LEVEL = 0.95
 REPLICATES = 200
-ALPHAS, SHIFTS = np.geomspace(0.01, 4, 61), np.geomspace(0.01, 100, 21)
+ALPHAS, SHIFTS = np.geomspace(0.001, 4, 81), np.geomspace(0.01, 100, 21)
 ZOOMS, ZOOM_POINTS = 12, 9
 
 

@@ -69,8 +69,8 @@ class ScalingFit:
         if self.prediction is not None:
             found, told = self.points[self.on_frontier[-1]], self.prediction
             said.append(
-                f"the largest, {found.name}: the others predict {told.y:.4g} ({told.low:.4g} to {told.high:.4g}), "
-                f"found {found.y:.4g} ({found.y / told.y - 1:+.1%})"
+                f"the largest on the frontier, {found.name}: the others predict {told.y:.4g} ({told.low:.4g} to "
+                f"{told.high:.4g}), found {found.y:.4g} ({found.y / told.y - 1:+.1%})"
             )
         return said
 

@@ -65,7 +65,7 @@ def test_the_law_behind_the_runs_is_found_and_the_largest_predicted(sweep, tmp_p
     assert told["y"] == pytest.approx(largest["y"], rel=1e-3)
     assert 0.999 * told["low"] < largest["y"] < 1.001 * told["high"]  # the points lie on the law: the band is a line
     assert "val/loss against training compute (PFLOPs): 17 runs, 9 points, 8 of them on the frontier" in said
-    assert "the largest, w128_e40_s0: the others predict" in said
+    assert "the largest on the frontier, w128_e40_s0: the others predict" in said
     with Image.open(tmp_path / "f.png") as picture:
         assert picture.size > (800, 600)
 
