@@ -191,6 +191,9 @@ class TrackingSection(Section):
     run_name: str | None = Field(
         None, description="name of the MLflow run; null: the output folder's, with kind, size and seed"
     )
+    sweep: str | None = Field(
+        None, description="name of the sweep that the run belongs to: a child of its parent run; set by mae-scale sweep"
+    )
     registered_model: str | None = Field(
         None, description="name of the classifier in MLflow's model registry; null: logged to the run only"
     )

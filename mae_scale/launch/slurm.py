@@ -7,16 +7,12 @@ import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from data_pipeline.errors import RunError, UsageError
 from mae_scale.config.load import load_recipe
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.policy import layout_of, refuse_wrong_combinations
 from mae_scale.launch.slurm_templates import PROLOGUE, ask_for_gpus, find_template, gpus_of, render, sbatch_options
-from mae_scale.models.build import build_classifier_of, build_model
-from mae_scale.models.weights.autoencoder import to_official
-from mae_scale.models.weights.classifier import load_classifier
+from mae_scale.launch.transfer_check import refuse_other_model, without_weights
 from mae_scale.tasks.registry import TASKS, task_of
 from mae_scale.tracking.mlflow_uri import hide_password
 from mae_scale.training.preflight import training_augmentation
@@ -134,27 +130,12 @@ def check(recipe: Recipe, name: str, shape: Shape, out: Path, start: Link | None
         layout = layout_of(recipe, shape.ranks)
         refuse_wrong_combinations(recipe, gpu=bool(shape.gpus_per_node))
         if start is not None:
-            refuse_other_model(start, recipe)
-            needs_none = recipe.classification.model_copy(update={"weights": None, "from_scratch": True})
-            recipe = recipe.model_copy(update={"classifier": needs_none})
+            refuse_other_model(start.name, start.recipe, recipe)
+            recipe = without_weights(recipe)
         task_of(recipe, out).check(layout)
         training_augmentation(recipe)
     except UsageError as error:
         raise UsageError(f"{name} on {shape.nodes} nodes x {shape.ntasks_per_node} ranks: {error}") from None
-
-
-def refuse_other_model(start: Link, recipe: Recipe) -> None:
-    """Raise UsageError when the classifier of a recipe cannot start from the weights that a link will leave."""
-    classes = 2  # as many on both sides: the data are not looked at
-    try:
-        with torch.device("meta"):
-            if start.recipe.task == "mae":
-                left = to_official(build_model(start.recipe), decoder=False)
-            else:
-                left = build_classifier_of(start.recipe, classes).state_dict()
-            load_classifier(build_classifier_of(recipe, classes), left)
-    except UsageError as error:
-        raise UsageError(f"it starts from {start.name}, and {error}") from None
 
 
 def check_partition(shape: Shape) -> None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mae_scale.passwords import redacted
+from mae_scale.tracking.mlflow_sweep import NOTE_TAG, join_sweep
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-NOTE_TAG = "mlflow.note.content"
 ROLE_TAG = "mlflow.data.context"
 
 
@@ -32,20 +32,23 @@ class Images:
 
 @dataclass(frozen=True)
 class RunPage:
-    """The name of a run, its description in Markdown, and its images."""
+    """The name of a run, its description in Markdown, its images, and the sweep that it belongs to."""
 
     name: str
     description: str
     images: tuple[Images, ...]
+    sweep: str | None = None
 
 
 def complete_page(client: MlflowClient, run: Run, page: RunPage) -> None:
-    """Give a run its description and data sets where it has none yet: what a user has written stays.
+    """Give a run its description, data sets and parent run where it has none yet: what a user has written stays.
 
     Raises what MLflow raises.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
+    if page.sweep is not None:
+        join_sweep(client, run, page.sweep)
     if NOTE_TAG not in run.data.tags:
         client.set_tag(run.info.run_id, NOTE_TAG, redacted(page.description))
     given = run.inputs.dataset_inputs if run.inputs is not None else []

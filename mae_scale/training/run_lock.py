@@ -161,6 +161,15 @@ def refuse_held(out: Path) -> None:
         _wait_until_gone(path, holder)
 
 
+def holder_of(out: Path) -> Owner | None:
+    """Return who writes to a run's folder; None when nobody does, or when the owner is seen to be gone."""
+    path = out / NAME
+    owner = read_owner(path)
+    if owner is None or owner.is_running() is False:
+        return None
+    return owner if owner.is_running() or _age(path) <= SILENT_S else None
+
+
 def read_owner(path: Path) -> Owner | None:
     """Return who holds the lock of that path; None when nobody does."""
     try:

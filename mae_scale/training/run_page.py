@@ -32,7 +32,8 @@ def run_page(task: Task[Any], context: RunContext) -> RunPage:
     if started_from:
         its_run = started_from.get("mlflow_run_id")
         lines.append(f"Weights: `{started_from['path']}`" + (f", MLflow run `{its_run}`" if its_run else ""))
-    return RunPage(f"{context.out.name}, {task.kind} {encoder}, seed {recipe.seed}", "\n\n".join(lines), tuple(images))
+    name = f"{context.out.name}, {task.kind} {encoder}, seed {recipe.seed}"
+    return RunPage(name, "\n\n".join(lines), tuple(images), recipe.tracking.sweep)
 
 
 def _images(index: Index, role: str) -> Images:

@@ -1,0 +1,60 @@
+"""The command for many runs: `mae-scale sweep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mae_scale.cli.completion import complete_override, complete_recipe
+from mae_scale.cli.options import Nproc, RecipeName, can_be_stopped
+
+sweep_app = typer.Typer()
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="section.key=v1,v2",
+        help="The grid: several values of a key, or of keys that change together (k:l=v1:w1,v2:w2); one value is for "
+        "all runs; then.KEY=V is for the transfer.",
+        show_default=False,
+        autocompletion=complete_override,
+    ),
+]
+
+
+@sweep_app.command()
+@can_be_stopped
+def sweep(
+    recipe: RecipeName,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the runs' folders; those that are done stay.")],
+    grid: Words = None,
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Seeds per point, counted from the recipe's.")] = 1,
+    then: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="Recipe of a transfer after each run, from its weights.",
+            show_default=False,
+            autocompletion=complete_recipe,
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the sweep in MLflow; default: the folder's.")
+    ] = None,
+    nproc: Nproc = 1,
+) -> None:
+    """Train a grid of runs, one after the other, and show their results beside each other.
+
+    The same command goes on where it was cut off; more values or seeds add runs. Each is an ordinary run, a child of
+    one parent run in MLflow.
+
+    Example: `mae-scale sweep demo model.mask_ratio=0.4,0.6,0.75,0.9 --seeds 3 --then probe/demo --out sweeps/mask_ratio
+    data.root=digits/train data.val_root=digits/val`
+    """
+    from mae_scale.launch.grid import read_grid
+    from mae_scale.launch.sweep import Sweep, run_sweep
+
+    found = read_grid(recipe, list(grid or []), seeds)
+    raise typer.Exit(run_sweep(Sweep(recipe, found, then, out, name or out.absolute().name), nproc))

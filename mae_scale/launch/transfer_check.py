@@ -1,0 +1,31 @@
+"""Checks on a classifier that will start from weights that a run before it has still to train."""
+
+from __future__ import annotations
+
+import torch
+
+from data_pipeline.errors import UsageError
+from mae_scale.config.schema import Recipe
+from mae_scale.models.build import build_classifier_of, build_model
+from mae_scale.models.weights.autoencoder import to_official
+from mae_scale.models.weights.classifier import load_classifier
+
+
+def without_weights(recipe: Recipe) -> Recipe:
+    """Return a classifier's recipe for checks that would look for its starting weights, which are not there yet."""
+    needs_none = recipe.classification.model_copy(update={"weights": None, "from_scratch": True})
+    return recipe.model_copy(update={"classifier": needs_none})
+
+
+def refuse_other_model(name: str, start: Recipe, recipe: Recipe) -> None:
+    """Raise UsageError when a classifier cannot start from the weights that the run `name` of `start` will leave."""
+    classes = 2  # as many on both sides: the data are not looked at
+    try:
+        with torch.device("meta"):
+            if start.task == "mae":
+                left = to_official(build_model(start), decoder=False)
+            else:
+                left = build_classifier_of(start, classes).state_dict()
+            load_classifier(build_classifier_of(recipe, classes), left)
+    except UsageError as error:
+        raise UsageError(f"it starts from {name}, and {error}") from None
