@@ -162,7 +162,6 @@ def test_the_report_of_a_real_sweep(measured, tmp_path, call):
         (["run", "demo", "--ranks", "1,7"], "data.global_batch=120 is not divisible by 7 ranks"),
         (["run", "demo", "--ranks", "1,7", "--kind", "strong"], "data.global_batch=120 is not divisible by 7 ranks"),
         (["run", "demo", "--ranks", "7,14", "--kind", "weak"], "data.global_batch=120 is not divisible by 7 ranks"),
-        (["run", "demo", "--ranks", "1", "--steps", "4"], "--steps"),
         (["report", "NOWHERE"], "has no points"),
         (["report", "NOWHERE/there"], "has no points"),
         (["report", __file__], "is a file; expected the folder of `mae-scale scaling run`"),
