@@ -92,7 +92,7 @@ def _draw_parts(axes: Any, rates: Sequence[Rate]) -> None:
     places, below = range(len(rates)), [0.0] * len(rates)
     for label, colour, seconds in parts:
         heights = [1000 * (value or 0.0) for value in seconds]
-        if any(value is not None for value in seconds):
+        if any(heights):
             axes.bar(places, heights, bottom=below, color=colour, width=0.6, label=label)
         below = [low + height for low, height in zip(below, heights, strict=True)]
     axes.set_xticks(places, [str(rate.ranks) for rate in rates])

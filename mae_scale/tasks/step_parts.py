@@ -27,32 +27,43 @@ class Parts:
 
 def parts_of(points: list[ThroughputPoint]) -> dict[str, Parts]:
     """Return the parts of each measured point by name; `points` ascend by ranks, and the first is the reference."""
-    known = [(point, point.measured) for point in points if point.measured is not None]
-    return {point.name: _parts(found, point.ranks or 1, known[0][1], known[0][0].ranks or 1) for point, found in known}
+    known = _known(points)
+    return {point.name: _parts(point, found, *known[0]) for point, found in known}
 
 
-def not_told(points: list[ThroughputPoint]) -> str | None:
-    """Return why communication cannot be told of some points; None where it can be of all."""
-    known = [(point, point.measured) for point in points if point.measured is not None]
-    unclear = [(point, found) for point, found in known if not _same_work(found, known[0][1])]
-    if not unclear:
-        return None
-    first, its = known[0]
-    named = ", ".join(f"{found.micro_batch or 'unknown'} on {point.ranks}" for point, found in unclear)
-    return f"micro-batch {its.micro_batch or 'unknown'} on {first.ranks} ranks, {named}"
+def not_told(points: list[ThroughputPoint]) -> list[str]:
+    """Return the reasons why communication cannot be told of some points."""
+    known = _known(points)
+    return list(dict.fromkeys(why for point, found in known if (why := _why_not(point, found, *known[0]))))
 
 
-def _parts(found: Measured, ranks: int, reference: Measured, fewest: int) -> Parts:
+def _known(points: list[ThroughputPoint]) -> list[tuple[ThroughputPoint, Measured]]:
+    return [(point, point.measured) for point in points if point.measured is not None]
+
+
+def _parts(point: ThroughputPoint, found: Measured, fewest: ThroughputPoint, reference: Measured) -> Parts:
     rest = found.step_time_s - found.data_wait_s
     compute = communication = None
-    if _same_work(found, reference):
+    if _why_not(point, found, fewest, reference) is None:
         # Of equal micro-batches a step has more or fewer, in proportion to its rank's share of the images.
-        more = (found.global_batch / ranks) / (reference.global_batch / fewest)
+        more = (found.global_batch / (point.ranks or 1)) / (reference.global_batch / (fewest.ranks or 1))
         compute = min(rest, more * (reference.step_time_s - reference.data_wait_s))
         communication = rest - compute
     return Parts(found.data_wait_s, rest, found.checkpoint_s, compute, communication)
 
 
-def _same_work(found: Measured, reference: Measured) -> bool:
-    """Return whether a micro-batch is the same work in both; one of another size takes another time per image."""
-    return found is reference or (found.micro_batch is not None and found.micro_batch == reference.micro_batch)
+def _why_not(point: ThroughputPoint, found: Measured, fewest: ThroughputPoint, reference: Measured) -> str | None:
+    """Return why a point's communication cannot be told from its difference to the reference; None where it can."""
+    if point is fewest:
+        return None
+    if found.device == "cpu" and point.is_local:
+        return "ranks on the CPUs of one machine slow each other down without communicating"
+    if None in (found.micro_batch, reference.micro_batch):
+        return "the micro-batch is not known (no engine.json)"
+    if found.micro_batch != reference.micro_batch:
+        # One of another size takes another time per image.
+        return (
+            f"micro-batches differ, {reference.micro_batch} on {fewest.ranks} rank(s) and {found.micro_batch} on "
+            f"{point.ranks} (`scaling run --kind weak` keeps them)"
+        )
+    return None

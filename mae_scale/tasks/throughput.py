@@ -71,13 +71,14 @@ def _notes(points: list[ThroughputPoint]) -> list[str]:
     """Return what must be known to read the parts of a step."""
     fewest, unclear = reference_ranks(points), not_told(points)
     notes = []
-    if sum(point.measured is not None for point in points) > 1:
-        notes.append(f"communication: what a step takes beyond that of {fewest} rank(s) with the same work per rank")
+    if sum(part.communication_s is not None for part in parts_of(points).values()) > 1:
+        notes.append(
+            f"communication: what a step takes beyond that of {fewest} rank(s) with the same work per rank; waiting "
+            "for slower ranks is in it"
+        )
     if fewest is not None and fewest > 1:
         notes.append(f"compute: with the communication among {fewest} ranks, which is not told without a point of one")
-    if unclear:
-        notes.append(f"* with communication, which cannot be told: {unclear}; see `scaling run --kind weak`")
-    return notes
+    return [*notes, *(f"* with communication, which cannot be told: {why}" for why in unclear)]
 
 
 def draw(points: list[ThroughputPoint], path: Path, *, title: str) -> None:

@@ -37,6 +37,8 @@ class Measured:
     data_wait_s: float
     intervals: int
     micro_batch: int | None
+    device: str | None
+    """cpu or cuda; None where the run did not write it."""
     checkpoint_s: float | None
     """Time that a save has held training, per step between two saves of the recipe; None before the point's end."""
 
@@ -55,6 +57,11 @@ class ThroughputPoint:
     state: str
     """done, queued, running (or killed), cancelled, or why it failed."""
     measured: Measured | None
+
+    @property
+    def is_local(self) -> bool:
+        """True for ranks that share a machine which has fewer of them at other points (`scaling run`)."""
+        return self.name.startswith("ranks_")
 
     @property
     def number(self) -> int:
@@ -138,6 +145,7 @@ def _measured(folder: Path, events: list[dict[str, Any]]) -> Measured | None:
         data_wait_s=data_wait,
         intervals=len(kept),
         micro_batch=_micro_batch(folder),
+        device=next((row.get("device") for row in reversed(events) if row["event"] == "start"), None),
         checkpoint_s=_checkpoint_s(events),
     )
 

@@ -179,7 +179,8 @@ def _begin(context: RunContext, engine: Engine, tracker: Tracker, start: int, no
         write_json(out / "engine.json", {"used": used, **engine.config})
         tracker.artifact(out / RECIPE)
         tracker.artifact(out / "engine.json")
-    context.events.add("start", start, world_size=context.ranks.world_size, engine=engine.name)
+    world_size, device = context.ranks.world_size, context.device.type
+    context.events.add("start", start, world_size=world_size, engine=engine.name, device=device)
 
 
 def _train(
