@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from data_pipeline.errors import UsageError
 from mae_scale.reports.throughput import Rate, throughput_figure
 from mae_scale.tasks.step_parts import not_told, parts_of
 from mae_scale.tasks.throughput_points import ThroughputPoint
+
+NOTE_COLUMNS = 160
+"""Characters of a line below the figure."""
 
 
 def efficiencies(points: list[ThroughputPoint]) -> dict[str, float]:
@@ -101,7 +105,11 @@ def draw(points: list[ThroughputPoint], path: Path, *, title: str) -> None:
     ]
     if not rates:
         raise UsageError("no point has been measured yet; wait for the runs, or look at why they failed")
-    unfinished = [f"{point.name}: {point.state}" for point in points if point.state != "done"]
+    unfinished = [
+        textwrap.shorten(f"{point.name}: {point.state}", NOTE_COLUMNS, placeholder=" ...")
+        for point in points
+        if point.state != "done"
+    ]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         throughput_figure(rates, path, title=title, note="\n".join(unfinished))
