@@ -49,15 +49,20 @@ def scaling_report(
     out: Picture = None,
     json: Json = None,
 ) -> None:
-    """Show images per second, efficiency and waiting for images against the number of ranks.
+    """Show images per second, efficiency and the parts of a step's time against the number of ranks.
+
+    Points that are queued, running, cancelled or failed are listed as such.
 
     Example: `mae-scale scaling report scaling/vit_base --out scaling.png`
     """
-    from mae_scale.tasks.throughput import as_json, draw, lines, read_throughput
+    from mae_scale.launch.scaling_run import planned
+    from mae_scale.launch.slurm_queue import submitted
+    from mae_scale.tasks.throughput import as_json, draw, lines
+    from mae_scale.tasks.throughput_points import read_points
 
     check_json(json)
     _check_picture(out)
-    points = read_throughput(folder)
+    points = read_points(folder, planned(folder) | submitted(folder))
     typer.echo("\n".join(lines(points)))
     write_figures(json, as_json(points))
     if out is not None:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from data_pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, RunError, UsageError
+from data_pipeline.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    RunError,
+    UsageError,
+    reason_of,
+)
 from data_pipeline.files import write_json
 from mae_scale.config.load import load_recipe
 from mae_scale.distributed.ranks import launched
 from mae_scale.engines.policy import layout_of
 from mae_scale.launch.local import launch_local_ranks
 from mae_scale.tasks.registry import task_of
-from mae_scale.tasks.throughput import read_throughput
+from mae_scale.tasks.throughput_points import read_points
 from mae_scale.training.preflight import check
 
 SWEEP = "scaling.json"
@@ -47,7 +57,7 @@ class ThroughputSweep:
 
     def folder_of(self, ranks: int) -> Path:
         """Return a point's folder."""
-        return self.out / f"ranks_{ranks:04d}"
+        return self.out / point_name(ranks)
 
 
 def ranks_of(text: str) -> list[int]:
@@ -75,6 +85,7 @@ def run_sweep(sweep: ThroughputSweep) -> int:
         check(task, ranks)
         command = task.command
     _remember(sweep)
+    cores = _cores_per_rank(max(sweep.ranks))
     failed = EXIT_DONE
     for ranks in sweep.ranks:
         folder = sweep.folder_of(ranks)
@@ -83,7 +94,7 @@ def run_sweep(sweep: ThroughputSweep) -> int:
             continue
         words = [command, sweep.recipe, "--out", str(folder), *sweep.overrides_of(ranks)]
         try:
-            code = launch_local_ranks(ranks, words)
+            code = launch_local_ranks(ranks, words, environment=cores)
         except RunError as error:
             print(f"{folder}: {error}", file=sys.stderr)
             code = EXIT_FAILED
@@ -93,31 +104,67 @@ def run_sweep(sweep: ThroughputSweep) -> int:
     return failed
 
 
+def planned(folder: Path) -> dict[str, str]:
+    """Return {name: state} of the points that `scaling run` was asked for in FOLDER and that have not started."""
+    ranks = _known(folder).get("ranks", [])
+    names = [point_name(number) for number in ranks]
+    return {name: "not measured yet" for name in names if not (folder / name / "events.jsonl").exists()}
+
+
+def point_name(ranks: int) -> str:
+    """Return the name of a point's folder."""
+    return f"ranks_{ranks:04d}"
+
+
+def _cores_per_rank(most: int) -> dict[str, str]:
+    """Return the environment in which a rank computes on equally many cores at each point, those it has at the largest.
+
+    Else one rank would have all cores of the machine, and efficiency would say nothing of scaling.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) // most)
+    return {"OMP_NUM_THREADS": str(threads)}
+
+
 def _is_done(sweep: ThroughputSweep, folder: Path) -> bool:
     if not (folder / "events.jsonl").exists():
         return False
-    return any(point.name == folder.name and point.state == "done" for point in read_throughput(sweep.out))
+    return any(point.name == folder.name and point.state == "done" for point in read_points(sweep.out, {}))
 
 
-def _content(sweep: ThroughputSweep) -> dict[str, object]:
-    """Return what the sweep's folder keeps of it."""
+def _content(sweep: ThroughputSweep) -> dict[str, Any]:
+    """Return what is the same for all points of a sweep."""
     kind = "weak" if sweep.weak else "strong"
     return {"recipe": sweep.recipe, "overrides": sweep.overrides, "kind": kind, "steps": sweep.steps}
 
 
+def _known(folder: Path) -> dict[str, Any]:
+    """Return what a sweep's folder keeps of it, empty for a new one. Raises UsageError when it cannot be read."""
+    path = folder / SWEEP
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return {**found, "ranks": [int(ranks) for ranks in found.get("ranks", [])]}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UsageError(f"{path} cannot be read ({reason_of(error)}); choose another folder") from None
+
+
 def _refuse_another(sweep: ThroughputSweep) -> None:
     """Raise UsageError when the folder has measured something else."""
-    path, meant = sweep.out / SWEEP, _content(sweep)
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else meant
-    different = [f"{key}: {found.get(key)} -> {value}" for key, value in meant.items() if found.get(key) != value]
+    found, meant = _known(sweep.out), _content(sweep)
+    different = [f"{key}: {found[key]} -> {value}" for key, value in meant.items() if found.get(key, value) != value]
     if different:
         raise UsageError(f"--out {sweep.out} holds another sweep ({'; '.join(different)}); choose another --out")
+    if sweep.weak and found["ranks"] and min(found["ranks"]) != min(sweep.ranks):
+        raise UsageError(
+            f"--ranks {','.join(map(str, sweep.ranks))}: the weak sweep in {sweep.out} gives the recipe's global batch "
+            f"to {min(found['ranks'])} ranks, its fewest; begin with as many, or choose another --out"
+        )
 
 
 def _remember(sweep: ThroughputSweep) -> None:
     """Write what is measured into the folder."""
     try:
         sweep.out.mkdir(parents=True, exist_ok=True)
-        write_json(sweep.out / SWEEP, _content(sweep))
+        ranks = sorted({*_known(sweep.out)["ranks"], *sweep.ranks})
+        write_json(sweep.out / SWEEP, {**_content(sweep), "ranks": ranks})
     except OSError as error:
-        raise UsageError(f"--out {sweep.out} cannot be written to: {error.strerror}") from None
+        raise UsageError(f"--out {sweep.out} cannot be written to: {reason_of(error)}") from None

@@ -1,145 +1,117 @@
-"""Throughput against the number of ranks, read from the folders of short runs: DIR/ranks_0002, DIR/nodes_0016, ..."""
+"""Throughput against the number of ranks: the table, the JSON and the figure of `mae-scale scaling report`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
+import textwrap
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_pipeline.errors import UsageError
 from mae_scale.reports.throughput import Rate, throughput_figure
-from mae_scale.tracking.metrics_log import parse_rows, read_metrics
+from mae_scale.tasks.step_parts import not_told, parts_of
+from mae_scale.tasks.throughput_points import ThroughputPoint
 
-WARM_UP_SHARE = 0.2
-"""Share of a point's steps, the first ones, that is left out."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a point has measured: medians over its logged intervals after the warm-up, and quartiles of the rate."""
-
-    images_per_second: float
-    quartiles: tuple[float, float]
-    step_time_s: float
-    data_wait_s: float
-    intervals: int
-
-
-@dataclass(frozen=True)
-class ThroughputPoint:
-    """A short run on some ranks."""
-
-    name: str
-    ranks: int
-    state: str
-    """done, running (or killed), or why it failed."""
-    measured: Measured | None
-
-
-def read_throughput(folder: Path) -> list[ThroughputPoint]:
-    """Return the points in the folders of FOLDER, by ranks. Raises UsageError when there is none."""
-    points = [_point(path.parent) for path in sorted(folder.glob("*/events.jsonl"))]
-    if not points:
-        raise UsageError(
-            f"{folder} has no folders of runs that have started; expected what `mae-scale scaling run` or "
-            "slurm/scaling.sbatch leaves, such as ranks_0002"
-        )
-    return sorted(points, key=lambda point: (point.ranks, point.name))
+NOTE_COLUMNS = 160
+"""Characters of a line below the figure."""
 
 
 def efficiencies(points: list[ThroughputPoint]) -> dict[str, float]:
     """Return by name the rate per rank of each measured point, divided by that of the one with the fewest ranks."""
-    known = [(point, point.measured) for point in points if point.measured is not None]
-    if not known:
-        return {}
-    first, its = known[0]
-    return {
-        point.name: (found.images_per_second / point.ranks) / (its.images_per_second / first.ranks)
-        for point, found in known
+    rates = {
+        point.name: point.measured.images_per_second / (point.ranks or 1)
+        for point in points
+        if point.measured is not None
     }
+    return {name: rate / next(iter(rates.values())) for name, rate in rates.items()}
+
+
+def reference_ranks(points: list[ThroughputPoint]) -> int | None:
+    """Return the fewest ranks that were measured: what efficiency and communication are told against."""
+    return next((point.ranks for point in points if point.measured is not None), None)
 
 
 def as_json(points: list[ThroughputPoint]) -> list[dict[str, Any]]:
     """Return the points as --json writes them."""
-    efficiency = efficiencies(points)
-    return [
-        {
-            "name": point.name,
-            "ranks": point.ranks,
-            "state": point.state,
-            **({} if point.measured is None else {**vars(point.measured), "efficiency": efficiency[point.name]}),
-        }
-        for point in points
-    ]
+    efficiency, parts, reference = efficiencies(points), parts_of(points), reference_ranks(points)
+    rows: list[dict[str, Any]] = []
+    for point in points:
+        row: dict[str, Any] = {"name": point.name, "ranks": point.ranks, "state": point.state}
+        if point.measured is not None:
+            row |= {**vars(point.measured), "efficiency": efficiency[point.name]}
+            row |= {**vars(parts[point.name]), "reference_ranks": reference}
+        rows.append(row)
+    return rows
 
 
 def lines(points: list[ThroughputPoint]) -> list[str]:
-    """Return a table for people."""
-    efficiency = efficiencies(points)
+    """Return a table for people; times are milliseconds per step."""
+    efficiency, parts = efficiencies(points), parts_of(points)
     width = max(len(point.name) for point in points)
     said = [
-        f"{'':{width}}  {'ranks':>5}  {'images/s':>9}  {'quartiles':>19}  {'efficiency':>10}  {'s a step':>9}  waiting"
+        f"{'':{width}}  {'ranks':>5}  {'images/s':>9}  {'quartiles':>19}  {'efficiency':>10}  {'ms/step':>9}  "
+        f"{'compute':>10}  {'communication':>13}  {'waiting':>9}  {'checkpoint':>10}"
     ]
     for point in points:
-        found = point.measured
+        found, ranks = point.measured, "-" if point.ranks is None else point.ranks
         if found is None:
-            said.append(f"{point.name:{width}}  {point.ranks:5}  {point.state}")
+            said.append(f"{point.name:{width}}  {ranks:>5}  {point.state}")
             continue
-        low, high = found.quartiles
+        (low, high), part = found.quartiles, parts[point.name]
+        compute = f"{_ms(part.rest_s)}*" if part.compute_s is None else f"{_ms(part.compute_s)} "
         said.append(
-            f"{point.name:{width}}  {point.ranks:5}  {found.images_per_second:9,.1f}  {low:9,.1f} {high:9,.1f}  "
-            f"{efficiency[point.name]:10.1%}  {found.step_time_s:10.4f}  {found.data_wait_s / found.step_time_s:7.1%}"
+            f"{point.name:{width}}  {ranks:>5}  {found.images_per_second:9,.1f}  {low:9,.1f} {high:9,.1f}  "
+            f"{efficiency[point.name]:10.1%}  {_ms(found.step_time_s):>9}  {compute:>10}  "
+            f"{_ms(part.communication_s):>13}  {_ms(part.data_wait_s):>9}  {_ms(part.checkpoint_s):>10}"
             + ("" if point.state == "done" else f"  {point.state}")
         )
-    return said
+    return [*said, *_notes(points)]
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:,.2f}"
+
+
+def _notes(points: list[ThroughputPoint]) -> list[str]:
+    """Return what must be known to read the parts of a step."""
+    fewest, unclear = reference_ranks(points), not_told(points)
+    notes = []
+    if sum(part.communication_s is not None for part in parts_of(points).values()) > 1:
+        notes.append(
+            f"communication: what a step takes beyond that of {fewest} rank(s) with the same work per rank; waiting "
+            "for slower ranks is in it"
+        )
+    if fewest is not None and fewest > 1:
+        notes.append(f"compute: with the communication among {fewest} ranks, which is not told without a point of one")
+    return [*notes, *(f"* with communication, which cannot be told: {why}" for why in unclear)]
 
 
 def draw(points: list[ThroughputPoint], path: Path, *, title: str) -> None:
     """Draw the measured points. Raises UsageError when there is none, or the file cannot be written."""
-    efficiency = efficiencies(points)
+    efficiency, parts = efficiencies(points), parts_of(points)
     rates = [
         Rate(
-            point.ranks,
+            point.ranks or 1,
             found.images_per_second,
             *found.quartiles,
             efficiency=efficiency[point.name],
-            step_time_s=found.step_time_s,
+            rest_s=parts[point.name].rest_s,
+            compute_s=parts[point.name].compute_s,
+            communication_s=parts[point.name].communication_s,
             data_wait_s=found.data_wait_s,
+            checkpoint_s=found.checkpoint_s,
         )
         for point in points
         if (found := point.measured) is not None
     ]
     if not rates:
         raise UsageError("no point has been measured yet; wait for the runs, or look at why they failed")
+    unfinished = [
+        textwrap.shorten(f"{point.name}: {point.state}", NOTE_COLUMNS, placeholder=" ...")
+        for point in points
+        if point.state != "done"
+    ]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        throughput_figure(rates, path, title=title)
+        throughput_figure(rates, path, title=title, note="\n".join(unfinished))
     except OSError as error:
         raise UsageError(f"--out {path} cannot be written: {error.strerror}") from None
-
-
-def _point(folder: Path) -> ThroughputPoint:
-    events = [row for _, row in parse_rows((folder / "events.jsonl").read_bytes()) if row is not None]
-    starts = [row for row in events if row["event"] == "start"]
-    ranks = int(starts[-1]["world_size"]) if starts else 0
-    last = events[-1] if events else {"event": "start"}
-    state = {"end": "done", "stop": "stopped", "failure": f"failed: {last.get('reason')}"}.get(
-        last["event"], "running or killed"
-    )
-    return ThroughputPoint(folder.name, ranks, state, _measured(folder))
-
-
-def _measured(folder: Path) -> Measured | None:
-    """Return what a run has measured after its warm-up; None before that."""
-    rows = read_metrics(folder / "metrics.jsonl")
-    last = rows[-1]["step"] if rows else 0
-    kept = [row for before, row in pairwise(rows) if before["step"] >= WARM_UP_SHARE * last]
-    if not kept:
-        return None
-    low, median, high = np.quantile([row["perf/images_per_second"] for row in kept], (0.25, 0.5, 0.75)).tolist()
-    step_time = float(np.median([row["perf/step_time_s"] for row in kept]))
-    data_wait = float(np.median([row["perf/data_wait_s"] for row in kept]))
-    return Measured(median, (low, high), step_time, data_wait, len(kept))

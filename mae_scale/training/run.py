@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -178,7 +179,8 @@ def _begin(context: RunContext, engine: Engine, tracker: Tracker, start: int, no
         write_json(out / "engine.json", {"used": used, **engine.config})
         tracker.artifact(out / RECIPE)
         tracker.artifact(out / "engine.json")
-    context.events.add("start", start, world_size=context.ranks.world_size, engine=engine.name)
+    world_size, device = context.ranks.world_size, context.device.type
+    context.events.add("start", start, world_size=world_size, engine=engine.name, device=device)
 
 
 def _train(
@@ -246,9 +248,19 @@ def _conclude(task: Task[Any], context: RunContext, tracker: Tracker, start: int
         last = f"stopped by {stopped}; the same command {again}"
     else:
         reason, last = _end(task, context, tracker, start) if context.ranks.is_first else ("", "")
-        context.events.add("end", max(start, context.steps.last), reason=reason)
+        context.events.add("end", max(start, context.steps.last), reason=reason, **_saving(context))
     tracker.artifact(context.events.path)
     tracker.console.conclude(last)
+
+
+def _saving(context: RunContext) -> dict[str, Any]:
+    """Return what saving has cost this start: saves, their median stall, the recipe's steps from one to the next."""
+    stalls, checkpoint, steps = [save.stall_s for save in context.saver.times], context.recipe.checkpoint, context.steps
+    if not stalls:
+        return {}
+    intervals = (checkpoint.every_steps, checkpoint.every_epochs and checkpoint.every_epochs * steps.per_epoch)
+    every = min((interval for interval in intervals if interval), default=steps.total)
+    return {"saves": len(stalls), "save_stall_s": round(median(stalls), 6), "steps_per_save": min(every, steps.total)}
 
 
 def _end(task: Task[Any], context: RunContext, tracker: Tracker, start: int) -> tuple[str, str]:

@@ -264,3 +264,52 @@ def test_a_scaling_curve_has_a_run_for_each_number_of_nodes(cluster: Cluster, tm
     curves = [losses(tmp_path / "curve" / f"nodes_{nodes:04d}") for nodes in (1, 2)]
     for one, two in itertools.pairwise(curves):
         assert one == pytest.approx(two, abs=1e-6)
+
+
+def test_the_report_shows_what_waits_and_a_second_submission_measures_nothing_anew(cluster: Cluster, tmp_path, digits):
+    """An array that asks for 3 nodes of 2 as well: refused, and said why; one point is cancelled in the queue."""
+    curve, options = tmp_path / "my curve", ["--nodes=2", "--ntasks-per-node=1", "--output=%A_%a.log"]
+    quick = arguments(digits, "schedule.stop_after_steps=20", "tracking.uri=off")
+    command = [TEMPLATES / "scaling.sbatch", "demo", "--out", "my curve", *quick]
+
+    def report(*, check: bool = True) -> dict[str, str]:
+        told = cluster.call(
+            sys.executable, "-m", "mae_scale", "scaling", "report", curve, "--json", tmp_path / "r.json", check=check
+        )
+        if told.returncode:
+            return {"error": told.stderr}
+        points = json.loads((tmp_path / "r.json").read_text())
+        for point in points:
+            (line,) = (line for line in told.stdout.splitlines() if line.startswith(point["name"]))
+            assert point["state"] == "done" or line.endswith(point["state"])
+        return {point["name"]: point["state"] for point in points}
+
+    assert "has no points" in report(check=False)["error"]
+    held = cluster.sbatch("--hold", *options, "--array=1,2,3,4", *command, cwd=tmp_path)
+    waiting = dict.fromkeys([f"nodes_{nodes:04d}" for nodes in (1, 2, 3, 4)], "queued (JobHeldUser)")
+    assert report() == waiting
+    cluster.call("scontrol", "release", f"{held}_1")
+    cluster.wait_for_end(f"{held}_1", tmp_path / f"{held}_1.log")
+    assert report() == {**waiting, "nodes_0001": "done"}
+    cluster.call("scancel", f"{held}_4")
+    for nodes in (2, 3):
+        cluster.call("scontrol", "release", f"{held}_{nodes}")
+    cluster.wait_for_end(f"{held}_2", tmp_path / f"{held}_2.log")
+    cluster.wait_for_end(f"{held}_3", tmp_path / f"{held}_3.log", state="FAILED")
+    ended = report()
+    assert (ended["nodes_0001"], ended["nodes_0002"], ended["nodes_0004"]) == (
+        "done",
+        "done",
+        "cancelled before its start",
+    )
+    assert ended["nodes_0003"].startswith("failed: ")
+    assert "--array asks for 3 nodes, --nodes gives 2" in ended["nodes_0003"]
+
+    measured = {path: path.read_bytes() for path in curve.glob("*/metrics.jsonl")}
+    again = cluster.sbatch(*options, "--array=1,2", *command, cwd=tmp_path)
+    for nodes in (1, 2):
+        log = tmp_path / f"{again}_{nodes}.log"
+        assert cluster.wait_for_end(f"{again}_{nodes}", log)["ExitCode"] == "0:0"
+        assert "nothing to do" in log.read_text()
+    assert measured == {path: path.read_bytes() for path in curve.glob("*/metrics.jsonl")}
+    assert report() == ended
