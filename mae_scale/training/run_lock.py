@@ -161,6 +161,22 @@ def refuse_held(out: Path) -> None:
         _wait_until_gone(path, holder)
 
 
+def seems_held(out: Path) -> bool:
+    """Return whether a start is at work in a run's folder; writes nothing there and does not wait.
+
+    Of an owner on another host the age of its last beat decides, by this host's clock.
+    """
+    path = out / NAME
+    try:
+        holder = read_owner(path)
+    except (OSError, UsageError):
+        return False
+    if holder is None:
+        return False
+    running = holder.is_running()
+    return time.time() - _last_beat(path) <= SILENT_S if running is None else running
+
+
 def read_owner(path: Path) -> Owner | None:
     """Return who holds the lock of that path; None when nobody does."""
     try:
