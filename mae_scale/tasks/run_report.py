@@ -12,8 +12,10 @@ from PIL import Image
 
 import mae_scale
 from data_pipeline.errors import UsageError
+from mae_scale.passwords import without_password
 from mae_scale.reports.page_content import Page, Picture
 from mae_scale.tasks.run_folders import FoundRun, find_runs, read_run
+from mae_scale.tasks.tracked_runs import runs_of_experiment
 
 MOST_RUNS = 2000
 PICTURE_BYTES = 1_200_000
@@ -51,6 +53,13 @@ def page_of_folders(folders: Sequence[Path]) -> Page:
         reconstructions=pictures,
         notes=notes,
     )
+
+
+def page_of_experiment(name: str, uri: str) -> Page:
+    """Return the page of the runs of an MLflow experiment. Raises UsageError when it cannot be read or has no run."""
+    runs, notes = runs_of_experiment(uri, name, most=MOST_RUNS)
+    source = f"experiment {name} of MLflow ({without_password(uri)})"
+    return Page(title=name, source=source, version=mae_scale.__version__, runs=runs, notes=notes)
 
 
 def _fitting(pictures: Iterable[Picture], space: int, most: int) -> Iterator[Picture]:
