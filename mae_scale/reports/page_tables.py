@@ -11,12 +11,13 @@ from mae_scale.human_units import duration
 from mae_scale.passwords import redacted
 from mae_scale.reports.page_content import Event, PageRun
 
-LONGEST_TEXT = 600
+LONGEST_TEXT, SHORT_REASON = 600, 40
 OPEN_RUNS = 3
 """Events of up to so many runs are shown unfolded."""
 MOST_RUNS_WITH_EVENTS, MOST_EVENTS = 100, 60
 MOST_COLUMNS, MOST_COMPARED = 12, 200
 ORDINARY = ("start", "end")
+NUMERIC = ' class="n"'
 PLURAL = {"skipped_step": "skipped steps"}
 VALUES = {
     "train/loss": ("train loss", "{:.4f}"),
@@ -58,7 +59,8 @@ def runs_table(runs: Sequence[PageRun]) -> str:
     }
     cells = {title: [cell(run) for run in runs] for title, cell in columns.items()}
     filled = {title: column for title, column in cells.items() if any(value is not None for _, value in column)}
-    head = "".join(_head(title, sortable=True) for title in ("run", *filled))
+    numeric = {title for title, column in filled.items() if any(isinstance(value, float | int) for _, value in column)}
+    head = "".join(_head(title, sortable=True, numeric=title in numeric) for title in ("run", *filled))
     rows = "".join(
         f'<tr><th scope="row">{text(run.name)}</th>' + "".join(_cell(filled[title][row]) for title in filled) + "</tr>"
         for row, run in enumerate(runs)
@@ -82,7 +84,10 @@ def _epochs(run: PageRun) -> Cell:
 
 def _state(run: PageRun) -> Cell:
     mark = f'<span class="state {run.state.replace(" ", "-")}">{text(run.state)}</span>'
-    return mark + (f' <span class="why">{text(_cut(run.reason))}</span>' if run.reason else ""), run.state
+    if not run.reason:
+        return mark, run.state
+    long = " long" if len(run.reason) > SHORT_REASON else ""
+    return f'{mark} <span class="why{long}">{text(_cut(run.reason))}</span>', run.state
 
 
 def _cut(reason: str, most: int = 160) -> str:
@@ -91,13 +96,13 @@ def _cut(reason: str, most: int = 160) -> str:
 
 def _cell(cell: Cell) -> str:
     shown, value = cell
-    numeric = ' class="n"' if isinstance(value, float | int) else ""
-    return f'<td{numeric} data-v="{"" if value is None else text(value)}">{shown}</td>'
+    numeric = isinstance(value, float | int)
+    return f'<td{NUMERIC if numeric else ""} data-v="{"" if value is None else text(value)}">{shown}</td>'
 
 
-def _head(title: str, *, sortable: bool = False) -> str:
+def _head(title: str, *, sortable: bool = False, numeric: bool = False) -> str:
     inner = f'<button type="button">{text(title)}</button>' if sortable else text(title)
-    return f'<th scope="col">{inner}</th>'
+    return f'<th scope="col"{NUMERIC if numeric else ""}>{inner}</th>'
 
 
 def _table(head: str, rows: str, label: str, kind: str = "") -> str:
@@ -179,7 +184,8 @@ def _differences(runs: Sequence[PageRun], keys: Sequence[str]) -> str:
     if not keys:
         return f'<p class="muted">All {len(runs)} runs have the same recipe.</p>'
     shown, hidden = keys[:MOST_COLUMNS], keys[MOST_COLUMNS:]
-    head = "".join(_head(key, sortable=True) for key in ("run", *shown))
+    numeric = {key for key in shown if all(isinstance(_sort_value(run.recipe.get(key, "")), float) for run in runs)}
+    head = "".join(_head(key, sortable=True, numeric=key in numeric) for key in ("run", *shown))
     rows = "".join(
         f'<tr><th scope="row">{text(run.name)}</th>'
         + "".join(_cell((text(value), _sort_value(value))) for value in (run.recipe.get(key, "") for key in shown))
@@ -200,11 +206,9 @@ def _sort_value(value: str) -> float | str | None:
 
 
 def _common(runs: Sequence[PageRun], keys: Iterable[str]) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{text(key)}</th><td class="words">{text(runs[0].recipe[key])}</td></tr>' for key in keys
-    )
-    whose = "The recipe" if len(runs) == 1 else f"What the recipes of all {len(runs):,} runs say"
-    table = _table(_head("key") + _head("value"), rows, whose)
+    rows = "".join(f'<tr><th scope="row">{text(key)}</th><td>{text(runs[0].recipe[key])}</td></tr>' for key in keys)
+    whose = "The recipe" if len(runs) == 1 else f"The same in all {len(runs):,} runs"
+    table = _table(_head("key") + _head("value"), rows, whose, "facts")
     return f"<details><summary>{whose}</summary>{table}</details>"
 
 
@@ -228,7 +232,7 @@ def environment_table(runs: Sequence[PageRun]) -> str:
         for key in keys
     )
     more = f'<p class="muted">and {len(found) - len(shown):,} other environments</p>' if len(found) > len(shown) else ""
-    table = _table(head, rows, "Environment")
+    table = _table(head, rows, "Environment", "facts")
     return f'<section id="environment"><h2>Environment</h2>{table}{more}</section>'
 
 

@@ -40,7 +40,7 @@
   // A chart of one metric: the runs of its group that are shown.
   class Chart {
     constructor(group, about) {
-      Object.assign(this, { group, about, logarithmic: spans(about.series) });
+      Object.assign(this, { group, about, logarithmic: !about.metric.startsWith("perf/") && spans(about.series) });
       this.readout = make("div", { class: "readout", "aria-hidden": "true" });
       this.log = make("button", { type: "button", title: "logarithmic axis" }, "log");
       this.plot = make("div", { class: "plot", role: "img" });
