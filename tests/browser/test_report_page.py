@@ -12,6 +12,7 @@ from mae_scale.tasks.run_report import page_of_folders
 from tests.run_folders import DONE, START, put_run, rows_of
 
 PLACES = ("chromium", "chromium-browser", "google-chrome")
+SWEEP = "sweep_" + 90 * "x"  # a word that is wider than a phone
 WIDTHS = {"phone": (390, 844), "desktop": (1400, 900)}
 
 
@@ -36,18 +37,18 @@ def page_file(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("report")
     for number, ratio in enumerate((0.4, 0.5, 0.75, 0.9)):
         rows = rows_of(120, offset=number / 10)
-        put_run(root / "sweep" / f"mask_ratio-{ratio}_seed-0", f"model.mask_ratio={ratio}", rows=rows)
-    point = root / "sweep" / "mask_ratio-0.4_seed-0"
+        put_run(root / SWEEP / f"mask_ratio-{ratio}_seed-0", f"model.mask_ratio={ratio}", rows=rows)
+    point = root / SWEEP / "mask_ratio-0.4_seed-0"
     put_run(point / "then", recipe="probe/demo", rows=[{**row, "val/top1": row["epoch"]} for row in rows_of(20)])
     picture = Image.new("RGB", (1206, 852), "white")
     ImageDraw.Draw(picture).rectangle((200, 100, 900, 700), fill="navy")
     (point / "figures").mkdir()
     picture.save(point / "figures" / "reconstructions.png")
-    picture.crop((0, 0, 1140, 456)).save(root / "sweep" / "results.png")
+    picture.crop((0, 0, 1140, 456)).save(root / SWEEP / "results.png")
     failure = {"step": 3, "event": "failure", "reason": "<b>rank 1</b> " + "lost " * 60 + "x" * 200, "time": 1300.0}
-    put_run(root / "sweep" / "failed_run", rows=rows_of(40)[:9], events=[START, DONE, START, failure])
+    put_run(root / SWEEP / "failed_run", rows=rows_of(40)[:9], events=[START, DONE, START, failure])
     written = root / "report.html"
-    written.write_bytes(render(page_of_folders([root / "sweep"])))
+    written.write_bytes(render(page_of_folders([root / SWEEP])))
     return written
 
 
@@ -206,7 +207,7 @@ def test_a_run_is_hidden_by_its_name_and_the_table_sorted_by_a_column(opened):
 def test_the_page_can_be_used_without_seeing_it(opened):
     shown = opened("phone")
     assert shown.ask("document.documentElement.lang") == "en"
-    assert shown.page.title() == "sweep"
+    assert shown.page.title() == SWEEP
     assert shown.ask("document.querySelectorAll('h1').length") == 1
     without = (
         "[...document.querySelectorAll('img:not([alt]), th:not([scope]), button:empty, [role=img]:not([aria-label])')]"

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from mae_scale.tracking.metrics_log import read_metrics
+from mae_scale.training.run_lock import hold
 from tests.run_folders import DONE, START, put_run, rows_of
 from tests.tiny import STEPS, arguments
 
@@ -151,6 +152,15 @@ def test_the_state_of_a_run_is_that_of_its_newest_start(rows, events, state, tmp
     assert runs_of(page(tmp_path / "runs"))["one"]["state"] == state
 
 
+def test_a_run_that_holds_its_folder_is_running_and_was_not_killed(tmp_path, page):
+    folder = put_run(tmp_path / "one", rows=rows_of(20)[:10], events=[START])
+    with hold(folder):
+        written = page(folder)
+    assert runs_of(written)["one"]["state"] == "running"
+    assert "was killed" not in written.read_text()
+    assert runs_of(page(folder))["one"]["state"] == "killed"
+
+
 def test_kills_rollbacks_and_warnings_stand_among_the_events(tmp_path, page):
     events = [
         START,
@@ -175,7 +185,7 @@ def test_a_sweep_shows_the_keys_that_differ_and_the_transfer_of_each_point(tmp_p
     for ratio in (0.5, 0.75):
         point = put_run(tmp_path / "sweep" / f"mask-{ratio}", f"model.mask_ratio={ratio}", rows=rows_of(20))
         put_run(point / "then", recipe="probe/demo", rows=[{**row, "val/top1": 71.25} for row in rows_of(20)])
-    shutil.copytree(tmp_path / "sweep" / "mask-0.5", tmp_path / "sweep" / "mlartifacts" / "7f" / "artifacts")
+    shutil.copytree(tmp_path / "sweep" / "mask-0.5", tmp_path / "sweep" / "mlartifacts" / "7f")
     written = page(tmp_path / "sweep")
     found = runs_of(written)
     assert list(found) == ["mask-0.5", "mask-0.5/then", "mask-0.75", "mask-0.75/then"]
