@@ -24,6 +24,7 @@ setup(
         "mae_scale": ["py.typed"],
         "data_pipeline": ["py.typed"],
         "mae_scale.recipes": ["**/*.yaml", "**/*.json"],
+        "mae_scale.reports": ["page_files/*"],
         "mae_scale.ds_configs": ["*.json"],
         "mae_scale.slurm": ["*.sbatch", "*.sh"],
     },

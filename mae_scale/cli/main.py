@@ -19,6 +19,7 @@ from mae_scale.cli.doctor import doctor_app
 from mae_scale.cli.help import common, run
 from mae_scale.cli.measure import measure_app
 from mae_scale.cli.recipes import recipes_app
+from mae_scale.cli.report import report_app
 from mae_scale.cli.scaling import scaling_app
 from mae_scale.cli.slurm import slurm_app
 from mae_scale.cli.sweep import sweep_app
@@ -36,7 +37,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for family in (doctor_app, demo_app, train_app, measure_app, compare_app, sweep_app, slurm_app, export_app):
+apps = (doctor_app, demo_app, train_app, measure_app, compare_app, report_app, sweep_app, slurm_app, export_app)
+for family in apps:
     app.add_typer(family)
 app.add_typer(data_app, name="data", no_args_is_help=True)
 app.add_typer(checkpoints_app, name="checkpoints", no_args_is_help=True)

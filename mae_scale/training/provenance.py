@@ -63,6 +63,22 @@ def git_commit(file: Path = Path(mae_scale.__file__)) -> str | None:
     return asked.stdout.strip()
 
 
+def environment(facts: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return where and with what a start runs, for its event. facts: what its checkpoints say."""
+    return {
+        "host": platform.node(),
+        "device": _device_name(device),
+        "git_commit": git_commit(),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "python": platform.python_version(),
+        "versions": facts["versions"],
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def start_tags(facts: dict[str, Any], device: torch.device, unreadable: int) -> dict[str, str | int | None]:
     """Return the MLflow tags of a start. facts: what its checkpoints say; unreadable: images left out of its index."""
     engine, slurm = facts["engine"], os.environ
@@ -73,7 +89,7 @@ def start_tags(facts: dict[str, Any], device: torch.device, unreadable: int) -> 
         "world_size": facts["world_size"],
         "engine": engine,
         "zero_stage": engine.rpartition(" ")[2] if "ZeRO" in engine else None,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": _device_name(device),
         "slurm_job_id": slurm.get("SLURM_JOB_ID"),
         "slurm_array_job_id": slurm.get("SLURM_ARRAY_JOB_ID"),
         "slurm_restart_count": slurm.get("SLURM_RESTART_COUNT"),

@@ -39,7 +39,7 @@ from mae_scale.training.event_log import Events
 from mae_scale.training.inputs import IMAGES, RECIPE, is_prepared
 from mae_scale.training.loop import Loop, resume
 from mae_scale.training.preflight import prepare, training_augmentation
-from mae_scale.training.provenance import settings_used, start_tags, versions
+from mae_scale.training.provenance import environment, settings_used, start_tags, versions
 from mae_scale.training.run_lock import hold
 from mae_scale.training.run_page import run_page
 from mae_scale.training.self_check import Course, SelfCheck, Untrained
@@ -179,8 +179,8 @@ def _begin(context: RunContext, engine: Engine, tracker: Tracker, start: int, no
         write_json(out / "engine.json", {"used": used, **engine.config})
         tracker.artifact(out / RECIPE)
         tracker.artifact(out / "engine.json")
-    world_size, device = context.ranks.world_size, context.device.type
-    context.events.add("start", start, world_size=world_size, engine=engine.name, device=device)
+    where = environment(context.facts, context.device) if context.ranks.is_first else {}
+    context.events.add("start", start, world_size=context.ranks.world_size, engine=engine.name, **where)
 
 
 def _train(

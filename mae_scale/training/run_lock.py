@@ -161,13 +161,20 @@ def refuse_held(out: Path) -> None:
         _wait_until_gone(path, holder)
 
 
-def holder_of(out: Path) -> Owner | None:
-    """Return who writes to a run's folder; None when nobody does, or when the owner is seen to be gone."""
+def seems_held(out: Path) -> bool:
+    """Return whether a start is at work in a run's folder; writes nothing there and does not wait.
+
+    Of an owner on another host the age of its last beat decides, by this host's clock.
+    """
     path = out / NAME
-    owner = read_owner(path)
-    if owner is None or owner.is_running() is False:
-        return None
-    return owner if owner.is_running() or _age(path) <= SILENT_S else None
+    try:
+        holder = read_owner(path)
+    except (OSError, UsageError):
+        return False
+    if holder is None:
+        return False
+    running = holder.is_running()
+    return time.time() - _last_beat(path) <= SILENT_S if running is None else running
 
 
 def read_owner(path: Path) -> Owner | None:

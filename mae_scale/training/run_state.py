@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mae_scale.tracking.metrics_log import parse_rows
-from mae_scale.training.run_lock import holder_of
+from mae_scale.training.run_lock import seems_held
 
 NOT_STARTED, RUNNING, STOPPED, DONE, STOPPED_EARLY, KILLED = (
     "not started",
@@ -22,7 +22,7 @@ ENDS = {"done": DONE, "nothing to do": DONE, "stopped early": STOPPED_EARLY}
 def run_state(out: Path) -> str:
     """Return one of the states above, or "failed: REASON"."""
     path = out / "events.jsonl"
-    if holder_of(out) is not None:
+    if seems_held(out):
         return RUNNING
     if not path.exists():
         return NOT_STARTED

@@ -93,13 +93,15 @@ def test_the_wheel_has_every_file_that_is_data_and_no_folder_that_is_not_ours(wh
         ("mae_scale/recipes", "mae_scale/recipes", "**/*.yaml"),
         ("ds_configs", "mae_scale/ds_configs", "*.json"),
         ("slurm", "mae_scale/slurm", "*.s*"),
+        ("mae_scale/reports/page_files", "mae_scale/reports/page_files", "*"),
     ):
         expected = {f"{inside}/{p.relative_to(ROOT / folder)}" for p in (ROOT / folder).glob(pattern)}
         assert expected
         assert expected <= names
     assert {name.split("/")[0] for name in names} == {"mae_scale", "data_pipeline"}
     assert {"mae_scale/py.typed", "data_pipeline/py.typed"} <= names
-    assert {Path(name).suffix for name in names} == {".py", ".yaml", ".json", ".sbatch", ".sh", ".typed"}
+    page = {".html", ".css", ".js", ".txt"}
+    assert {Path(name).suffix for name in names} == {".py", ".yaml", ".json", ".sbatch", ".sh", ".typed"} | page
     assert not [name for name in names if "test" in name or "__pycache__" in name]
 
 
