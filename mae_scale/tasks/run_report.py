@@ -106,10 +106,11 @@ def _figures(folders: Sequence[Path], notes: list[str]) -> Iterator[Picture]:
 
 
 def _drew_throughput(folder: Path, path: Path, notes: list[str]) -> bool:
-    from mae_scale.tasks.throughput import draw, read_throughput
+    from mae_scale.tasks.throughput import draw
+    from mae_scale.tasks.throughput_points import read_points
 
     try:
-        draw(read_throughput(folder), path, title=folder.resolve().name)
+        draw(read_points(folder, {}), path, title=folder.resolve().name)
     except (UsageError, KeyError, ValueError, TypeError) as error:
         notes.append(f"throughput of {folder} is not drawn: {error}")
         return False
