@@ -9,6 +9,7 @@ import typer
 
 from mae_scale.cli.completion import complete_override, complete_recipe
 from mae_scale.cli.options import Nproc, RecipeName, can_be_stopped
+from mae_scale.cli.slurm import Account, CpusPerTask, GpusPerNode, Nodes, NtasksPerNode, Partition, Time
 
 sweep_app = typer.Typer()
 
@@ -44,8 +45,16 @@ def sweep(
         str | None, typer.Option(metavar="NAME", help="Name of the sweep in MLflow; default: the folder's.")
     ] = None,
     nproc: Nproc = 1,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Send each run as a job, of --nodes and so on.")] = False,
+    nodes: Nodes = 1,
+    gpus_per_node: GpusPerNode = None,
+    ntasks_per_node: NtasksPerNode = None,
+    cpus_per_task: CpusPerTask = None,
+    partition: Partition = None,
+    account: Account = None,
+    time: Time = None,
 ) -> None:
-    """Train a grid of runs, one after the other, and show their results beside each other.
+    """Train a grid of runs, one after the other or as Slurm jobs, and show their results beside each other.
 
     The same command goes on where it was cut off; more values or seeds add runs. Each is an ordinary run, a child of
     one parent run in MLflow.
@@ -54,7 +63,13 @@ def sweep(
     data.root=digits/train data.val_root=digits/val`
     """
     from mae_scale.launch.grid import read_grid
+    from mae_scale.launch.slurm import Shape
     from mae_scale.launch.sweep import Sweep, run_sweep
+    from mae_scale.launch.sweep_slurm import submit_sweep
 
     found = read_grid(recipe, list(grid or []), seeds)
-    raise typer.Exit(run_sweep(Sweep(recipe, found, then, out, name or out.absolute().name), nproc))
+    asked = Sweep(recipe, found, then, out, name or out.absolute().name)
+    if not slurm:
+        raise typer.Exit(run_sweep(asked, nproc))
+    shape = Shape(nodes, gpus_per_node, ntasks_per_node, cpus_per_task, partition=partition, account=account, time=time)
+    raise typer.Exit(submit_sweep(asked, shape))

@@ -17,6 +17,7 @@ from mae_scale.tasks.registry import TASKS, task_of
 from mae_scale.tracking.mlflow_uri import hide_password
 from mae_scale.training.preflight import training_augmentation
 
+NO_SLURM = "Slurm is not found here (no sbatch and sinfo on PATH); run this on a login node of the cluster"
 # What sbatch would read from the environment, above what the rendered script says.
 SITE_VARIABLES = {"partition": "SBATCH_PARTITION", "account": "SBATCH_ACCOUNT", "time": "SBATCH_TIMELIMIT"}
 
@@ -62,6 +63,17 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a job's run and its files go."""
+
+    label: str
+    """For the job's name."""
+    folder: Path
+    files: Path
+    """Beginning of the paths of its script and logs."""
+
+
+@dataclass(frozen=True)
 class Link:
     """One job of the chain: its recipe, its folder, its script and the script's text."""
 
@@ -83,17 +95,16 @@ def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
     overrides = [word for word in words if "=" in word]
     if not names:
         raise UsageError("no recipe given; expected one or more, such as pretrain/vit_huge_1600ep")
-    if hide_password(overrides)[1]:
-        raise UsageError(
-            "tracking.uri holds a password, which would stand in the scripts; leave it out there, and export the whole "
-            "URI as MLFLOW_TRACKING_URI (or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD): jobs inherit them"
-        )
+    refuse_password(overrides)
     out = out.absolute()
     prologue = find_template(PROLOGUE)
-    shape = _with_site(shape, prologue)
+    shape = with_site(shape, prologue)
     links: list[Link] = []
     for name in names:
-        links.append(_link(name, overrides, shape, out, links))
+        path = Path(name)
+        label = path.stem if path.is_file() else name.replace("/", "-")
+        place = Place(label, out / label, out / "slurm" / f"{len(links) + 1}-{label}")
+        links.append(make_link(name, overrides, shape, place, links))
     unused = [override for override in overrides if _of_classifier(override)]
     if unused and not any(link.recipe.task == "classification" for link in links):
         raise UsageError(f"'{unused[0]}' is for recipes with a section classifier; found {', '.join(names)}")
@@ -102,13 +113,9 @@ def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
     if slurm and dry_run:
         slurm = _run(["sinfo", "--noheader"]).returncode == 0  # installed, but no cluster answers
     if slurm:
-        for shape in dict.fromkeys(link.shape for link in links):
-            check_partition(shape)
+        check_partitions(links)
     elif not dry_run:
-        raise UsageError(
-            "Slurm is not found here (no sbatch and sinfo on PATH); run this on a login node of the cluster, "
-            "or add --dry-run, which works without"
-        )
+        raise UsageError(f"{NO_SLURM}, or add --dry-run, which works without")
     if dry_run:
         for number, link in enumerate(links):
             after = f"JOB_ID_{number}" if number else None
@@ -116,7 +123,17 @@ def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
         print(f"dry run: nothing written or sent{'' if slurm else '; no Slurm answers here, partition not checked'}")
         return
     write(links, prologue)
-    send(links)
+    jobs = send(links)
+    print(f"scripts and logs in {links[0].script.parent}; squeue --jobs={','.join(jobs)} shows them")
+
+
+def refuse_password(overrides: list[str]) -> None:
+    """Raise UsageError for overrides with a password, which would stand in the scripts."""
+    if hide_password(overrides)[1]:
+        raise UsageError(
+            "tracking.uri holds a password, which would stand in the scripts; leave it out there, and export the whole "
+            "URI as MLFLOW_TRACKING_URI (or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD): jobs inherit them"
+        )
 
 
 def check(recipe: Recipe, name: str, shape: Shape, out: Path, start: Link | None = None) -> None:
@@ -136,6 +153,12 @@ def check(recipe: Recipe, name: str, shape: Shape, out: Path, start: Link | None
         training_augmentation(recipe)
     except UsageError as error:
         raise UsageError(f"{name} on {shape.nodes} nodes x {shape.ntasks_per_node} ranks: {error}") from None
+
+
+def check_partitions(links: list[Link]) -> None:
+    """Raise UsageError when a link asks for a partition that does not exist or is too small."""
+    for shape in dict.fromkeys(link.shape for link in links):
+        check_partition(shape)
 
 
 def check_partition(shape: Shape) -> None:
@@ -175,8 +198,8 @@ def write(links: list[Link], prologue: Path) -> None:
         raise UsageError(f"--out {folder.parent} cannot be written to: {error.strerror}") from None
 
 
-def send(links: list[Link]) -> None:
-    """Send each link to run after the one before; cancel those before it when one is refused.
+def send(links: list[Link]) -> list[str]:
+    """Send each link to run after the one before, and return the jobs' ids; cancel all when one is refused.
 
     Slurm is asked first whether it could ever run them: it may take a shape that no node has, and let it wait for ever.
     """
@@ -197,11 +220,11 @@ def send(links: list[Link]) -> None:
         after = f", after {jobs[-1]}" if jobs else ""
         jobs.append(sent.stdout.strip().partition(";")[0])  # JOB or JOB;CLUSTER
         print(f"job {jobs[-1]}{after}: {link.name} -> {link.out}")
-    print(f"scripts and logs in {links[0].script.parent}; squeue --jobs={','.join(jobs)} shows them")
+    return jobs
 
 
-def _link(name: str, overrides: list[str], shape: Shape, out: Path, before: list[Link]) -> Link:
-    """Return the link after those `before`, checked."""
+def make_link(name: str, overrides: list[str], shape: Shape, place: Place, before: list[Link]) -> Link:
+    """Return the link after those `before`, checked. Raises UsageError for what can be refused now."""
     classifies = load_recipe(name).task == "classification"
     overrides = [override for override in overrides if classifies or not _of_classifier(override)]
     recipe = load_recipe(name, overrides)
@@ -217,15 +240,13 @@ def _link(name: str, overrides: list[str], shape: Shape, out: Path, before: list
     start = next((link for link in before if weights and link.out == weights.absolute()), None)
     template = _template(f"{TASKS[recipe.task].command}.sbatch")
     shape = shape.on(template)
-    path = Path(name)
     # A recipe of one's own is found from any directory; a packaged one by its name.
-    label, given = (path.stem, str(path.absolute())) if path.is_file() else (name.replace("/", "-"), name)
-    folder, beginning = out / label, out / "slurm" / f"{len(before) + 1}-{label}"
-    check(recipe, name, shape, folder, start)
+    given = str(Path(name).absolute()) if Path(name).is_file() else name
+    check(recipe, name, shape, place.folder, start)
 
-    options = {**shape.options(template), "job-name": f"mae-{label}", "output": f"{beginning}-%j.log"}
-    text = render(template, options, [given, "--out", str(folder), *overrides])
-    return Link(name, recipe, folder, script=Path(f"{beginning}.sbatch"), text=text, shape=shape)
+    options = {**shape.options(template), "job-name": f"mae-{place.label}", "output": f"{place.files}-%j.log"}
+    text = render(template, options, [given, "--out", str(place.folder), *overrides])
+    return Link(name, recipe, place.folder, script=Path(f"{place.files}.sbatch"), text=text, shape=shape)
 
 
 def _template(name: str) -> str:
@@ -262,7 +283,7 @@ def _sbatch(link: Link, after: str | None) -> list[str]:
     return ["sbatch", "--parsable", *dependency, str(link.script)]
 
 
-def _with_site(shape: Shape, prologue: Path) -> Shape:
+def with_site(shape: Shape, prologue: Path) -> Shape:
     """Return the shape with the values of the prologue or the environment where no option gave one."""
     names = " ".join(f'"${{{variable}:-}}"' for variable in SITE_VARIABLES.values())
     told = subprocess.run(

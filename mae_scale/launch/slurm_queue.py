@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.errors import RunError
+
 RECORD = re.compile(r"(\d+)_(\d+)")
 TIMEOUT_S = 30
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
@@ -60,6 +62,14 @@ def submitted(folder: Path) -> dict[str, str]:
     found = {record.job: _state(record, known.get(record.job), answered) for record in records}
     found |= {job: _word(state) for job, state in known.items() if job not in found}
     return {name_of(job): state for job, state in sorted(found.items(), key=lambda item: _numbers(item[0]))}
+
+
+def jobs_in_queue() -> dict[str, str]:
+    """Return {job id: state} of this user's jobs that wait or run. Raises RunError when squeue does not answer."""
+    told = _ask(["squeue", "--noheader", f"--user={os.getuid()}", "--format=%i|%T %r"])
+    if told is None:
+        raise RunError("squeue does not answer, so it cannot be told which jobs are in the queue; is the cluster up?")
+    return {job: _word(state.removesuffix(" None")) for job, _, state in (line.partition("|") for line in told)}
 
 
 def _records(folder: Path) -> Iterator[Record]:

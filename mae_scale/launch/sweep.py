@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,10 @@ def steps_of(sweep: Sweep, point: GridPoint) -> list[Step]:
         raise UsageError(f"{point.name}: {error}") from None
 
 
-def prepare_sweep(sweep: Sweep, ranks: int) -> MlflowSweep:
+def prepare_sweep(sweep: Sweep, check_point: Callable[[GridPoint, list[Step]], None]) -> MlflowSweep:
     """Check all runs, write what the sweep is into its folder, and claim its name in MLflow.
+
+    check_point: raises UsageError for what can be refused of a point.
 
     Raises UsageError for what can be refused before a run is started, a folder with another sweep, and a name that
     another sweep has.
@@ -81,7 +84,7 @@ def prepare_sweep(sweep: Sweep, ranks: int) -> MlflowSweep:
         steps = steps_of(sweep, point)
         first = first or steps[0]
         try:
-            _check(steps, ranks)
+            check_point(point, steps)
         except UsageError as error:
             raise UsageError(f"{point.name}: {error}") from None
     assert first is not None
@@ -104,7 +107,7 @@ def run_sweep(sweep: Sweep, nproc: int) -> int:
     """
     if launched():
         raise UsageError("sweep starts its ranks itself; over nodes add --slurm on a login node")
-    mlflow = prepare_sweep(sweep, nproc)
+    mlflow = prepare_sweep(sweep, lambda _, steps: _check(steps, nproc))
     in_mlflow = mlflow.children()
     points, failed = list(sweep.grid.points()), EXIT_DONE
     for number, point in enumerate(points, start=1):
@@ -152,7 +155,7 @@ def _run(step: Step, nproc: int, in_mlflow: dict[str, str] | None) -> int:
         print(f"{step.folder}: at work elsewhere, left alone")
         return EXIT_DONE
     if step.is_done(state):
-        if in_mlflow is None or in_mlflow.get(mlflow_run_of(step.folder) or "") == "FINISHED":
+        if not lacks_delivery(step, in_mlflow):
             print(f"{step.folder}: done already")
             return EXIT_DONE
         print(f"{step.folder}: done already; MLflow gets what it lacks")
@@ -161,6 +164,11 @@ def _run(step: Step, nproc: int, in_mlflow: dict[str, str] | None) -> int:
     except RunError as error:
         print(f"{step.folder}: {error}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def lacks_delivery(step: Step, in_mlflow: dict[str, str] | None) -> bool:
+    """Return whether MLflow, which has the runs of these states, lacks a run that is done, or its end."""
+    return in_mlflow is not None and in_mlflow.get(mlflow_run_of(step.folder) or "") != "FINISHED"
 
 
 def _kept(sweep: Sweep) -> dict[str, Any]:
