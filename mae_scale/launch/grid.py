@@ -12,7 +12,7 @@ from data_pipeline.errors import UsageError
 from mae_scale.config.load import load_recipe
 
 THEN_PREFIX = "then."
-SHARED_SECTIONS = ("engine.", "tracking.")
+SHARED_SECTION = "engine."
 SHARED_KEYS = (
     "seed",
     "data.root",
@@ -28,6 +28,8 @@ SHARED_KEYS = (
     "model.width",
     "model.depth",
     "model.heads",
+    "tracking.experiment",
+    "tracking.uri",
 )
 """Keys of the pre-training that hold for the transfer after it too."""
 NAME_LENGTH = 150
@@ -162,7 +164,7 @@ def _axis(word: str) -> Axis:
 
 
 def _is_shared(key: str) -> bool:
-    return key in SHARED_KEYS or key.startswith(SHARED_SECTIONS)
+    return key in SHARED_KEYS or key.startswith(SHARED_SECTION)
 
 
 def _name(values: dict[str, str]) -> str:
