@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import shutil
 import signal
 import socket
 import sys
@@ -313,3 +314,28 @@ def test_the_report_shows_what_waits_and_a_second_submission_measures_nothing_an
         assert "nothing to do" in log.read_text()
     assert measured == {path: path.read_bytes() for path in curve.glob("*/metrics.jsonl")}
     assert report() == ended
+
+
+def test_a_sweep_sends_each_run_and_its_transfer_once(cluster: Cluster, tmp_path, digits):
+    """The second call finds the jobs in the queue, the third only what is done; a lost point is sent again, alone."""
+    out = tmp_path / "ratios"
+    command = [sys.executable, "-m", "mae_scale", "sweep", "demo", "model.mask_ratio=0.5,0.75", "--then", "probe/demo"]
+    command += ["then.schedule.epochs=6", "--slurm", "--ntasks-per-node", 1, "--gpus-per-node", 0, "--cpus-per-task", 1]
+    command += ["--out", out, *tiny_arguments(digits)]
+    sent = cluster.call(*command).stdout
+    jobs = [line.split()[1].strip(",:") for line in sent.splitlines() if line.startswith("job ")]
+    assert len(jobs) == 4
+    again = cluster.call(*command).stdout
+    assert f"mask_ratio-0.75_seed-0: job {jobs[2]}: " in again
+    assert not any(line.startswith("job ") for line in again.splitlines())
+    names = ("mask_ratio-0.5_seed-0", "mask_ratio-0.75_seed-0")
+    logs = [out / "slurm" / f"{name}{part}-%s.log" for name in names for part in ("", "-then")]
+    for job, log in zip(jobs, logs, strict=True):
+        cluster.wait_for_end(job, log.with_name(log.name % job))
+    after = cluster.call(*command).stdout
+    assert [f"{name}: done already" in after for name in names] == [True, True]
+    points = json.loads((out / "results.json").read_text())["points"]
+    assert [set(point["metrics"]) for point in points] == 2 * [{"val/loss", "train/loss", "then_top1"}]
+    shutil.rmtree(out / names[1] / "then")
+    lost = cluster.call(*command).stdout.splitlines()
+    assert [line.rpartition(" ")[2] for line in lost if line.startswith("job ")] == [str(out / names[1] / "then")]
