@@ -54,6 +54,12 @@ Weights = Annotated[
         help="A run's folder, a checkpoint, or a file of weights (ours, the authors', timm's, Hugging Face's).",
     ),
 ]
+SweepName = Annotated[
+    str | None,
+    typer.Option(
+        "--name", metavar="NAME", help="Name of the sweep in MLflow; default: the folder's.", show_default=False
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Check everything and print what the start would do; write nothing, train nothing."),

@@ -9,7 +9,7 @@ import typer
 
 from data_pipeline.errors import UsageError
 from mae_scale.cli.json_file import Json, check_json, write_figures
-from mae_scale.cli.options import Overrides, RecipeName, can_be_stopped
+from mae_scale.cli.options import Overrides, RecipeName, SweepName, can_be_stopped
 
 scaling_app = typer.Typer(help="Measure throughput on several numbers of ranks; fit scaling curves.")
 
@@ -29,6 +29,7 @@ def scaling_run(
         typer.Option(metavar="KIND", help="strong: one global batch; weak: the recipe's is that of the fewest ranks."),
     ] = "strong",
     steps: Annotated[int, typer.Option(metavar="N", min=5, help="Steps per point; a fifth of them warms up.")] = 100,
+    name: SweepName = None,
 ) -> None:
     """Train the first steps of a recipe on several numbers of ranks of this machine, one after the other.
 
@@ -39,7 +40,15 @@ def scaling_run(
 
     if kind not in KINDS:
         raise UsageError(f"--kind {kind} is not known; expected strong or weak")
-    sweep = ThroughputSweep(recipe, list(overrides or []), ranks_of(ranks), weak=kind == "weak", steps=steps, out=out)
+    sweep = ThroughputSweep(
+        recipe,
+        list(overrides or []),
+        ranks_of(ranks),
+        weak=kind == "weak",
+        steps=steps,
+        out=out,
+        name=name or out.absolute().name,
+    )
     raise typer.Exit(run_sweep(sweep))
 
 
@@ -58,6 +67,7 @@ def scaling_report(
     from mae_scale.launch.scaling_run import planned
     from mae_scale.launch.slurm_queue import submitted
     from mae_scale.tasks.throughput import as_json, draw, lines
+    from mae_scale.tasks.throughput_page import publish, sweep_of_points
     from mae_scale.tasks.throughput_points import read_points
 
     check_json(json)
@@ -68,6 +78,9 @@ def scaling_report(
     if out is not None:
         draw(points, out, title=str(folder))
         typer.echo(f"{out}")
+    sweep = sweep_of_points(folder)
+    if sweep is not None:
+        publish(points, folder, sweep)
 
 
 @scaling_app.command("fit")

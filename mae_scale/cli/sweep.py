@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mae_scale.cli.completion import complete_override, complete_recipe
-from mae_scale.cli.options import Nproc, RecipeName, can_be_stopped
+from mae_scale.cli.options import Nproc, RecipeName, SweepName, can_be_stopped
 from mae_scale.cli.slurm import Account, CpusPerTask, GpusPerNode, Nodes, NtasksPerNode, Partition, Time
 
 sweep_app = typer.Typer()
@@ -41,9 +41,7 @@ def sweep(
             autocompletion=complete_recipe,
         ),
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the sweep in MLflow; default: the folder's.")
-    ] = None,
+    name: SweepName = None,
     nproc: Nproc = 1,
     slurm: Annotated[bool, typer.Option("--slurm", help="Send each run as a job, of --nodes and so on.")] = False,
     nodes: Nodes = 1,

@@ -192,7 +192,9 @@ class TrackingSection(Section):
         None, description="name of the MLflow run; null: the output folder's, with kind, size and seed"
     )
     sweep: str | None = Field(
-        None, description="name of the sweep that the run belongs to: a child of its parent run; set by mae-scale sweep"
+        None,
+        pattern=r"^[\w.+\- ]+$",
+        description="name of the sweep that the run belongs to: a child of its parent run; set by mae-scale sweep",
     )
     registered_model: str | None = Field(
         None, description="name of the classifier in MLflow's model registry; null: logged to the run only"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,15 @@ from data_pipeline.errors import (
 )
 from data_pipeline.files import write_json
 from mae_scale.config.load import load_recipe
+from mae_scale.config.schema import TrackingSection
 from mae_scale.distributed.ranks import launched
 from mae_scale.engines.policy import layout_of
 from mae_scale.launch.local import launch_local_ranks
 from mae_scale.tasks.registry import task_of
+from mae_scale.tasks.throughput_page import publish
 from mae_scale.tasks.throughput_points import read_points
+from mae_scale.tracking.mlflow_state import mlflow_run_of
+from mae_scale.tracking.mlflow_sweep import MlflowSweep, check_name
 from mae_scale.training.preflight import check
 
 SWEEP = "scaling.json"
@@ -42,6 +48,8 @@ class ThroughputSweep:
     weak: bool
     steps: int
     out: Path
+    name: str
+    """In MLflow."""
 
     def overrides_of(self, ranks: int) -> list[str]:
         """Return a point's overrides; with weak scaling the recipe's global batch is that of the fewest ranks."""
@@ -53,6 +61,7 @@ class ThroughputSweep:
             *found,
             f"schedule.stop_after_steps={self.steps}",
             f"tracking.log_every_steps={max(1, self.steps // INTERVALS)}",
+            f"tracking.sweep={self.name}",
         ]
 
     def folder_of(self, ranks: int) -> Path:
@@ -76,6 +85,7 @@ def run_sweep(sweep: ThroughputSweep) -> int:
     """
     if launched():
         raise UsageError("scaling run starts its ranks itself; over nodes use slurm/scaling.sbatch")
+    check_name(sweep.name)
     _refuse_another(sweep)
     command = ""
     for ranks in sweep.ranks:
@@ -84,14 +94,17 @@ def run_sweep(sweep: ThroughputSweep) -> int:
         layout_of(recipe, ranks)
         check(task, ranks)
         command = task.command
-    _remember(sweep)
+    mlflow = _claim(sweep, recipe.tracking)
     cores = _cores_per_rank(max(sweep.ranks))
     failed = EXIT_DONE
     for ranks in sweep.ranks:
         folder = sweep.folder_of(ranks)
         if _is_done(sweep, folder):
-            print(f"{folder}: measured already")
-            continue
+            if not mlflow.is_deleted(mlflow_run_of(folder)):
+                print(f"{folder}: measured already")
+                continue
+            print(f"{folder}: its run was deleted in MLflow, so it is measured anew")
+            shutil.rmtree(folder)
         words = [command, sweep.recipe, "--out", str(folder), *sweep.overrides_of(ranks)]
         try:
             code = launch_local_ranks(ranks, words, environment=cores)
@@ -101,6 +114,7 @@ def run_sweep(sweep: ThroughputSweep) -> int:
         if code in (EXIT_STOPPED, EXIT_INTERRUPTED):
             return code
         failed = failed or code
+    publish(read_points(sweep.out, planned(sweep.out)), sweep.out, mlflow)
     return failed
 
 
@@ -134,7 +148,13 @@ def _is_done(sweep: ThroughputSweep, folder: Path) -> bool:
 def _content(sweep: ThroughputSweep) -> dict[str, Any]:
     """Return what is the same for all points of a sweep."""
     kind = "weak" if sweep.weak else "strong"
-    return {"recipe": sweep.recipe, "overrides": sweep.overrides, "kind": kind, "steps": sweep.steps}
+    return {
+        "name": sweep.name,
+        "recipe": sweep.recipe,
+        "overrides": sweep.overrides,
+        "kind": kind,
+        "steps": sweep.steps,
+    }
 
 
 def _known(folder: Path) -> dict[str, Any]:
@@ -160,11 +180,16 @@ def _refuse_another(sweep: ThroughputSweep) -> None:
         )
 
 
-def _remember(sweep: ThroughputSweep) -> None:
-    """Write what is measured into the folder."""
+def _claim(sweep: ThroughputSweep, tracking: TrackingSection) -> MlflowSweep:
+    """Claim the sweep's name in MLflow, and write what is measured into the folder."""
+    known = _known(sweep.out)
+    key = known.get("key", uuid.uuid4().hex)
+    mlflow = MlflowSweep.of(tracking, sweep.out, sweep.name, key)
     try:
         sweep.out.mkdir(parents=True, exist_ok=True)
-        ranks = sorted({*_known(sweep.out)["ranks"], *sweep.ranks})
-        write_json(sweep.out / SWEEP, {**_content(sweep), "ranks": ranks})
+        mlflow.claim()
+        ranks = sorted({*known["ranks"], *sweep.ranks})
+        write_json(sweep.out / SWEEP, {**_content(sweep), "ranks": ranks, "key": key})
     except OSError as error:
         raise UsageError(f"--out {sweep.out} cannot be written to: {reason_of(error)}") from None
+    return mlflow

@@ -88,9 +88,7 @@ def prepare_sweep(sweep: Sweep, check_point: Callable[[GridPoint, list[Step]], N
         except UsageError as error:
             raise UsageError(f"{point.name}: {error}") from None
     assert first is not None
-    tracking = first.recipe.tracking
-    uri = tracking_uri(tracking.uri, first.folder)
-    mlflow = MlflowSweep(uri, tracking.experiment, sweep.name, kept["key"], sweep.out)
+    mlflow = MlflowSweep.of(first.recipe.tracking, sweep.out, sweep.name, kept["key"])
     try:
         sweep.out.mkdir(parents=True, exist_ok=True)
         mlflow.claim()

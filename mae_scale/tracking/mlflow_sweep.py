@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import UsageError
+from mae_scale.config.schema import TrackingSection
 from mae_scale.passwords import redacted
 from mae_scale.tracking.mlflow_environment import quieten_loggers, reason, set_environment
-from mae_scale.tracking.mlflow_uri import artifact_location
+from mae_scale.tracking.mlflow_uri import artifact_location, tracking_uri
 from mae_scale.tracking.sqlite_database import new_sqlite_file
 
 if TYPE_CHECKING:
@@ -99,10 +100,15 @@ class MlflowSweep:
     """None: tracking is off, and nothing is done."""
     experiment: str
     name: str
-    key: str
-    """Tells this sweep from another of its name."""
+    key: str | None
+    """Tells this sweep from another of its name; None: not known, any sweep of the name will do."""
     out: Path
     _answers: bool = field(default=True, init=False)
+
+    @classmethod
+    def of(cls, tracking: TrackingSection, out: Path, name: str, key: str | None) -> MlflowSweep:
+        """Return the sweep of runs with these settings whose folders lie in `out`."""
+        return cls(tracking_uri(tracking.uri, out / "run"), tracking.experiment, name, key, out)
 
     def claim(self) -> None:
         """Make the parent run, or find it. Raises UsageError when it is another sweep's."""
@@ -110,7 +116,11 @@ class MlflowSweep:
 
     def children(self) -> dict[str, str] | None:
         """Return {run id: status} of the sweep's children that are not deleted; None when MLflow does not tell."""
-        return self._reach(self._children)
+        return self._reach(lambda client: {run.info.run_id: run.info.status for run in self._children(client)})
+
+    def is_deleted(self, run_id: str | None) -> bool:
+        """Return whether MLflow has a run as deleted."""
+        return bool(self._reach(lambda client: run_id and client.get_run(run_id).info.lifecycle_stage == "deleted"))
 
     def publish(self, results: SweepResults) -> None:
         """Show the results on the parent run, in place of earlier ones."""
@@ -156,6 +166,8 @@ class MlflowSweep:
     def _own_parent(self, client: MlflowClient) -> Run:
         run = find_or_make_parent(client, self._experiment_id(client), self.name)
         tags = run.data.tags
+        if self.key is None:
+            return run
         if tags.get(KEY_TAG, self.key) != self.key:
             raise UsageError(
                 f"MLflow's experiment {self.experiment!r} has a sweep {self.name!r} already, of "
@@ -166,13 +178,13 @@ class MlflowSweep:
                 client.set_tag(run.info.run_id, tag, value)
         return run
 
-    def _children(self, client: MlflowClient) -> dict[str, str]:
+    def _children(self, client: MlflowClient) -> list[Run]:
         experiment, where = self._experiment_id(client), f"tags.`{SWEEP_TAG}` = '{self.name}'"
-        found: dict[str, str] = {}
+        found: list[Run] = []
         token = None
         while True:
             page = client.search_runs([experiment], where, max_results=PER_PAGE, page_token=token)
-            found |= {run.info.run_id: run.info.status for run in page if run.data.tags.get(TASK_TAG) != PARENT}
+            found += [run for run in page if run.data.tags.get(TASK_TAG) != PARENT]
             token = page.token
             if not token:
                 return found
@@ -180,6 +192,9 @@ class MlflowSweep:
     def _publish(self, client: MlflowClient, results: SweepResults) -> None:
         run = self._own_parent(client)
         run_id, tags = run.info.run_id, run.data.tags
+        for child in self._children(client):
+            if child.data.tags.get(PARENT_ID_TAG) != run_id:  # that of a parent that was deleted
+                client.set_tag(child.info.run_id, PARENT_ID_TAG, run_id)
         # A user's own text stays: only what was written here is replaced.
         note = redacted(results.description)[:NOTE_LENGTH]
         if NOTE_TAG not in tags or tags.get(OUR_NOTE_TAG) == _digest(tags[NOTE_TAG]):
