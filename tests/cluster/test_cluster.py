@@ -7,9 +7,12 @@ import shutil
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
 from safetensors.torch import load_file
 
 from tests.cluster.conftest import TEMPLATES, Cluster, last_step, losses, manifest_steps
@@ -270,7 +273,7 @@ def test_a_scaling_curve_has_a_run_for_each_number_of_nodes(cluster: Cluster, tm
 def test_the_report_shows_what_waits_and_a_second_submission_measures_nothing_anew(cluster: Cluster, tmp_path, digits):
     """An array that asks for 3 nodes of 2 as well: refused, and said why; one point is cancelled in the queue."""
     curve, options = tmp_path / "my curve", ["--nodes=2", "--ntasks-per-node=1", "--output=%A_%a.log"]
-    quick = arguments(digits, "schedule.stop_after_steps=20", "tracking.uri=off")
+    quick = arguments(digits, "schedule.stop_after_steps=20")
     command = [TEMPLATES / "scaling.sbatch", "demo", "--out", "my curve", *quick]
 
     def report(*, check: bool = True) -> dict[str, str]:
@@ -314,6 +317,21 @@ def test_the_report_shows_what_waits_and_a_second_submission_measures_nothing_an
         assert "nothing to do" in log.read_text()
     assert measured == {path: path.read_bytes() for path in curve.glob("*/metrics.jsonl")}
     assert report() == ended
+    runs = runs_in(curve / "mlflow.db", "scaling")
+    parent = runs.pop("my curve")
+    assert {name: run.data.tags["mlflow.parentRunId"] for name, run in runs.items()} == {
+        "nodes_0001": parent.info.run_id,
+        "nodes_0002": parent.info.run_id,
+    }
+    assert parent.info.status == "FAILED"
+    assert "| nodes_0004 |  | cancelled before its start |" in parent.data.tags["mlflow.note.content"]
+
+
+def runs_in(database: Path, experiment: str) -> dict[str, Run]:
+    """{name: run} of an experiment in a SQLite store of MLflow."""
+    client = MlflowClient(f"sqlite:///{database}")
+    known = client.get_experiment_by_name(experiment)
+    return {run.info.run_name: run for run in client.search_runs([known.experiment_id])}
 
 
 def test_a_sweep_sends_each_run_and_its_transfer_once(cluster: Cluster, tmp_path, digits):
