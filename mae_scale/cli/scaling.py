@@ -66,8 +66,9 @@ def scaling_report(
     """
     from mae_scale.launch.scaling_run import planned
     from mae_scale.launch.slurm_queue import submitted
+    from mae_scale.tasks.sweep_of_runs import sweep_of_runs
     from mae_scale.tasks.throughput import as_json, draw, lines
-    from mae_scale.tasks.throughput_page import publish, sweep_of_points
+    from mae_scale.tasks.throughput_page import publish
     from mae_scale.tasks.throughput_points import read_points
 
     check_json(json)
@@ -78,7 +79,7 @@ def scaling_report(
     if out is not None:
         draw(points, out, title=str(folder))
         typer.echo(f"{out}")
-    sweep = sweep_of_points(folder)
+    sweep = sweep_of_runs(folder)
     if sweep is not None:
         publish(points, folder, sweep)
 
@@ -100,8 +101,9 @@ def scaling_fit(
 
     Example: `mae-scale scaling fit runs/sizes --x compute --y val/loss --out fit.png`
     """
-    from mae_scale.tasks.scaling_fit import draw, fit_points
+    from mae_scale.tasks.scaling_fit import draw, fit_points, publish
     from mae_scale.tasks.scaling_points import read_points
+    from mae_scale.tasks.sweep_of_runs import sweep_of_runs
 
     check_json(json)
     _check_picture(out)
@@ -111,6 +113,9 @@ def scaling_fit(
     if out is not None:
         draw(found, out)
         typer.echo(f"{out}")
+    parent = sweep_of_runs(sweep)
+    if parent is not None:
+        publish(found, sweep, parent)
 
 
 def _check_picture(out: Path | None) -> None:

@@ -22,6 +22,7 @@ from mae_scale.planning.scaling_law import (
 )
 from mae_scale.reports.scaling_fit import Drawn, Prediction, scaling_fit_figure
 from mae_scale.tasks.scaling_points import AXES, Point
+from mae_scale.tracking.mlflow_sweep import MlflowSweep
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,14 @@ def fit_points(points: list[Point], *, x: str, y: str, shifted: bool) -> Scaling
         low, high = told.band_of_a_point(xs[last])
         prediction = Prediction(float(xs[last]), float(told.law(xs[last])), low, high)
     return ScalingFit(x, y, points, rows.tolist(), irreducible, law, prediction)
+
+
+def publish(found: ScalingFit, folder: Path, sweep: MlflowSweep) -> None:
+    """Draw the fit into the folder of its runs, and show it with its points on the sweep's parent run in MLflow."""
+    name = f"fit_{found.x}_{found.y.replace('/', '_')}"
+    draw(found, folder / f"{name}.png")
+    rows: list[dict[str, Any]] = found.as_json()["points"]
+    sweep.add([folder / f"{name}.png"], {f"{name}.json": {key: [row[key] for row in rows] for key in rows[0]}})
 
 
 def draw(found: ScalingFit, path: Path) -> None:

@@ -25,6 +25,7 @@ METRICS = {"val/loss": "val/loss", "train/loss": "train/loss", "val/top1": "top1
 """Metrics of a run by their names here."""
 THEN_METRICS = {"val/top1": "then_top1"}
 """Metrics of the transfer after it."""
+ROWS_IN_DESCRIPTION = 30
 ENDED = (DONE, STOPPED_EARLY)
 
 
@@ -121,6 +122,8 @@ class Results:
         table = self.table()
         head = [f"| {' | '.join(table)} |", f"|{' --- |' * len(table)}"]
         body = [f"| {' | '.join(cells)} |" for cells in zip(*table.values(), strict=True)]
+        if len(body) > ROWS_IN_DESCRIPTION:
+            body = [*body[:ROWS_IN_DESCRIPTION], "", f"{len(body) - ROWS_IN_DESCRIPTION} more rows in {RESULTS}."]
         then = f", each followed by `{self.then}`" if self.then else ""
         about = f"**Sweep** of `{self.recipe}`{then}: {len(self.entries)} runs in `{self.out.absolute()}`."
         states = {entry.state for entry in self.entries}

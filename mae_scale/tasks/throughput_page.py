@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import UsageError
-from mae_scale.config.load import load_recipe
 from mae_scale.tasks.throughput import as_json, draw
-from mae_scale.tasks.throughput_points import ACTIVE, NAME, ThroughputPoint
+from mae_scale.tasks.throughput_points import ACTIVE, ThroughputPoint
 from mae_scale.tracking.mlflow_sweep import MlflowSweep, SweepResults
 
 FIGURE, TABLE = "throughput.png", "throughput.json"
@@ -27,17 +24,6 @@ COLUMNS = {
     "checkpoint_s": "checkpoint (s)",
 }
 """Columns of the table by the key of as_json()."""
-
-
-def sweep_of_points(folder: Path) -> MlflowSweep | None:
-    """Return the sweep in MLflow that the points in a folder belong to; None where they belong to none."""
-    for path in sorted(folder.glob("*/recipe.yaml")):
-        if NAME.fullmatch(path.parent.name):
-            with contextlib.suppress(UsageError):
-                tracking = load_recipe(str(path)).tracking
-                if tracking.sweep is not None:
-                    return MlflowSweep.of(tracking, folder, tracking.sweep, key=None)
-    return None
 
 
 def publish(points: list[ThroughputPoint], folder: Path, sweep: MlflowSweep) -> None:

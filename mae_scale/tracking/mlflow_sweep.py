@@ -33,6 +33,8 @@ PARENT_ID_TAG, TABLES_TAG = "mlflow.parentRunId", "mlflow.loggedArtifacts"
 NOTE_LENGTH = 5000
 NAME = re.compile(r"[\w.+\- ]+")
 PER_PAGE = 1000
+Tables = Mapping[str, Mapping[str, Sequence[Any]]]
+"""{file name: {column: values}}"""
 
 
 def check_name(name: str) -> None:
@@ -82,8 +84,7 @@ class SweepResults:
     description: str
     """Markdown."""
     figures: Sequence[Path]
-    tables: Mapping[str, Mapping[str, Sequence[Any]]]
-    """{file name: {column: values}}"""
+    tables: Tables
     status: str
     """RUNNING, FINISHED or FAILED."""
 
@@ -125,6 +126,10 @@ class MlflowSweep:
     def publish(self, results: SweepResults) -> None:
         """Show the results on the parent run, in place of earlier ones."""
         self._reach(lambda client: self._publish(client, results))
+
+    def add(self, figures: Sequence[Path], tables: Tables) -> None:
+        """Show figures and tables on the parent run too."""
+        self._reach(lambda client: _add(client, self._own_parent(client), figures, tables))
 
     def _reach(self, action: Callable[[MlflowClient], Any]) -> Any:
         if self.uri is None:
@@ -200,18 +205,25 @@ class MlflowSweep:
         if NOTE_TAG not in tags or tags.get(OUR_NOTE_TAG) == _digest(tags[NOTE_TAG]):
             client.set_tag(run_id, NOTE_TAG, note)
             client.set_tag(run_id, OUR_NOTE_TAG, _digest(note))
-        for figure in results.figures:
-            client.log_artifact(run_id, str(figure))
-        for name, columns in results.tables.items():
-            # As MLflow's log_table writes it, which would add to an earlier table instead of replacing it.
-            rows = [list(row) for row in zip(*columns.values(), strict=True)]
-            client.log_text(run_id, json.dumps({"columns": list(columns), "data": rows}), name)
-        tables = [{"path": name, "type": "table"} for name in results.tables]
-        client.set_tag(run_id, TABLES_TAG, json.dumps(tables))
+        _add(client, run, results.figures, results.tables)
         if results.status == "RUNNING":
             client.update_run(run_id, "RUNNING")
         else:
             client.set_terminated(run_id, results.status)
+
+
+def _add(client: MlflowClient, run: Run, figures: Sequence[Path], tables: Tables) -> None:
+    """Log figures and tables in place of those of the same names."""
+    run_id = run.info.run_id
+    for figure in figures:
+        client.log_artifact(run_id, str(figure))
+    for name, columns in tables.items():
+        # As MLflow's log_table writes it, which would add to an earlier table instead of replacing it.
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        client.log_text(run_id, json.dumps({"columns": list(columns), "data": rows}), name)
+    known = [table["path"] for table in json.loads(run.data.tags.get(TABLES_TAG, "[]"))]
+    shown = [{"path": name, "type": "table"} for name in dict.fromkeys([*known, *tables])]
+    client.set_tag(run_id, TABLES_TAG, json.dumps(shown))
 
 
 def _digest(text: str) -> str:

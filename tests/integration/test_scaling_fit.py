@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from PIL import Image
 
 from data_pipeline.index_build import build_index
@@ -134,3 +135,23 @@ def test_a_few_points_are_given_no_irreducible_term(sweep, tmp_path, call):
     assert code == 0
     assert "no irreducible term: that takes 6 points on the frontier" in said
     assert json.loads((tmp_path / "f.json").read_text())["law"]["E"] == 0
+
+
+def test_the_fit_of_a_sweep_is_shown_on_its_parent_run(sweep, tmp_path, call):
+    root, uri = shutil.copytree(sweep, tmp_path / "sizes"), f"sqlite:///{tmp_path}/mlflow.db"
+    for path in root.glob("*/recipe.yaml"):
+        load_recipe(str(path), ["tracking.sweep=sizes", f"tracking.uri={uri}"]).save(path)
+    for _ in range(2):
+        code, _, error = call("scaling", "fit", root)
+        assert code == 0, error
+    client = MlflowClient(uri)
+    (parent,) = client.search_runs([client.get_experiment_by_name("mae-scale").experiment_id])
+    assert parent.info.run_name == "sizes"
+    assert [file.path for file in client.list_artifacts(parent.info.run_id)] == [
+        "fit_compute_val_loss.json",
+        "fit_compute_val_loss.png",
+    ]
+    table = json.loads(
+        (tmp_path / client.download_artifacts(parent.info.run_id, "fit_compute_val_loss.json")).read_text()
+    )
+    assert len(table["data"]) == 9
