@@ -99,8 +99,9 @@ def read_grid(recipe: str, words: list[str], seeds: int) -> Grid:
             axes.append(axis)
         else:
             common += [f"{key}={value}" for key, value in zip(axis.keys, axis.values[0], strict=True)]
-    given = [key for axis in axes for key in axis.keys] + [word.partition("=")[0] for word in common]
-    twice = sorted({key for key in given if given.count(key) > 1})
+    varied = [key for axis in axes for key in axis.keys]
+    given = [*varied, *{word.partition("=")[0] for word in common}]  # of several single values the last counts
+    twice = [key for key in varied if given.count(key) > 1]
     if twice:
         raise UsageError(f"{twice[0]} is given twice; give all of its values in one word, such as {twice[0]}=1,2")
     if any("seed" in axis.keys for axis in axes):

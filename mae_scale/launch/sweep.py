@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, RunError, UsageError
+from data_pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, RunError, UsageError, reason_of
 from data_pipeline.files import write_json
+from data_pipeline.index import Index
+from data_pipeline.index_build import open_index
 from mae_scale.config.load import load_recipe
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.ranks import launched
@@ -24,7 +26,8 @@ from mae_scale.tasks.sweep_results import SWEEP, read_results
 from mae_scale.tracking.mlflow_state import mlflow_run_of
 from mae_scale.tracking.mlflow_sweep import MlflowSweep, check_name
 from mae_scale.tracking.mlflow_uri import tracking_uri
-from mae_scale.training.preflight import check
+from mae_scale.training import schedule
+from mae_scale.training.preflight import check, training_root
 from mae_scale.training.run_state import DONE, RUNNING, STOPPED_EARLY, run_state
 
 
@@ -78,6 +81,7 @@ def prepare_sweep(sweep: Sweep, check_point: Callable[[GridPoint, list[Step]], N
     another sweep has.
     """
     check_name(sweep.name)
+    _check_transfer(sweep)
     kept = _kept(sweep)
     first: Step | None = None
     for point in sweep.grid.points():
@@ -105,7 +109,8 @@ def run_sweep(sweep: Sweep, nproc: int) -> int:
     """
     if launched():
         raise UsageError("sweep starts its ranks itself; over nodes add --slurm on a login node")
-    mlflow = prepare_sweep(sweep, lambda _, steps: _check(steps, nproc))
+    images: dict[Path, Index] = {}
+    mlflow = prepare_sweep(sweep, lambda _, steps: _check(steps, nproc, images))
     in_mlflow = mlflow.children()
     points, failed = list(sweep.grid.points()), EXIT_DONE
     for number, point in enumerate(points, start=1):
@@ -136,8 +141,24 @@ def _step(recipe: str, folder: Path, overrides: list[str]) -> Step:
     return Step(folder, loaded, (command, recipe, "--out", str(folder), *overrides), tuple(overrides))
 
 
-def _check(steps: list[Step], ranks: int) -> None:
-    """Raise UsageError for what can be refused before a point is started."""
+def _check_transfer(sweep: Sweep) -> None:
+    """Raise UsageError for a transfer that is none, or settings for a transfer that there is not."""
+    if sweep.then is None and sweep.grid.then:
+        raise UsageError(f"then.{sweep.grid.then[0]} is for a transfer after each run; add --then RECIPE")
+    if sweep.then is not None and load_recipe(sweep.then).task != "classification":
+        raise UsageError(
+            f"--then {sweep.then} does not start from weights; expected a classifier, such as probe/vit_base"
+        )
+
+
+def _check(steps: list[Step], ranks: int, images: dict[Path, Index]) -> None:
+    """Raise UsageError for what can be refused before a point is started. images: the folders read so far."""
+    for step in steps:
+        root = training_root(step.recipe)
+        if root not in images:
+            images[root] = open_index(root, step.recipe.data.index)
+        chosen = task_of(step.recipe, step.folder).choose_images(images[root])
+        schedule.steps_of(step.recipe, len(chosen))  # refuses a batch larger than the data
     first, *others = steps
     check(task_of(first.recipe, first.folder), ranks)
     for step in others:
@@ -183,8 +204,12 @@ def _kept(sweep: Sweep) -> dict[str, Any]:
         "then_overrides": list(grid.then),
         "axes": [list(axis.keys) for axis in grid.axes],
     }
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {**meant, "key": uuid.uuid4().hex}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {**meant, "key": uuid.uuid4().hex}
+        points = {**found.get("points", {}), **{point.name: point.values for point in grid.points()}}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UsageError(f"{path} cannot be read ({reason_of(error)}); choose another --out") from None
     different = [f"{key}: {found.get(key)} -> {value}" for key, value in meant.items() if found.get(key) != value]
     if different:
         raise UsageError(f"--out {sweep.out} holds another sweep ({'; '.join(different)}); choose another --out")
-    return {**found, "points": found.get("points", {}) | {point.name: point.values for point in grid.points()}}
+    return {**found, "points": points}

@@ -44,9 +44,10 @@ def submit_sweep(sweep: Sweep, shape: Shape) -> int:
 
     def check_point(point: GridPoint, steps: list[Step]) -> None:
         chains[point.name] = _chain(sweep, point, steps, shape)
+        if len(chains) == 1:  # all points ask for the same
+            check_partitions(chains[point.name])
 
     mlflow = prepare_sweep(sweep, check_point)
-    check_partitions([link for chain in chains.values() for link in chain])
     kept = sweep.out / "slurm" / JOBS
     sent: dict[str, list[str]] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     queue, in_mlflow = jobs_in_queue(), mlflow.children()

@@ -60,3 +60,41 @@ def test_a_second_call_trains_only_what_is_missing(swept, tmp_path, digits, mae_
     assert (out / "mask_ratio-0.5_seed-0" / "metrics.jsonl").read_bytes() == kept
     assert f"{out}/mask_ratio-0.5_seed-0: done already" in done.stdout
     assert (out / "mask_ratio-0.75_seed-0" / "then" / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["mask_ratio=0.4,0.6"], "unknown key 'mask_ratio'; did you mean 'model.mask_ratio'?"),
+        (
+            ["model.mask_ratio=0.4,1.6"],
+            "mask_ratio-1.6_seed-0: recipe demo: model.mask_ratio=1.6: input should be less",
+        ),
+        (["data.global_batch=7", "--nproc", "2"], "data.global_batch=7 is not divisible by 2 ranks"),
+        (["then.schedule.epochs=3"], "then.schedule.epochs=3 is for a transfer after each run; add --then RECIPE"),
+        (["--then", "pretrain/vit_base_800ep"], "does not start from weights; expected a classifier"),
+        (["--then", "probe/vit_base", "model.depth=3"], "data.global_batch is 16384, but there are 1442 images"),
+        (
+            ["--then", "probe/demo", "then.model.depth=3"],
+            "it starts from seed-0, and these are weights of a ViT (patch 8",
+        ),
+        (["data.root=/not/there"], "the data folder /not/there does not exist; give an image folder"),
+        (["--name", "it's"], "the sweep's name \"it's\" is not possible"),
+        (["--slurm"], "Slurm is not found here"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line_before_anything_is_started(
+    words, said, tmp_path, digits, call, monkeypatch
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, error = call("sweep", "demo", "--out", tmp_path / "new", *arguments(digits), *words)
+    assert (code, error.count("\n")) == (2, 1)
+    assert said in error
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_list_of_runs_is_named(tmp_path, digits, call):
+    (tmp_path / "sweep.json").write_text("{")
+    code, _, error = call("sweep", "demo", "--out", tmp_path, *arguments(digits))
+    assert (code, error.count("\n")) == (2, 1)
+    assert f"{tmp_path}/sweep.json cannot be read" in error
