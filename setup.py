@@ -44,6 +44,7 @@ setup(
         "matplotlib>=3.9",
         "scikit-learn>=1.5",
         "pillow>=11",
+        "psutil>=6",
         "ninja>=1.11",
     ],
     extras_require={

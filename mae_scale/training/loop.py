@@ -21,6 +21,7 @@ from mae_scale.training.context import RunContext
 from mae_scale.training.self_check import SelfCheck
 from mae_scale.training.skipped_steps import RollBack, SkippedSteps
 from mae_scale.training.step_metrics import StepClock, step_metrics
+from mae_scale.training.system_metrics import SystemMetrics
 from mae_scale.training.task import Evaluator
 
 log = logging.getLogger("mae_scale")
@@ -40,6 +41,7 @@ class Loop:
     tracker: Tracker
     evaluators: list[Evaluator]
     self_check: SelfCheck
+    system: SystemMetrics
     _losses: list[float] = field(default_factory=list)
     """Losses logged since the last checkpoint."""
     _measured: dict[str, float] = field(default_factory=dict)
@@ -131,7 +133,7 @@ class Loop:
 
     def _log(self, result: StepResult, loader: ImageLoader, clock: StepClock, done: int, due: list[Evaluator]) -> None:
         """Log step `done`, with what the evaluators that are due measure."""
-        metrics = step_metrics(self.context, result, loader, clock, done)
+        metrics = step_metrics(self.context, result, loader, clock, self.system, done=done)
         for evaluator in due:
             self._measured |= evaluator(done)
             clock.restart(done)

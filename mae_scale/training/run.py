@@ -43,6 +43,7 @@ from mae_scale.training.provenance import environment, settings_used, start_tags
 from mae_scale.training.run_lock import hold
 from mae_scale.training.run_page import run_page
 from mae_scale.training.self_check import Course, SelfCheck, Untrained
+from mae_scale.training.system_metrics import SystemMetrics
 from mae_scale.training.task import Origin, Task
 
 log = logging.getLogger("mae_scale")
@@ -196,6 +197,7 @@ def _train(
         tracker=tracker,
         evaluators=task.evaluators(context, engine, tracker),
         self_check=SelfCheck(context, tracker, _course(task, context, objective)),
+        system=SystemMetrics(context.ranks, context.device),
     )
     return loop.train(start, lambda step: _open_loader(context, objective, step))
 

@@ -11,6 +11,7 @@ from mae_scale.distributed.collectives import from_all
 from mae_scale.engines.base import StepResult
 from mae_scale.planning.flops import mfu
 from mae_scale.training.context import RunContext
+from mae_scale.training.system_metrics import SystemMetrics
 
 
 class StepClock:
@@ -51,18 +52,20 @@ class StepClock:
 
 
 def step_metrics(
-    context: RunContext, result: StepResult, loader: ImageLoader, clock: StepClock, done: int
+    context: RunContext, result: StepResult, loader: ImageLoader, clock: StepClock, system: SystemMetrics, *, done: int
 ) -> dict[str, float]:
     """Return the metrics of step `done`. All ranks call it; the host waits for the device.
 
     Raises RunError when more images are bad than the recipe allows.
     """
     counts = torch.tensor(
-        [len(loader.bad_images.found), *clock.take_counts()], device=context.device, dtype=torch.float32
+        [len(loader.bad_images.found), *clock.take_counts(), *system.mine()],
+        device=context.device,
+        dtype=torch.float32,
     )
     shared = torch.cat([result.loss.reshape(1), counts])
     torch.distributed.all_reduce(shared)
-    loss, bad_images, replaced, cache_hits, images = shared.tolist()
+    loss, bad_images, replaced, cache_hits, images, *of_nodes = shared.tolist()
     world_size = context.ranks.world_size
     if bad_images > loader.bad_images.allowed:
         # Each rank has counted its own, and one may be another's too: look at the names.
@@ -78,6 +81,7 @@ def step_metrics(
         "images_seen": seen,
         "compute_pflops": seen * context.training_flops / 1e15,
         **_faults(context, int(replaced)),
+        **system.named(of_nodes),
     }
     if context.recipe.data.cache is not None:
         metrics["data/cache_hits"] = cache_hits / images
