@@ -1,4 +1,4 @@
-"""The finished classifier in MLflow: a model that turns pixels into class probabilities, beside the run's metrics."""
+"""The finished model in MLflow: pixels to class probabilities or to features, tied to the run's last metrics."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from data_pipeline.files import write_json
 from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from mae_scale.models.classifier import Classifier
+from mae_scale.models.mae import MaskedAutoencoder
+from mae_scale.models.vit import patchify
 from mae_scale.passwords import redacted, without_password
+from mae_scale.tracking.metrics_log import read_metrics
 from mae_scale.tracking.mlflow_environment import ENVIRONMENT, reason
 from mae_scale.tracking.mlflow_tracker import MlflowTracker
 
@@ -29,42 +32,71 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NAME = "classifier"  # of the model in MLflow
 KEPT = "mlflow_model.json"  # in the run's export folder: what MLflow has
 ANSWER_WAIT_S = 20.0
 SLOWEST_UPLOAD_BYTES_PER_S = 20e6  # a server answers an upload when it has stored it
 
 
-class ServedClassifier(nn.Module):
-    """A classifier from RGB pixels of its own image size to the probability of each class."""
+class Served(nn.Module):
+    """A model of RGB pixels of its own image size; `name` in MLflow, `outputs` values per image."""
 
+    name: ClassVar[str]
+    outputs: int
     mean: Tensor
     std: Tensor
 
-    def __init__(self, classifier: Classifier):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.classifier = classifier
+        self.model = model
         self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN))
         self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD))
         self.eval().requires_grad_(False)
 
+    def images(self, pixels: Tensor) -> Tensor:
+        """Return normalised images [N, 3, S, S] of pixels [N, S, S, 3], 0 to 255."""
+        return ((pixels - self.mean) / self.std).permute(0, 3, 1, 2)
+
+
+class ServedClassifier(Served):
+    """A classifier from pixels to the probability of each class."""
+
+    name = "classifier"
+    model: Classifier
+
+    def __init__(self, model: Classifier):
+        super().__init__(model)
+        self.outputs = model.classes
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Return probabilities float32 [N, C] of pixels [N, S, S, 3], 0 to 255."""
-        images = ((pixels - self.mean) / self.std).permute(0, 3, 1, 2)
-        return self.classifier(images).float().softmax(dim=-1)
+        return self.model(self.images(pixels)).float().softmax(dim=-1)
 
 
-def keep_classifier(
+class ServedEncoder(Served):
+    """A pre-trained encoder from pixels to features."""
+
+    name = "encoder"
+
+    def __init__(self, model: MaskedAutoencoder):
+        super().__init__(model.encoder)
+        self.patch_size, self.outputs = model.patch_size, model.encoder.size.width
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return features float32 [N, D] of pixels [N, S, S, 3], 0 to 255: the mean of the patches' normed tokens."""
+        return self.model(patchify(self.images(pixels), self.patch_size))[:, 1:].float().mean(dim=1)
+
+
+def keep_model(
     tracker: MlflowTracker,
     out: Path,
-    model_and_example: Callable[[], tuple[Classifier, np.ndarray]],
+    model_and_example: Callable[[], tuple[Served, np.ndarray]],
     *,
-    class_names: Sequence[str],
-    registered_name: str | None,
+    metadata: Mapping[str, Any],
+    registered_name: str | None = None,
 ) -> None:
-    """Log a finished run's classifier into its MLflow run, once; a later call does what failed before.
+    """Log a finished run's model into its MLflow run, once; a later call does what failed before.
 
-    `model_and_example`: called when MLflow does not have the model yet; the arguments of `log_classifier`.
+    `model_and_example`: called when MLflow does not have the model yet; the arguments of `log_model`.
     `out`/export/mlflow_model.json records what MLflow has. Never fails: a server that does not answer, or refuses,
     costs a warning and at most about half a minute, and the time of an upload.
     """
@@ -78,15 +110,16 @@ def keep_classifier(
         if run_id is None:
             raise TimeoutError(f"no answer in {ANSWER_WAIT_S:g} s")
         model, example = model_and_example()
-        logged = log_classifier(
+        logged = log_model(
             model,
             uri=tracker.uri,
             run_id=run_id,
             example=example,
-            class_names=class_names,
+            metadata=metadata,
             registered_name=registered_name,
             scratch=note.parent,
         )
+        _tie_metrics(tracker.uri, run_id, logged["model_uri"], read_metrics(out / "metrics.jsonl")[-1])
         content = where | {"run_id": run_id, "registered_name": registered_name} | logged
         write_json(note, content)
     except Exception as error:
@@ -99,13 +132,13 @@ def keep_classifier(
         )
 
 
-def log_classifier(
-    model: Classifier,
+def log_model(
+    model: Served,
     *,
     uri: str,
     run_id: str,
     example: np.ndarray,
-    class_names: Sequence[str],
+    metadata: Mapping[str, Any],
     registered_name: str | None,
     scratch: Path,
 ) -> dict[str, str | None]:
@@ -113,12 +146,12 @@ def log_classifier(
 
     mlflow.pytorch.load_model loads it by the URI.
 
-    `example` float32 [1, S, S, 3], RGB pixels of 0 to 255, is kept as the model's input example; `class_names`, in
-    the order of the probabilities, as class_names in its metadata. With `registered_name` it also becomes the next
+    `example` float32 [1, S, S, 3], RGB pixels of 0 to 255, is kept as the model's input example; `metadata` with the
+    model, such as class_names in the order of the probabilities. With `registered_name` it also becomes the next
     version of that name in the model registry. A call that was cut off is completed by the next: a run has one such
     model, and one version of it per name. `scratch`: a folder with room for the weights.
 
-    The model is a pickle that names `ServedClassifier`: a program that loads or serves it needs mae-scale installed,
+    The model is a pickle that names its class here: a program that loads or serves it needs mae-scale installed,
     in the version that logged it, as the model's requirements say. (MLflow's other format, an exported graph, is bound
     to the device that it was exported on, so that a server with a GPU refuses it.)
     Raises what MLflow raises.
@@ -128,19 +161,31 @@ def log_classifier(
 
     client = MlflowClient(uri)
     experiment_id = client.get_run(run_id).info.experiment_id
-    where = f"name = '{NAME}' AND source_run_id = '{run_id}'"
+    where = f"name = '{model.name}' AND source_run_id = '{run_id}'"
     found = client.search_logged_models([experiment_id], where, max_results=1)
-    logged = found[0] if found else client.create_logged_model(experiment_id, NAME, source_run_id=run_id)
+    logged = found[0] if found else client.create_logged_model(experiment_id, model.name, source_run_id=run_id)
     if logged.status != "READY":
         client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
         with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=scratch) as folder:
             path = Path(folder) / "model"
-            _save(model, path, logged, example, class_names)
+            _save(model, path, logged, example, metadata)
             with _timeout_in_environment_for(path):
                 client.log_model_artifacts(logged.model_id, str(path))
         client.finalize_logged_model(logged.model_id, "READY")
     version = None if registered_name is None else _version(client, registered_name, run_id, logged)
     return {"model_uri": f"models:/{logged.model_id}", "version": version}
+
+
+def _tie_metrics(uri: str, run_id: str, model_uri: str | None, row: Mapping[str, Any]) -> None:
+    """Show the last logged row of a run on its model too: entries that the run has already, with the model's id."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    assert model_uri is not None
+    model_id, time_ms, step = model_uri.rpartition("/")[2], int(1000 * row["time"]), row["step"]
+    shown = {name: value for name, value in row.items() if name.startswith(("train/", "val/"))}
+    metrics = [Metric(name, float(value), time_ms, step, model_id=model_id) for name, value in shown.items()]
+    MlflowClient(uri).log_batch(run_id, metrics=metrics)
 
 
 def _version(client: MlflowClient, name: str, run_id: str, logged: LoggedModel) -> str:
@@ -161,7 +206,7 @@ def _version(client: MlflowClient, name: str, run_id: str, logged: LoggedModel) 
     return str(made.version)
 
 
-def _save(model: Classifier, path: Path, logged: LoggedModel, example: np.ndarray, class_names: Sequence[str]) -> None:
+def _save(model: Served, path: Path, logged: LoggedModel, example: np.ndarray, metadata: Mapping[str, Any]) -> None:
     """Write the model as MLflow's folder of files."""
     import mlflow.pytorch
     from mlflow.models import Model, ModelSignature
@@ -169,7 +214,7 @@ def _save(model: Classifier, path: Path, logged: LoggedModel, example: np.ndarra
 
     float32 = np.dtype(np.float32)
     mlflow.pytorch.save_model(
-        ServedClassifier(model),
+        model,
         path,
         mlflow_model=Model(
             artifact_path=logged.artifact_location,
@@ -179,11 +224,11 @@ def _save(model: Classifier, path: Path, logged: LoggedModel, example: np.ndarra
         ),
         signature=ModelSignature(
             inputs=Schema([TensorSpec(float32, (-1, *example.shape[1:]))]),
-            outputs=Schema([TensorSpec(float32, (-1, model.classes))]),
+            outputs=Schema([TensorSpec(float32, (-1, model.outputs))]),
         ),
         input_example=example,
         pip_requirements=[f"{name}=={version(name)}" for name in ("mae-scale", "torch", "mlflow")],
-        metadata={"class_names": list(class_names)},
+        metadata=dict(metadata),
         serialization_format="pickle",
     )
 

@@ -20,13 +20,18 @@ from PIL import Image
 from data_pipeline.batch_order import EvaluationOrder
 from data_pipeline.index_build import open_index
 from data_pipeline.loader import ImageLoader
+from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from mae_scale import load_encoder as mae_scale_encoder
 from mae_scale.checkpoints.export import checkpoint_model
 from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.models.classifier import build_classifier
 from mae_scale.tracking import mlflow_models
-from mae_scale.tracking.mlflow_models import log_classifier
+from mae_scale.tracking.metrics_log import read_metrics
+from mae_scale.tracking.mlflow_models import ServedClassifier, log_model
+from mae_scale.tracking.mlflow_state import mlflow_run_of
 from tests.integration.mlflow_server import Server, wait_for
 from tests.loaders import on_cpu
+from tests.tiny import STEPS, arguments
 
 NAME = "digits"
 TINY = [
@@ -211,16 +216,16 @@ def test_server_that_is_down_costs_a_warning_and_the_same_command_logs_later(fin
 
 @pytest.fixture
 def given(server, tmp_path):
-    """A classifier and what `log_classifier` takes beside it, for a run of MLflow's that has no model yet."""
+    """A classifier and what `log_model` takes beside it, for a run of MLflow's that has no model yet."""
     client = MlflowClient(server.uri)
     experiment = client.get_experiment_by_name("without training")
     experiment_id = experiment.experiment_id if experiment else client.create_experiment("without training")
     return {
-        "model": build_classifier(classes=2, image_size=8, patch_size=4, width=8, depth=1, heads=1),
+        "model": ServedClassifier(build_classifier(classes=2, image_size=8, patch_size=4, width=8, depth=1, heads=1)),
         "uri": server.uri,
         "run_id": client.create_run(experiment_id).info.run_id,
         "example": np.zeros((1, 8, 8, 3), np.float32),
-        "class_names": ["no", "yes"],
+        "metadata": {"class_names": ["no", "yes"]},
         "scratch": tmp_path,
     }
 
@@ -228,11 +233,11 @@ def given(server, tmp_path):
 def test_a_model_that_was_cut_off_half_way_is_completed_and_takes_a_name_later(server, given, tmp_path):
     client, run_id = MlflowClient(server.uri), given["run_id"]
     begun = client.create_logged_model(client.get_run(run_id).info.experiment_id, "classifier", source_run_id=run_id)
-    logged = log_classifier(**given, registered_name=None)
+    logged = log_model(**given, registered_name=None)
     assert logged == {"model_uri": f"models:/{begun.model_id}", "version": None}
     (ready,) = models_of(client, run_id)
     assert (ready.model_id, str(ready.status)) == (begun.model_id, "READY")
-    assert log_classifier(**given, registered_name="half") == logged | {"version": "1"}
+    assert log_model(**given, registered_name="half") == logged | {"version": "1"}
     assert mlflow.pytorch.load_model("models:/half/1")(torch.zeros(1, 8, 8, 3)).shape == (1, 2)
     assert list(tmp_path.iterdir()) == []
 
@@ -249,7 +254,7 @@ def test_a_large_model_gives_the_server_time_to_store_it(given, monkeypatch):
         upload(client, model_id, folder)
 
     monkeypatch.setattr(MlflowClient, "log_model_artifacts", watched)
-    log_classifier(**given, registered_name=None)
+    log_model(**given, registered_name=None)
     assert seen[0][0] == pytest.approx(seen[0][1], abs=1)
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "15"
 
@@ -262,8 +267,8 @@ def test_what_the_note_says_is_logged_asks_no_server(tmp_path):
     tracker = SimpleNamespace(uri="http://nobody", run_id="1", wait_for_run=lambda timeout_s: asked.append(timeout_s))
 
     def keep(name):
-        mlflow_models.keep_classifier(
-            tracker, tmp_path, lambda: pytest.fail("not needed"), class_names=[], registered_name=name
+        mlflow_models.keep_model(
+            tracker, tmp_path, lambda: pytest.fail("not needed"), metadata={}, registered_name=name
         )
 
     keep("a")
@@ -274,3 +279,25 @@ def test_what_the_note_says_is_logged_asks_no_server(tmp_path):
     tracker.run_id = "2"
     keep("a")
     assert len(asked) == 2
+
+
+def test_a_pre_trained_encoder_is_a_model_of_its_run_with_the_runs_last_metrics(
+    server, tmp_path, digits, mae_scale, pixels
+):
+    out = tmp_path / "pretrained"
+    done = mae_scale("pretrain", "demo", "--out", out, "--tracking-uri", server.uri, *arguments(digits))
+    assert done.returncode == 0, done.stderr
+    client, last = MlflowClient(server.uri), read_metrics(out / "metrics.jsonl")[-1]
+    (logged,) = models_of(client, mlflow_run_of(out))
+    assert (logged.name, str(logged.status)) == ("encoder", "READY")
+    found = {metric.key: metric.value for metric in logged.metrics}
+    assert {name: found[name] for name in ("train/loss", "val/loss")} == {
+        name: pytest.approx(last[name], rel=1e-6) for name in ("train/loss", "val/loss")
+    }
+    assert len(client.get_metric_history(mlflow_run_of(out), "train/loss")) == STEPS
+    with torch.inference_mode():
+        features = mlflow.pytorch.load_model(logged.model_uri)(torch.tensor(pixels))
+        encoder = mae_scale_encoder(out)
+        images = (torch.tensor(pixels) / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
+        expected = encoder.forward_features(images.permute(0, 3, 1, 2))[:, 1:].mean(1)
+    assert features == pytest.approx(expected, abs=1e-5)

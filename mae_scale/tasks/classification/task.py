@@ -27,7 +27,7 @@ from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelle
 from mae_scale.tasks.classification.objective import Classify
 from mae_scale.tasks.classification.starting_weights import initialise, load_weights
 from mae_scale.tasks.classification.validation import EVALUATION, Validation
-from mae_scale.tracking.mlflow_models import keep_classifier
+from mae_scale.tracking.mlflow_models import ServedClassifier, keep_model
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.inputs import VALIDATION, has_checkpoint, refuse_other_weights
@@ -155,11 +155,11 @@ class Classification(Task[Classify]):
                 tracker.artifact(picture, "figures")
             export_weights(trained(), weights, "official")
         if tracker.mlflow is not None:
-            keep_classifier(
+            keep_model(
                 tracker.mlflow,
                 context.out,
-                lambda: (trained(), np.rint(255 * pictures_of(shown_images(context, 1)))),
-                class_names=context.index.classes,
+                lambda: (ServedClassifier(trained()), np.rint(255 * pictures_of(shown_images(context, 1)))),
+                metadata={"class_names": list(context.index.classes)},
                 registered_name=self.recipe.tracking.registered_model,
             )
         said = f"weights in {weights}"

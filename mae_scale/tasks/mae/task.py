@@ -1,7 +1,9 @@
 """Pre-training as a task: train a masked autoencoder, draw its reconstructions, export its weights."""
 
+from functools import cache
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from data_pipeline.batch_layout import BatchLayout
@@ -10,19 +12,22 @@ from mae_scale.checkpoints.export import checkpoint_model, export_weights
 from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.engines.base import Engine
 from mae_scale.models.build import build_model
+from mae_scale.models.mae import MaskedAutoencoder
 from mae_scale.models.targets import PcaCoefficients
 from mae_scale.models.vit import patchify
 from mae_scale.planning.flops import mae_forward_flops, training_flops
+from mae_scale.reports.style import pictures_of
 from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelled
 from mae_scale.tasks.mae.knn import KnnAccuracy
 from mae_scale.tasks.mae.objective import Reconstruct
 from mae_scale.tasks.mae.reconstruct import Reconstructions
 from mae_scale.tasks.mae.validation import ValidationLoss
+from mae_scale.tracking.mlflow_models import ServedEncoder, keep_model
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.preflight import training_augmentation
 from mae_scale.training.self_check import Untrained
-from mae_scale.training.shown_images import some_images
+from mae_scale.training.shown_images import shown_images, some_images
 from mae_scale.training.task import FROM_SCRATCH, Evaluator, Origin, Task
 
 PCA_IMAGES, UNTRAINED_IMAGES = 256, 64
@@ -92,7 +97,20 @@ class MaskedAutoencoding(Task[Reconstruct]):
 
     def finish(self, context: RunContext, tracker: Tracker) -> str:
         weights = context.out / "export" / "model.safetensors"
+        trained = cache(lambda: _trained_autoencoder(context))
         if not weights.exists():
-            model, _ = checkpoint_model(list_checkpoints(context.checkpoints)[-1][1])
-            export_weights(model, weights, "official")
+            export_weights(trained(), weights, "official")
+        if tracker.mlflow is not None:
+            keep_model(
+                tracker.mlflow,
+                context.out,
+                lambda: (ServedEncoder(trained()), np.rint(255 * pictures_of(shown_images(context, 1)))),
+                metadata={"features": "mean of the patches' normed tokens"},
+            )
         return f"weights in {weights}"
+
+
+def _trained_autoencoder(context: RunContext) -> MaskedAutoencoder:
+    model, _ = checkpoint_model(list_checkpoints(context.checkpoints)[-1][1])
+    assert isinstance(model, MaskedAutoencoder)
+    return model
