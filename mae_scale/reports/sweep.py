@@ -72,6 +72,7 @@ def _finish(panel: Any, places: Mapping[str, float], x_label: str, metric: str) 
         panel.minorticks_off()
     if len(places) <= MOST_LABELS:
         panel.set_xticks(list(places.values()), list(places), fontsize=8)
+    panel.ticklabel_format(axis="y", useOffset=False)
     panel.margins(x=0.12, y=0.1)
     panel.set_xlabel(x_label)
     panel.set_title(metric, fontsize=10)

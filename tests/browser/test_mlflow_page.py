@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 
 from tests.integration.mlflow_server import Server
 from tests.tiny import STEPS, arguments, losses
@@ -186,6 +187,11 @@ def test_a_sweeps_parent_shows_its_table_its_runs_and_its_figure(page, tracked):
         assert ratio in row.inner_text()
     for child in CHILDREN:
         assert page.get_by_role("link", name=child).first.is_visible()
+    shown(page, "Show more").click()
+    with Image.open(tracked.folder / "ratios" / "results.png") as figure:
+        assert pictures(page) == [figure.width]
     page.get_by_role("tab", name="Artifacts").click()
     shown(page, "results.png").click()
     assert pictures(page)
+    files = page.locator("main").inner_text().split()
+    assert files.index("results.png") < files.index("results_table.json")
