@@ -132,7 +132,7 @@ class Results:
         unfinished = "RUNNING" if states & {RUNNING, NOT_STARTED} else "FAILED"
         status = "FINISHED" if states <= set(ENDED) else unfinished
         figures = [path for path in [self.out / FIGURE] if path.exists()]
-        return SweepResults("\n".join([about, "", *head, *body]), figures, {TABLE: table}, status)
+        return SweepResults("\n".join([about, "", *head, *body]), figures, {TABLE: table}, status, figures)
 
     def _curves(self) -> dict[str, list[Curve]]:
         """Return the curves of each metric: along the first axis, a curve per combination of the others."""

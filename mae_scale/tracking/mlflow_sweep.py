@@ -88,6 +88,8 @@ class SweepResults:
     tables: Tables
     status: str
     """RUNNING, FINISHED or FAILED."""
+    in_description: Sequence[Path] = ()
+    """Figures that the description shows too: MLflow never makes them smaller, 760 px fit beside its column of tags."""
 
 
 @dataclass
@@ -214,9 +216,9 @@ class MlflowSweep:
 
 
 def _note(results: SweepResults, run_id: str) -> str:
-    """Return the description with the figures below it, where MLflow's server has them."""
+    """Return the description with its figures below it, where MLflow's server has them."""
     figures = "".join(
-        f"\n\n![{figure.name}](get-artifact?path={quote(figure.name)}&run_uuid={run_id})" for figure in results.figures
+        f"\n\n![{figure.name}](get-artifact?path={quote(figure.name)}&run_uuid={run_id})" for figure in results.in_description
     )
     return redacted(results.description)[: NOTE_LENGTH - len(figures)] + figures
 

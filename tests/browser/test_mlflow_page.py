@@ -134,7 +134,8 @@ def test_a_runs_overview_says_what_it_is_how_to_go_on_and_on_which_images(page, 
     shown(page, "pretrain of 32x2 (width 32, 2 blocks, patches of 8 px) at 32 px: 2 epochs of 1,442 images")
     shown(page, f"mae-scale pretrain demo --out {tracked.folder / 'digits_0'}")
     shown(page, "The same command goes on with this run")
-    shown(page, "Finished", exact=True)
+    state = shown(page, "Finished", exact=True).bounding_box()
+    assert state["x"] + state["width"] < page.viewport_size["width"]  # nothing pushes that column out of the window
     shown(page, "digits/train (")
     shown(page, "+1", exact=True).click()
     shown(page, "digits/val (")
@@ -190,6 +191,8 @@ def test_a_sweeps_parent_shows_its_table_its_runs_and_its_figure(page, tracked):
     shown(page, "Show more").click()
     with Image.open(tracked.folder / "ratios" / "results.png") as figure:
         assert pictures(page) == [figure.width]
+    state = shown(page, "Finished", exact=True).bounding_box()
+    assert state["x"] + state["width"] < page.viewport_size["width"]
     page.get_by_role("tab", name="Artifacts").click()
     shown(page, "results.png").click()
     assert pictures(page)
