@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-slow test-all test-cluster torture lint format docs bench bench-gpu clean
+.PHONY: setup demo test test-slow test-all test-cluster test-browser torture lint format docs bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    the whole story on this machine: data, pre-training, pictures, MLflow (about 5 minutes)"
 	@echo "make test    every promise, in its quickest form       make lint   ruff, format, imports (layers, no circle), types"
-	@echo "make test-all   make test, the slow tests, jobs on a real Slurm, and 12 random kills"
+	@echo "make test-all   make test, the slow tests, the pages in a browser, jobs on a real Slurm, and 12 random kills"
+	@echo "make test-browser   the report's page and MLflow's in this machine's Chromium (apt-get install chromium; about 2 minutes)"
 	@echo "make test-cluster   jobs on a real Slurm of two nodes, started here (as root; apt installs it; about 6 minutes)"
 	@echo "make torture N=200   kill a real training N times at random instants, compare the whole curve"
 	@echo "make docs    the documentation, as pages to be opened from the disk: site/index.html"
@@ -30,7 +31,7 @@ demo: setup
 
 # Files of tests are shared out to two processes: many tests wait for a timeout, a signal or a server.
 WORKERS ?= 2
-PYTEST = $(BIN)/python -m pytest tests --ignore=tests/cluster --numprocesses=$(WORKERS) --dist=loadfile
+PYTEST = $(BIN)/python -m pytest tests --ignore=tests/cluster --ignore=tests/browser --numprocesses=$(WORKERS) --dist=loadfile
 test: setup
 	$(PYTEST) -m "not slow and not alone"
 	$(PYTEST) -m "not slow and alone" --numprocesses=0
@@ -38,11 +39,19 @@ test: setup
 test-slow: setup
 	$(PYTEST) -m slow
 
-test-all: test test-slow test-cluster
+test-all: test test-slow test-browser test-cluster
 	$(MAKE) torture N=12
 
 test-cluster: setup
 	$(BIN)/python -m pytest tests/cluster
+
+# Playwright drives the machine's own Chromium. Where either is missing the tests say so and are skipped.
+PLAYWRIGHT = playwright==1.65.2 greenlet==3.5.6
+test-browser: setup
+	@test "$$($(BIN)/pip freeze | grep -cxF $(PLAYWRIGHT:%=-e %))" = $(words $(PLAYWRIGHT)) \
+		|| $(BIN)/pip --disable-pip-version-check --quiet install $(PLAYWRIGHT) \
+		|| echo "test-browser: cannot install $(PLAYWRIGHT), so its tests are skipped"
+	$(BIN)/python -m pytest tests/browser -rs
 
 N ?= 100
 SEED ?= 0

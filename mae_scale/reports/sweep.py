@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from mae_scale.reports.style import new_figure, save_png
 LOG_SPAN = 8.0
 """Ratio of the largest to the smallest value from which an axis is logarithmic."""
 MOST_LABELS = 12
+MOST_IN_A_ROW = 2
+"""Panels; a wider figure would push MLflow's column of tags out of the window."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,14 @@ class Curve:
 
 def sweep_figure(curves: Mapping[str, Sequence[Curve]], x_label: str, path: Path, *, title: str) -> None:
     """Write a PNG with a panel per metric: means, and one standard deviation of the seeds as a bar."""
-    figure = new_figure((max(5.0, 3.8 * len(curves)), 3.9), 120)
+    columns = min(len(curves), MOST_IN_A_ROW)
+    rows = math.ceil(len(curves) / columns)
+    figure = new_figure((max(5.0, 3.8 * columns), 3.9 * rows), 100)
     figure.set_layout_engine("constrained")
-    panels = figure.subplots(1, len(curves), squeeze=False)[0]
-    for panel, (metric, lines) in zip(panels, curves.items(), strict=True):
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel in panels[len(curves) :]:
+        panel.remove()
+    for panel, (metric, lines) in zip(panels, curves.items(), strict=False):
         places = _places(lines)
         for curve in lines:
             _draw(panel, curve, places)
@@ -72,6 +79,7 @@ def _finish(panel: Any, places: Mapping[str, float], x_label: str, metric: str) 
         panel.minorticks_off()
     if len(places) <= MOST_LABELS:
         panel.set_xticks(list(places.values()), list(places), fontsize=8)
+    panel.ticklabel_format(axis="y", useOffset=False)
     panel.margins(x=0.12, y=0.1)
     panel.set_xlabel(x_label)
     panel.set_title(metric, fontsize=10)

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,21 @@ from mae_scale.config.load import load_recipe
 from mae_scale.config.schema import Recipe
 from mae_scale.launch.local import launch_local_ranks
 from mae_scale.passwords import without_password
+from mae_scale.tracking.finished_run import add_metrics
 
 LABELS_PER_CLASS = 10
 LABEL_DRAWS = 5
 RANKS = 2
 
 
-def run_demo(out: Path, seed: int) -> None:
-    """Run the whole story below `out`; a second call goes on where the first one stopped."""
+def run_demo(out: Path, seed: int, more: Sequence[str] = ()) -> None:
+    """Run the whole story below `out`; a second call goes on where the first one stopped.
+
+    more: further overrides of the recipe.
+    """
     began, console = time.monotonic(), Console(highlight=False, soft_wrap=True)
     digits, run = out / "digits", out / f"run-seed{seed}"
-    overrides = [f"data.root={digits}/train", f"data.val_root={digits}/val", f"seed={seed}"]
+    overrides = [f"data.root={digits}/train", f"data.val_root={digits}/val", f"seed={seed}", *more]
 
     console.rule("1. Images", align="left")
     write_digits(digits)
@@ -45,6 +50,7 @@ def run_demo(out: Path, seed: int) -> None:
         f"(mean of {LABEL_DRAWS} draws of the labels): "
         f"[bold]{before:.3f}[/] with random weights, [bold]{after:.3f}[/] after pre-training"
     )
+    add_metrics(run, recipe.tracking.uri, {"probe/top1": 100 * after, "probe/top1_random_weights": 100 * before})
 
     console.rule("4. Where everything is", align="left")
     for what, where in (

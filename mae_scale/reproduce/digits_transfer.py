@@ -15,10 +15,12 @@ from rich.table import Table
 
 from data_pipeline.errors import EXIT_STOPPED, RunError
 from data_pipeline.samples import write_digits
+from mae_scale.config.load import load_recipe
 from mae_scale.distributed.stop_requests import passing_on
 from mae_scale.launch.local import launch_local_ranks
 from mae_scale.reproduce.digits import mlflow_page
 from mae_scale.tasks.classification.partial_curve import partial_curve
+from mae_scale.tracking.finished_run import add_metrics
 
 SEEDS = (0, 1, 2)
 WEIGHTS, FINETUNED = "{weights}", "{finetuned}"
@@ -82,6 +84,8 @@ def run_transfer(
                     found[way.name].append(top1)
                     console.print(f"seed {seed}: {way.title:46} {top1:6.2f} %  ({time.monotonic() - began:.0f} s)")
             found[DOUBLE.name].append(_top1(DOUBLE, out, seed, shared))
+            measured_here = {f"transfer/top1_{name}": values[-1] for name, values in found.items()}
+            add_metrics(run, load_recipe("demo", shared).tracking.uri, measured_here)
     results = {
         name: {
             "mean": statistics.mean(values),

@@ -118,7 +118,7 @@ def publish(found: ScalingFit, folder: Path, sweep: MlflowSweep) -> None:
     name = f"fit_{found.x}_{found.y.replace('/', '_')}"
     draw(found, folder / f"{name}.png")
     rows: list[dict[str, Any]] = found.as_json()["points"]
-    sweep.add([folder / f"{name}.png"], {f"{name}.json": {key: [row[key] for row in rows] for key in rows[0]}})
+    sweep.add([folder / f"{name}.png"], {f"{name}_table.json": {key: [row[key] for row in rows] for key in rows[0]}})
 
 
 def draw(found: ScalingFit, path: Path) -> None:

@@ -21,6 +21,8 @@ from mae_scale.training.reference_curves import curve
 from mae_scale.training.run_state import DONE, NOT_STARTED, RUNNING, STOPPED_EARLY, run_state
 
 SWEEP, RESULTS, FIGURE = "sweep.json", "results.json", "results.png"
+TABLE = "results_table.json"
+"""The table in MLflow, which lists files by name: the figure comes first."""
 METRICS = {"val/loss": "val/loss", "train/loss": "train/loss", "val/top1": "top1", "val/knn_top1": "knn_top1"}
 """Metrics of a run by their names here."""
 THEN_METRICS = {"val/top1": "then_top1"}
@@ -130,7 +132,7 @@ class Results:
         unfinished = "RUNNING" if states & {RUNNING, NOT_STARTED} else "FAILED"
         status = "FINISHED" if states <= set(ENDED) else unfinished
         figures = [path for path in [self.out / FIGURE] if path.exists()]
-        return SweepResults("\n".join([about, "", *head, *body]), figures, {RESULTS: table}, status)
+        return SweepResults("\n".join([about, "", *head, *body]), figures, {TABLE: table}, status, figures)
 
     def _curves(self) -> dict[str, list[Curve]]:
         """Return the curves of each metric: along the first axis, a curve per combination of the others."""

@@ -10,7 +10,7 @@ from mae_scale.tasks.throughput import as_json, draw
 from mae_scale.tasks.throughput_points import ACTIVE, ThroughputPoint
 from mae_scale.tracking.mlflow_sweep import MlflowSweep, SweepResults
 
-FIGURE, TABLE = "throughput.png", "throughput.json"
+FIGURE, TABLE = "throughput.png", "throughput_table.json"
 COLUMNS = {
     "name": "point",
     "ranks": "ranks",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from data_pipeline.errors import UsageError
 from mae_scale.config.schema import TrackingSection
@@ -87,6 +88,8 @@ class SweepResults:
     tables: Tables
     status: str
     """RUNNING, FINISHED or FAILED."""
+    in_description: Sequence[Path] = ()
+    """Figures that the description shows too: MLflow never makes them smaller, 760 px fit beside its column of tags."""
 
 
 @dataclass
@@ -201,7 +204,7 @@ class MlflowSweep:
             if child.data.tags.get(PARENT_ID_TAG) != run_id:  # that of a parent that was deleted
                 client.set_tag(child.info.run_id, PARENT_ID_TAG, run_id)
         # A user's own text stays: only what was written here is replaced.
-        note = redacted(results.description)[:NOTE_LENGTH]
+        note = _note(results, run_id)
         if NOTE_TAG not in tags or tags.get(OUR_NOTE_TAG) == _digest(tags[NOTE_TAG]):
             client.set_tag(run_id, NOTE_TAG, note)
             client.set_tag(run_id, OUR_NOTE_TAG, _digest(note))
@@ -210,6 +213,14 @@ class MlflowSweep:
             client.update_run(run_id, "RUNNING")
         else:
             client.set_terminated(run_id, results.status)
+
+
+def _note(results: SweepResults, run_id: str) -> str:
+    """Return the description with its figures below it, where MLflow's server has them."""
+    figures = "".join(
+        f"\n\n![{figure.name}](get-artifact?path={quote(figure.name)}&run_uuid={run_id})" for figure in results.in_description
+    )
+    return redacted(results.description)[: NOTE_LENGTH - len(figures)] + figures
 
 
 def _add(client: MlflowClient, run: Run, figures: Sequence[Path], tables: Tables) -> None:

@@ -24,7 +24,8 @@ def run_page(task: Task[Any], context: RunContext) -> RunPage:
         f"**{task.kind}** of {encoder} (width {size.width}, {size.depth} blocks, patches of {size.patch_size} px) at "
         f"{model.image_size} px: {recipe.schedule.epochs} epochs of {len(context.index):,} images, global batch "
         f"{recipe.data.global_batch}, seed {recipe.seed}.",
-        f"    {shlex.join(['mae-scale', *sys.argv[1:]])}",
+        # In backticks it wraps: a block would be one long line, and push MLflow's column of tags out of the window.
+        f"``{shlex.join(['mae-scale', *sys.argv[1:]])}``",
         "The same command goes on with this run, on any number of ranks, from the newest checkpoint in "
         f"`{context.checkpoints.absolute()}`.",
     ]

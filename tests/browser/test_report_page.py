@@ -1,7 +1,5 @@
 """The page of `mae-scale report` in a real Chromium: drawn at two widths, light and dark, zoomed, without a network."""
 
-import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,24 +9,8 @@ from mae_scale.reports.page import render
 from mae_scale.tasks.run_report import page_of_folders
 from tests.run_folders import DONE, START, put_run, rows_of
 
-PLACES = ("chromium", "chromium-browser", "google-chrome")
 SWEEP = "sweep_" + 90 * "x"  # a word that is wider than a phone
 WIDTHS = {"phone": (390, 844), "desktop": (1400, 900)}
-
-
-@pytest.fixture(scope="module")
-def report_browser():
-    """A Chromium; skipped where playwright or Chromium is not installed."""
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed (pip install playwright)"
-    )
-    program = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, PLACES)), None)
-    if program is None:
-        pytest.skip("no Chromium on this machine (apt-get install chromium, or set CHROMIUM)")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +53,11 @@ class Opened:
 
 
 @pytest.fixture
-def opened(report_browser, page_file):
+def opened(chromium, page_file):
     pages = []
 
     def open_page(width: str, **how) -> Opened:
-        pages.append(Opened(report_browser, how.pop("file", page_file), width, **how))
+        pages.append(Opened(chromium, how.pop("file", page_file), width, **how))
         return pages[-1]
 
     yield open_page

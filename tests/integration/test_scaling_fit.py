@@ -148,10 +148,10 @@ def test_the_fit_of_a_sweep_is_shown_on_its_parent_run(sweep, tmp_path, call):
     (parent,) = client.search_runs([client.get_experiment_by_name("mae-scale").experiment_id])
     assert parent.info.run_name == "sizes"
     assert [file.path for file in client.list_artifacts(parent.info.run_id)] == [
-        "fit_compute_val_loss.json",
         "fit_compute_val_loss.png",
+        "fit_compute_val_loss_table.json",
     ]
     table = json.loads(
-        (tmp_path / client.download_artifacts(parent.info.run_id, "fit_compute_val_loss.json")).read_text()
+        (tmp_path / client.download_artifacts(parent.info.run_id, "fit_compute_val_loss_table.json")).read_text()
     )
     assert len(table["data"]) == 9

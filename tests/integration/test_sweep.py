@@ -44,7 +44,7 @@ def test_mlflow_has_one_parent_with_the_table_and_figure_and_all_runs_as_its_chi
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert (parent.info.run_name, parent.info.status) == ("ratios", "FINISHED")
     assert [run.data.tags["mlflow.parentRunId"] for run in runs if run is not parent] == 4 * [parent.info.run_id]
-    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {"results.json", "results.png"}
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {"results.png", "results_table.json"}
     assert "| 0.75 | 1/1 |" in parent.data.tags["mlflow.note.content"]
 
 

@@ -61,7 +61,7 @@ def test_what_a_server_misses_while_it_is_down_it_gets_from_the_same_command(ser
         assert run.info.status == "FINISHED"
         assert len(client.get_metric_history(run.info.run_id, "train/loss")) == STEPS
     assert "| 0.9 | 1/1 |" in parent.data.tags["mlflow.note.content"]
-    assert rows_of(client, parent.info.run_id, "results.json", tmp_path) == ["0.5", "0.75", "0.9"]
+    assert rows_of(client, parent.info.run_id, "results_table.json", tmp_path) == ["0.5", "0.75", "0.9"]
 
 
 @pytest.mark.timeout(300)
@@ -90,7 +90,10 @@ def test_a_throughput_sweep_has_a_parent_and_a_deleted_point_is_measured_anew(se
     assert set(runs) == {"weak", "ranks_0001", "ranks_0002"}
     parent = runs["weak"]
     assert {runs[name].data.tags["mlflow.parentRunId"] for name in ("ranks_0001", "ranks_0002")} == {parent.info.run_id}
-    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {"throughput.json", "throughput.png"}
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {
+        "throughput.png",
+        "throughput_table.json",
+    }
     assert parent.info.status == "FINISHED"
     client.delete_run(runs["ranks_0002"].info.run_id)
     kept = (out / "ranks_0001" / "metrics.jsonl").read_bytes()
@@ -105,5 +108,5 @@ def test_a_throughput_sweep_has_a_parent_and_a_deleted_point_is_measured_anew(se
     assert reported.returncode == 0, reported.stderr
     runs = runs_of(server)
     new_parent = runs["weak"].info.run_id
-    assert rows_of(client, new_parent, "throughput.json", tmp_path) == ["ranks_0001", "ranks_0002"]
+    assert rows_of(client, new_parent, "throughput_table.json", tmp_path) == ["ranks_0001", "ranks_0002"]
     assert {runs[name].data.tags["mlflow.parentRunId"] for name in ("ranks_0001", "ranks_0002")} == {new_parent}
