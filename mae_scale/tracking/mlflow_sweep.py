@@ -217,9 +217,8 @@ class MlflowSweep:
 
 def _note(results: SweepResults, run_id: str) -> str:
     """Return the description with its figures below it, where MLflow's server has them."""
-    figures = "".join(
-        f"\n\n![{figure.name}](get-artifact?path={quote(figure.name)}&run_uuid={run_id})" for figure in results.in_description
-    )
+    names = [figure.name for figure in results.in_description]
+    figures = "".join(f"\n\n![{name}](get-artifact?path={quote(name)}&run_uuid={run_id})" for name in names)
     return redacted(results.description)[: NOTE_LENGTH - len(figures)] + figures
 
 
