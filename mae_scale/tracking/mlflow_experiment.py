@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from data_pipeline.errors import UsageError
 from mae_scale.passwords import redacted
 from mae_scale.tracking.mlflow_environment import quieten_loggers, reason, set_environment
+from mae_scale.tracking.mlflow_names import name_in_metrics_log, name_in_mlflow
 from mae_scale.tracking.mlflow_uri import sqlite_path
 
 if TYPE_CHECKING:
@@ -32,17 +33,18 @@ class TrackedRun:
     params: dict[str, str]
     tags: dict[str, str]
     values: dict[str, float]
-    """The newest value of each metric, where it is finite."""
+    """The newest value of each metric, by its name in metrics.jsonl, where it is finite."""
     duration_s: float | None
     histories: dict[str, list[tuple[int, float]]]
-    """(step, value) of metrics, by step; empty where they were not asked for."""
+    """(step, value) of metrics, by step, by their names in metrics.jsonl; empty where they were not asked for."""
 
 
 def read_experiment(uri: str, name: str, metrics: Sequence[str], *, histories_of: int, most: int) -> list[TrackedRun]:
     """Return the runs of an experiment, the newest first, without parents that have no metric of their own.
 
-    metrics: whose histories are read, of the newest `histories_of` runs; MLflow takes a request for each. most: of
-    more runs than these UsageError is raised, and so it is when MLflow does not answer or has no such experiment.
+    metrics: by their names in metrics.jsonl; their histories are read of the newest `histories_of` runs, a request for
+    each. most: of more runs than these UsageError is raised, and so it is when MLflow does not answer or has no such
+    experiment.
     """
     database = sqlite_path(uri)
     if database is not None and not database.is_file():
@@ -95,8 +97,9 @@ def _histories(client: MlflowClient, run: Run, metrics: Sequence[str]) -> dict[s
     """Return the histories of the metrics that a run has; of a step that was logged twice the later value."""
     found = {}
     for metric in metrics:
-        if metric in run.data.metrics:
-            history = client.get_metric_history(run.info.run_id, metric)
+        name = name_in_mlflow(metric)
+        if name in run.data.metrics:
+            history = client.get_metric_history(run.info.run_id, name)
             by_step = {one.step: one.value for one in sorted(history, key=lambda one: one.timestamp)}
             found[metric] = sorted(by_step.items())
     return found
@@ -111,7 +114,7 @@ def _tracked(run: Run, histories: dict[str, list[tuple[int, float]]]) -> Tracked
         status=info.status,
         params=dict(data.params),
         tags=dict(data.tags),
-        values={name: value for name, value in data.metrics.items() if math.isfinite(value)},
+        values={name_in_metrics_log(name): value for name, value in data.metrics.items() if math.isfinite(value)},
         duration_s=seconds,
         histories=histories,
     )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import getpass
 import logging
 import os
-import re
 import threading
 import time
 from collections import defaultdict
@@ -26,6 +25,7 @@ from mae_scale.passwords import redacted, without_password
 from mae_scale.tracking.metrics_log import parse_rows, read_metrics
 from mae_scale.tracking.mlflow_artifacts import send_artifact
 from mae_scale.tracking.mlflow_environment import quieten_loggers, reason, set_environment
+from mae_scale.tracking.mlflow_names import allowed_name, name_in_mlflow
 from mae_scale.tracking.mlflow_page import RunPage, complete_page
 from mae_scale.tracking.mlflow_state import MlflowState
 from mae_scale.tracking.mlflow_uri import artifact_location
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 METRICS_PER_REQUEST = 1000  # MLflow's own limit, as are the lengths below
-NAME_LENGTH, PARAM_LENGTH, TAG_LENGTH = 250, 6000, 5000
+PARAM_LENGTH, TAG_LENGTH = 6000, 5000
 RUN_KEY_TAG = "mae_scale.run_key"
 FIRST_WAIT_S, LONGEST_WAIT_S, CLOSING_WAIT_S = 1.0, 30.0, 0.5
 
@@ -86,8 +86,10 @@ class MlflowTracker:
         self._out_dir.mkdir(parents=True, exist_ok=True)
         self._log_path = self._out_dir / "metrics.jsonl"
         self._run_name, self._page = run_name or self._out_dir.name, page
-        self._params = {_name(key): redacted(str(value))[:PARAM_LENGTH] for key, value in params.items() if str(value)}
-        self._tags = {_name(key): redacted(str(value))[:TAG_LENGTH] for key, value in tags.items() if value is not None}
+        said = {key: str(value) for key, value in params.items() if str(value)}
+        self._params = {allowed_name(key): redacted(value)[:PARAM_LENGTH] for key, value in said.items()}
+        given = {key: str(value) for key, value in tags.items() if value is not None}
+        self._tags = {allowed_name(key): redacted(value)[:TAG_LENGTH] for key, value in given.items()}
         self._started_at = time.time()
         self._state = MlflowState(self._out_dir)
         self._state.update(uri=without_password(uri), experiment=experiment)
@@ -117,7 +119,7 @@ class MlflowTracker:
 
     def set_tag(self, name: str, value: str) -> None:
         """Set a tag of the run; a later start does not know it."""
-        self._tags[_name(name)] = redacted(value)[:TAG_LENGTH]
+        self._tags[allowed_name(name)] = redacted(value)[:TAG_LENGTH]
         self._has_new_tags = True
         self._wake.set()
 
@@ -221,7 +223,7 @@ class MlflowTracker:
             client.update_run(run_id, "RUNNING")
         first = run.data.params
         others = {
-            f"param.{key}"[:NAME_LENGTH]: value[:TAG_LENGTH]
+            allowed_name(f"param.{key}"): value[:TAG_LENGTH]
             for key, value in self._params.items()
             if key in first and (value != first[key] or f"param.{key}" in run.data.tags)
         }
@@ -335,10 +337,10 @@ class MlflowTracker:
         """Return the row's metrics, with the epoch, that MLflow is not known to have at its step."""
         step = row["step"]
         return {
-            _name(name): float(value)
+            name_in_mlflow(name): float(value)
             for name, value in row.items()
             if name not in ("step", "time") and isinstance(value, int | float)
-            if step not in self._delivered.get(_name(name), ())
+            if step not in self._delivered.get(name_in_mlflow(name), ())
         }
 
     def _new_rows(self) -> list[dict[str, Any]]:
@@ -381,11 +383,6 @@ class MlflowTracker:
             self._connection = None
             return False
         return True
-
-
-def _name(key: str) -> str:
-    """Return `key` with the characters and the length that MLflow allows in a name."""
-    return re.sub(r"[^\w./\- :]", "_", key)[:NAME_LENGTH]
 
 
 def _user() -> str:

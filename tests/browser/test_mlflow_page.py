@@ -1,6 +1,8 @@
 """The page of MLflow as a user sees it: a real server, runs made by the commands, and a real Chromium."""
 
+import itertools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,6 +150,10 @@ def test_a_runs_overview_says_what_it_is_how_to_go_on_and_on_which_images(page, 
 def test_the_charts_of_a_run_have_its_curves(page, tracked):
     page.goto(tracked.address(f"/{tracked.ids['digits_0']}"))
     page.get_by_role("tab", name="Model metrics").click()
+    shown(page, "Add chart")
+    lines = page.locator("main").inner_text().splitlines()
+    groups = [name for name, count in itertools.pairwise(lines) if re.fullmatch(r"\(\d+\)", count)]
+    assert groups == ["train", "val", "Model metrics"]  # the losses come first
     page.get_by_placeholder("Search metric charts").fill("train/loss")
     card = page.get_by_test_id("experiment-view-compare-runs-card").filter(has_text="(train/loss)")
     card.wait_for(state="visible")

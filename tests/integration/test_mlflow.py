@@ -91,7 +91,7 @@ def steps_in_mlflow(client, run_id: str) -> dict[str, list[int]]:
 
 
 def each_once(last_step: int) -> dict[str, list[int]]:
-    names = ("epoch", "train/loss", "train/lr", "perf/mfu")
+    names = ("epoch", "train/loss", "train/lr", "mfu")
     return {name: list(range(1, last_step + 1)) for name in names}
 
 
