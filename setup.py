@@ -25,6 +25,7 @@ setup(
         "data_pipeline": ["py.typed"],
         "mae_scale.recipes": ["**/*.yaml", "**/*.json"],
         "mae_scale.reports": ["page_files/*"],
+        "mae_scale.planning": ["*.yaml"],
         "mae_scale.ds_configs": ["*.json"],
         "mae_scale.slurm": ["*.sbatch", "*.sh"],
     },

@@ -18,6 +18,7 @@ from mae_scale.cli.demo import demo_app
 from mae_scale.cli.doctor import doctor_app
 from mae_scale.cli.help import common, run
 from mae_scale.cli.measure import measure_app
+from mae_scale.cli.plan import plan_app
 from mae_scale.cli.recipes import recipes_app
 from mae_scale.cli.report import report_app
 from mae_scale.cli.scaling import scaling_app
@@ -37,7 +38,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-apps = (doctor_app, demo_app, train_app, measure_app, compare_app, report_app, sweep_app, slurm_app, export_app)
+apps = (
+    doctor_app,
+    demo_app,
+    train_app,
+    plan_app,
+    measure_app,
+    compare_app,
+    report_app,
+    sweep_app,
+    slurm_app,
+    export_app,
+)
 for family in apps:
     app.add_typer(family)
 app.add_typer(data_app, name="data", no_args_is_help=True)

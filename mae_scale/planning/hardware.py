@@ -1,23 +1,75 @@
-"""The peak arithmetic of GPUs, from their data sheets."""
+"""GPUs and the links between them: rates from their data sheets (hardware.yaml)."""
 
 from __future__ import annotations
 
-# Dense peak of the tensor cores in TFLOP/s (bf16, fp16, accumulating in fp32), and of plain fp32, not TF32,
-# from NVIDIA's data sheets. The first name that the device's name contains wins: the longer ones come first.
-_PEAK_TFLOPS = (
-    ("B200", {"bf16": 2250.0, "fp16": 2250.0, "fp32": 75.0}),
-    ("H200", {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0}),
-    ("GH200", {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0}),
-    ("H100 PCIe", {"bf16": 756.0, "fp16": 756.0, "fp32": 51.0}),
-    ("H100 NVL", {"bf16": 835.0, "fp16": 835.0, "fp32": 60.0}),
-    ("H100", {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0}),
-    ("A100", {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5}),
-    ("A40", {"bf16": 149.7, "fp16": 149.7, "fp32": 37.4}),
-    ("A30", {"bf16": 165.0, "fp16": 165.0, "fp32": 10.3}),
-    ("L40S", {"bf16": 362.0, "fp16": 362.0, "fp32": 91.6}),
-    ("V100", {"fp16": 125.0, "fp32": 15.7}),
-    ("Tesla T4", {"fp16": 65.0, "fp32": 8.1}),
-)
+import difflib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_pipeline.errors import UsageError
+
+DATA = Path(__file__).with_name("hardware.yaml")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as its data sheet has it; units as in hardware.yaml."""
+
+    name: str
+    match: str
+    tflops: dict[str, float]
+    memory_gb: float
+    memory_gb_s: float
+    processors: int
+    link: str
+    power_w: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Link:
+    """A link, in one direction; units as in hardware.yaml."""
+
+    name: str
+    gb_s: float
+    latency_us: float
+    source: str
+
+
+@cache
+def _data() -> dict[str, Any]:
+    return yaml.safe_load(DATA.read_text(encoding="utf-8"))
+
+
+@cache
+def gpus() -> dict[str, Gpu]:
+    """Return the GPUs by name; those whose driver's name contains another's come first."""
+    return {name: Gpu(name=name, **values) for name, values in _data()["gpus"].items()}
+
+
+@cache
+def links() -> dict[str, Link]:
+    """Return the links by name."""
+    return {name: Link(name=name, **values) for name, values in _data()["links"].items()}
+
+
+def gpu_named(name: str) -> Gpu:
+    """Return a GPU by its name in hardware.yaml. Raises UsageError, with the nearest name, when it has none such."""
+    return _named("GPU", name, gpus())
+
+
+def link_named(name: str) -> Link:
+    """Return a link by its name in hardware.yaml. Raises UsageError, with the nearest name, when it has none such."""
+    return _named("link", name, links())
+
+
+def gpu_of_device(device_name: str) -> Gpu | None:
+    """Return the GPU of a `torch.cuda.get_device_name()`; None for one that is not in hardware.yaml."""
+    return next((gpu for gpu in gpus().values() if gpu.match in device_name), None)
 
 
 def peak_flops_per_s(device_name: str, precision: str = "bf16") -> float | None:
@@ -25,7 +77,13 @@ def peak_flops_per_s(device_name: str, precision: str = "bf16") -> float | None:
 
     None for a device that is not in the table, or has no units for that precision (bf16 on V100).
     """
-    for name, tflops in _PEAK_TFLOPS:
-        if name in device_name:
-            return tflops[precision] * 1e12 if precision in tflops else None
-    return None
+    gpu = gpu_of_device(device_name)
+    return gpu.tflops[precision] * 1e12 if gpu is not None and precision in gpu.tflops else None
+
+
+def _named(kind: str, name: str, known: dict[str, Any]) -> Any:
+    if name.lower() in known:
+        return known[name.lower()]
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    raise UsageError(f"{kind} {name} is not known{meant} Expected one of {', '.join(known)}".replace("?.", "?"))

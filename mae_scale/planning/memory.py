@@ -1,56 +1,226 @@
-"""The GPU memory of a training step from formulas, in bf16 under ZeRO 1 or 2.
+"""The memory of a training step on one GPU, from formulas, by part.
 
-Not counted are the CUDA context, NCCL, the decoder of images and what the allocator leaves unused: allow 10 to 15 GiB.
+What autograd keeps and the temporaries are held to torch's MemTracker, the states to what DeepSpeed holds
+(tests/unit/test_memory.py, tests/integration/test_planned_states.py). The data pipeline, the allocator and the CUDA context are assumptions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
-_BUCKETS = 2 * 2 * 200_000_000
-"""Two buckets of 200 million bf16 gradients (ds_configs, reduce_bucket_size)."""
-_IMAGES = 3
-"""Images, their patches and the targets of removed ones, in images of float32 (measured: 1.7 to 2.2)."""
+from mae_scale.planning.workload import Stack, Workload
+
+BUCKET = 200_000_000
+"""Elements of a gradient bucket (ds_configs: reduce_bucket_size)."""
+PERSISTENT = 100_000
+"""Parameters of at most so many elements are not sharded in ZeRO 3 (ds_configs: stage3_param_persistence_threshold)."""
+LIVE = 1_000_000_000
+"""Elements that ZeRO 3 keeps gathered (ds_configs: stage3_max_live_parameters)."""
+CONTEXT = 1.0 * 2**30
+"""Assumed: CUDA context, cuBLAS workspace, kernels."""
+COMMUNICATION = 1.0 * 2**30
+"""Assumed: NCCL's buffers, with more than one rank."""
+DECODER = 0.5 * 2**30
+"""Assumed: nvJPEG's and DALI's fixed buffers."""
+DECODED_IMAGE = 2 * 3 * 500 * 375
+"""Assumed: a decoded image of ImageNet's mean size (500 x 375), of which two batches are under way."""
+FRAGMENTATION = 0.05
+"""Assumed: share of activations and temporaries that the allocator holds unused beside them."""
 
 
 @dataclass(frozen=True)
-class Stack:
-    """Transformer blocks, of which the last `trained` are trained, with `tokens` of width `width` per image."""
+class Setting:
+    """How a workload is distributed: what may be chosen without a change of what is computed."""
 
-    tokens: int
-    width: int
-    heads: int
-    depth: int
-    trained: float
+    ranks: int
+    zero_stage: int
+    precision: str
+    """fp32, bf16 or fp16."""
+    micro_batch: int
+    accumulation: int = 1
+    checkpointing: str | int = "none"
+    """As engine.activation_checkpointing."""
+    offload: bool = False
+    compiled: bool = True
+    decodes: bool = True
+    """Whether images are decoded on the GPU."""
 
-    def kept_bytes(self, checkpointed: bool) -> float:
-        """Return the bytes per image that the forward pass keeps for the backward pass; fused attention, bf16."""
-        # Per token and block: 16 values per channel (inputs and outputs of two norms, queries, keys, values,
-        # attention's output and its projection, the MLP's 4 + 4); two norms' deviations and means; a sum per head.
-        block = self.tokens * (32 * self.width + 8 + 4 * self.heads)
-        if not self.trained:
-            return block  # the one that is being run
-        if checkpointed:
-            return self.trained * self.tokens * 2 * self.width + block
-        return self.trained * block
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of an activation, a weight, a gradient."""
+        return 4 if self.precision == "fp32" else 2
 
 
-def state_bytes(parameters: int, trained: int, *, ranks: int, zero_stage: int, ema: bool = False) -> float:
-    """Return the bytes of weights, gradients and AdamW's state on a rank.
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the peak of a step, by part."""
 
-    ZeRO 1 (DeepSpeed's bf16 optimiser): weights and gradients in bf16, all gradients in float32 too, master weights
-    and two moments sharded. ZeRO 2: gradients in float32 are sharded as well, behind two buckets. ema: one more shard.
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    temporary: float
+    buckets: float
+    data: float
+    overhead: float
+
+    @property
+    def total(self) -> float:
+        """Bytes of all parts."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def memory_of(work: Workload, setting: Setting) -> Memory:
+    """Return the memory of a step at its peak.
+
+    The peak is the larger of two moments: the end of the forward pass, when all that is kept is there, and the end of the
+    backward pass, when all gradients are.
     """
-    shared = (12 + 4 * ema) * trained / ranks
-    if zero_stage == 1:
-        return 2 * parameters + 6 * trained + shared
-    return 2 * parameters + shared + 4 * trained / ranks + _BUCKETS
+    gathered, gradients = _weights(work, setting), _gradients(work, setting)
+    kept, temporary = activations_of(work, setting)
+    live, last = first_block_of(work, setting)
+    if gradients + live + last > kept + temporary:
+        kept, temporary = live, last
+    else:
+        gradients = 0 if _released(setting) else gradients
+    more = COMMUNICATION if setting.ranks > 1 else 0
+    image = 3 * work.image_size**2 * 4
+    return Memory(
+        weights=gathered,
+        gradients=gradients,
+        optimizer=optimizer_bytes(work, setting) * (0 if setting.offload else 1),
+        activations=kept,
+        temporary=temporary,
+        buckets=_buckets(work, setting),
+        data=(DECODER + setting.micro_batch * (DECODED_IMAGE + 2 * image)) if setting.decodes else 0,
+        overhead=CONTEXT + more + FRAGMENTATION * (kept + temporary),
+    )
 
 
-def activation_bytes(
-    stacks: Sequence[Stack], *, micro_batch: int, image_size: int, checkpointed: bool = False
-) -> float:
-    """Return the bytes of a micro-batch between its forward and its backward pass."""
-    image = _IMAGES * 3 * image_size**2 * 4
-    return micro_batch * (image + sum(stack.kept_bytes(checkpointed) for stack in stacks))
+def states_of(work: Workload, setting: Setting) -> float:
+    """Return the bytes of weights, master weights, moments and gradient buffers on a rank between two steps."""
+    return _resting_weights(work, setting) + _resting_gradients(work, setting) + optimizer_bytes(work, setting)
+
+
+def optimizer_bytes(work: Workload, setting: Setting) -> float:
+    """Return the bytes of AdamW's two moments, master weights and average on a rank."""
+    own = sum(_padded(n, setting) for n in work.groups)
+    own = own if setting.zero_stage == 0 else own // setting.ranks
+    # Without ZeRO fp32 weights are their own masters.
+    master = 0 if setting.zero_stage == 0 and setting.precision == "fp32" else 4
+    return own * (8 + master + 4 * work.ema)
+
+
+def activations_of(work: Workload, setting: Setting) -> tuple[float, float]:
+    """Return the bytes of what the forward pass keeps for the backward pass, and of the largest temporary then."""
+    kept = _image_bytes(work) + 10 * work.predicted  # prediction in two precisions, and target
+    live = 0.0
+    for stack, checkpointed in _with_checkpointing(work, setting):
+        block = _block_bytes(stack, setting)
+        if not stack.trained:
+            live = max(live, block)
+            continue
+        inputs = 0 if setting.checkpointing == "offload" else setting.value_bytes * stack.tokens * stack.width
+        kept += checkpointed * inputs + (stack.trained - checkpointed) * block
+        live = max(live, block if checkpointed else 0)
+    last = work.stacks[-1]
+    temporary = max(16 * work.predicted, 6 * setting.value_bytes * last.tokens * last.width)
+    return setting.micro_batch * kept, setting.micro_batch * max(live, temporary)
+
+
+def first_block_of(work: Workload, setting: Setting) -> tuple[float, float]:
+    """Return the bytes kept, and of temporaries, while the first trained block runs backward."""
+    first = next((stack for stack in work.stacks if stack.trained), work.stacks[0])
+    block, values = _block_bytes(first, setting), setting.value_bytes * first.tokens * first.width
+    return setting.micro_batch * (_image_bytes(work) + block), setting.micro_batch * 3 * values
+
+
+def _with_checkpointing(work: Workload, setting: Setting) -> list[tuple[Stack, float]]:
+    """Return each stack and the number of its trained blocks that are checkpointed."""
+    policy = setting.checkpointing
+    if policy == "none":
+        return [(stack, 0.0) for stack in work.stacks]
+    every = policy if isinstance(policy, int) else 1
+    found, blocks = [], 0
+    for stack in work.stacks:  # every n-th of all blocks, from the first
+        count = sum(1 for i in range(blocks, blocks + stack.depth) if i % every == 0)
+        found.append((stack, min(stack.trained, count)))
+        blocks += stack.depth
+    return found
+
+
+def _block_bytes(stack: Stack, setting: Setting) -> float:
+    """Return the bytes per image that a block keeps; fused attention.
+
+    Per token 16 values per channel (inputs and outputs of two norms, queries, keys, values, attention's output and its
+    projection, the MLP's 4 + 4); two norms' deviations and means; a sum per head.
+    """
+    return stack.tokens * (16 * setting.value_bytes * stack.width + 8 + 4 * stack.heads)
+
+
+def _image_bytes(work: Workload) -> float:
+    """Return the bytes of an image in float32 and of its patches."""
+    rows, inner, _, _ = work.other_products[0]
+    return 3 * work.image_size**2 * 4 + 2 * rows * inner
+
+
+def _padded(n: int, setting: Setting) -> int:
+    """Return the elements of a group as ZeRO 1 and 2 shard it: a multiple of two per rank."""
+    return n if setting.zero_stage in (0, 3) else 2 * setting.ranks * math.ceil(n / (2 * setting.ranks))
+
+
+def _resting_weights(work: Workload, setting: Setting) -> float:
+    size = setting.value_bytes
+    if setting.zero_stage < 3:
+        return size * (sum(_padded(n, setting) for n in work.groups) + work.frozen) + work.buffer_bytes
+    shards = sum(math.ceil(n / setting.ranks) for n in work.parameters)
+    whole = sum(n for n in work.parameters if n <= PERSISTENT) if setting.ranks > 1 else 0
+    return size * (shards + whole + work.frozen) + work.buffer_bytes
+
+
+def _weights(work: Workload, setting: Setting) -> float:
+    """Return the bytes of the weights while they are used: ZeRO 3 gathers up to LIVE of them."""
+    if setting.zero_stage < 3 or setting.ranks == 1:
+        return _resting_weights(work, setting)
+    shards = sum(math.ceil(n / setting.ranks) for n in work.parameters)
+    resting = 0 if setting.offload else shards
+    return setting.value_bytes * (resting + min(work.trained, LIVE) + work.frozen) + work.buffer_bytes
+
+
+def _resting_gradients(work: Workload, setting: Setting) -> float:
+    """Return the bytes of gradient buffers that stay between two steps."""
+    total = sum(_padded(n, setting) for n in work.groups)
+    if setting.zero_stage == 3:
+        return 4 * total / setting.ranks
+    if setting.zero_stage == 1 and setting.precision != "fp32":
+        return 4 * total  # the sum in float32 over micro-batches
+    return 0
+
+
+def _gradients(work: Workload, setting: Setting) -> float:
+    """Return the bytes of the gradient of a step."""
+    total = sum(_padded(n, setting) for n in work.groups)
+    by_stage: dict[int, Callable[[], float]] = {
+        0: lambda: setting.value_bytes * total,
+        1: lambda: 4 * total,
+        2: lambda: 4 * total / setting.ranks,
+        3: lambda: 0 if setting.offload else 4 * total / setting.ranks,
+    }
+    return by_stage[setting.zero_stage]()
+
+
+def _released(setting: Setting) -> bool:
+    """Return whether gradients are there at the end of the backward pass only."""
+    return setting.zero_stage in (0, 2) and setting.accumulation == 1
+
+
+def _buckets(work: Workload, setting: Setting) -> float:
+    """Return the bytes of the buffers in which gradients are reduced."""
+    if setting.zero_stage == 0 or not work.trained:
+        return 0
+    if setting.zero_stage == 3:
+        return setting.value_bytes * BUCKET
+    overlapping = 2 if setting.zero_stage == 2 and setting.ranks > 1 else 1
+    return overlapping * setting.value_bytes * min(work.trained, BUCKET)

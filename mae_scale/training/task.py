@@ -7,6 +7,7 @@ from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.index import Index
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.base import Engine, Objective
+from mae_scale.planning.workload import Workload
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.self_check import Untrained
@@ -40,7 +41,7 @@ ObjectiveT = TypeVar("ObjectiveT", bound=Objective)
 class Task(Protocol[ObjectiveT]):
     """A recipe and its output folder under one task; everything common to all tasks lies in mae_scale.training.
 
-    A task inherits from this class, and defines `command`, build(), training_flops() and finish().
+    A task inherits from this class, and defines `command`, build(), training_flops(), workload() and finish().
     """
 
     command: ClassVar[str]
@@ -77,6 +78,10 @@ class Task(Protocol[ObjectiveT]):
 
     def training_flops(self) -> int:
         """Return the FLOPs per image, forward and backward."""
+        ...
+
+    def workload(self, classes: int) -> Workload:
+        """Return the task's model in numbers, for planning; classes: of the data set, where it has any."""
         ...
 
     def describe(self, objective: ObjectiveT) -> list[str]:

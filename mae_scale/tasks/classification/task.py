@@ -21,6 +21,7 @@ from mae_scale.models.attention import last_attention
 from mae_scale.models.build import build_classifier_of
 from mae_scale.models.classifier import Classifier
 from mae_scale.planning.flops import vit_forward_macs
+from mae_scale.planning.workload import Stack, Workload
 from mae_scale.reports.classification import attention_figure, per_class_figure
 from mae_scale.reports.style import pictures_of
 from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelled
@@ -34,6 +35,7 @@ from mae_scale.training.inputs import VALIDATION, has_checkpoint, refuse_other_w
 from mae_scale.training.self_check import Untrained
 from mae_scale.training.shown_images import shown_images
 from mae_scale.training.task import Evaluator, Origin, Task
+from mae_scale.training.workload import workload_of
 
 FIGURE_IMAGES = 8
 
@@ -120,6 +122,22 @@ class Classification(Task[Classify]):
             depth = len(build_classifier_of(self.recipe, 2).encoder.blocks)
         none = macs(depth=0)
         return int(2 * (whole + 2 * (whole - none) * trained / depth))
+
+    def workload(self, classes: int) -> Workload:
+        with torch.device("meta"):
+            model = build_classifier_of(self.recipe, classes)
+        size, patches = model.encoder.size, model.encoder.grid**2
+        trained = size.depth if model.trained_blocks is None else model.trained_blocks
+        return workload_of(
+            Classify(model, self.recipe.classification, seed=self.recipe.seed),
+            self.recipe,
+            stacks=(Stack(1 + patches, size.width, size.heads, size.depth, trained),),
+            products=(
+                (patches, 3 * size.patch_size**2, size.width, model.trained_blocks is None),
+                (1, size.width, classes, True),
+            ),
+            predicted=classes,
+        )
 
     def describe(self, objective: Classify) -> list[str]:
         """Return what is trained, and with layer-wise decay each layer's share of the learning rate."""

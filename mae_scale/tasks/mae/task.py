@@ -16,6 +16,7 @@ from mae_scale.models.mae import MaskedAutoencoder
 from mae_scale.models.targets import PcaCoefficients
 from mae_scale.models.vit import patchify
 from mae_scale.planning.flops import mae_forward_flops, training_flops
+from mae_scale.planning.workload import Stack, Workload
 from mae_scale.reports.style import pictures_of
 from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelled
 from mae_scale.tasks.mae.knn import KnnAccuracy
@@ -29,6 +30,7 @@ from mae_scale.training.preflight import training_augmentation
 from mae_scale.training.self_check import Untrained
 from mae_scale.training.shown_images import shown_images, some_images
 from mae_scale.training.task import FROM_SCRATCH, Evaluator, Origin, Task
+from mae_scale.training.workload import workload_of
 
 PCA_IMAGES, UNTRAINED_IMAGES = 256, 64
 
@@ -74,6 +76,27 @@ class MaskedAutoencoding(Task[Reconstruct]):
                 decoder_depth=model.decoder_depth,
                 way="encoder_mask_tokens" if model.encoder_mask_tokens else "fast",
             )
+        )
+
+    def workload(self, classes: int) -> Workload:
+        with torch.device("meta"):
+            model = build_model(self.recipe)
+        size, pixels, width = model.encoder.size, 3 * model.patch_size**2, model.decoder.width
+        removed = model.patches - model.kept
+        encoded = 1 + (model.patches if model.encoder_mask_tokens else model.kept)
+        return workload_of(
+            Reconstruct(model, seed=self.recipe.seed),
+            self.recipe,
+            stacks=(
+                Stack(encoded, size.width, size.heads, size.depth, size.depth),
+                Stack(1 + model.patches, width, model.decoder.heads, *2 * [len(model.decoder.blocks)]),
+            ),
+            products=(
+                (model.kept, pixels, size.width, True),
+                (encoded, size.width, width, True),
+                (removed, width, model.target.dim, True),
+            ),
+            predicted=removed * model.target.dim,
         )
 
     def evaluators(self, context: RunContext, engine: Engine, tracker: Tracker) -> list[Evaluator]:

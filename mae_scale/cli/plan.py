@@ -1,0 +1,60 @@
+"""`mae-scale plan`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_pipeline.errors import EXIT_FAILED
+from mae_scale.cli.json_file import Json, check_json, write_figures
+from mae_scale.cli.options import Overrides, RecipeName
+
+plan_app = typer.Typer()
+
+
+@plan_app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Number of nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(metavar="N", min=1, help="GPUs per node, a rank each.")] = 8,
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME", help="GPU: h100, h200, a100, ...; an unknown one lists all.")
+    ] = "h100",
+    link: Annotated[
+        str, typer.Option(metavar="NAME", help="Link between nodes: infiniband-8x400, ethernet-100, ...")
+    ] = "infiniband-8x400",
+    images: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Number of training images; default: ImageNet-1K's.")
+    ] = 1_281_167,
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON of measured rates.", show_default=False)
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Show what fits on the GPUs, which settings to take, how long the schedule takes, and how it scales.
+
+    Nothing is trained and no GPU is needed. Exit code 1 when no setting fits.
+
+    Example: `mae-scale plan pretrain/vit_huge_1600ep --nodes 8 --gpus-per-node 8 --gpu h100`
+    """
+    from mae_scale.config.load import load_recipe
+    from mae_scale.tasks.plan import asked_of, make_plan
+
+    check_json(json)
+    found = make_plan(
+        asked_of(
+            recipe,
+            load_recipe(recipe, list(overrides or [])),
+            nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            gpu=gpu,
+            link=link,
+            images=images,
+            calibration=calibrate,
+        )
+    )
+    typer.echo("\n".join(found.lines()))
+    write_figures(json, found.as_json())
+    if found.best is None:
+        raise typer.Exit(EXIT_FAILED)

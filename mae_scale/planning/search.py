@@ -1,0 +1,139 @@
+"""Which settings fit on a GPU, how fast each is, and which to take; throughput from one GPU to thousands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from mae_scale.planning.collectives import Cluster
+from mae_scale.planning.memory import Memory, Setting, memory_of
+from mae_scale.planning.rates import Rates
+from mae_scale.planning.step_time import StepTime, step_time
+from mae_scale.planning.workload import Workload
+
+POLICIES = ("none", "all")
+NEARLY_AS_FAST = 1.01
+"""Of settings within this factor of the fastest the simplest is recommended."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting with its memory and time."""
+
+    setting: Setting
+    memory: Memory
+    time: StepTime
+    fits: bool
+
+    @property
+    def images_per_second(self) -> float:
+        """Images per second over all ranks."""
+        setting = self.setting
+        return setting.ranks * setting.micro_batch * setting.accumulation / self.time.total
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What may be chosen for a recipe."""
+
+    stages: Sequence[int] = (0, 1, 2, 3)
+    micro_batches: Sequence[int] | None = None
+    """None: every divisor of a rank's share."""
+    offload: bool = True
+
+
+def candidate(work: Workload, setting: Setting, cluster: Cluster, rates: Rates, capacity: float) -> Candidate:
+    """Return a setting with its memory and time; capacity: bytes of a GPU's memory."""
+    memory = memory_of(work, setting)
+    return Candidate(setting, memory, step_time(work, setting, cluster, rates), memory.total <= capacity)
+
+
+def all_candidates(
+    work: Workload, base: Setting, cluster: Cluster, rates: Rates, capacity: float, choices: Choices
+) -> list[Candidate]:
+    """Return every choice for a rank's share of images (base: its micro-batch x accumulation)."""
+    share = base.micro_batch * base.accumulation
+    micro_batches = choices.micro_batches or [n for n in range(1, share + 1) if share % n == 0]
+    found = []
+    for stage, offload in [(stage, False) for stage in choices.stages] + [(3, True)] * choices.offload:
+        for policy in POLICIES:
+            for micro in micro_batches:
+                setting = replace(
+                    base,
+                    zero_stage=stage,
+                    micro_batch=micro,
+                    accumulation=share // micro,
+                    checkpointing=policy,
+                    offload=offload,
+                    compiled=base.compiled and stage != 3,
+                )
+                found.append(candidate(work, setting, cluster, rates, capacity))
+    return found
+
+
+def largest_that_fit(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Return for each stage, offload and policy the candidate with the largest micro-batch that fits, else the smallest."""
+    best: dict[tuple[int, bool, str | int], Candidate] = {}
+    for one in candidates:
+        key = (one.setting.zero_stage, one.setting.offload, one.setting.checkpointing)
+        other = best.get(key)
+        if other is None or (one.fits, one.setting.micro_batch * (1 if one.fits else -1)) > (
+            other.fits,
+            other.setting.micro_batch * (1 if other.fits else -1),
+        ):
+            best[key] = one
+    return list(best.values())
+
+
+def recommended(candidates: Iterable[Candidate]) -> Candidate | None:
+    """Return the fastest that fits, or a simpler one that is nearly as fast; None where nothing fits.
+
+    Simpler: no offload, no activation checkpointing, a lower ZeRO stage, then a larger micro-batch.
+    """
+    fitting = [one for one in candidates if one.fits]
+    if not fitting:
+        return None
+    fastest = min(one.time.total for one in fitting)
+    near = [one for one in fitting if one.time.total <= NEARLY_AS_FAST * fastest]
+    return min(
+        near,
+        key=lambda one: (
+            one.setting.offload,
+            one.setting.checkpointing != "none",
+            one.setting.zero_stage,
+            -one.setting.micro_batch,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Throughput on a number of GPUs; efficiency is the rate per GPU over that on the fewest."""
+
+    ranks: int
+    images_per_second: float
+    efficiency: float
+
+
+def scaling(
+    work: Workload, setting: Setting, rates: Rates, *, gpus_per_node: int, up_to: int, global_batch: int | None
+) -> list[Scale]:
+    """Return the throughput on 1, 2, 4, ... GPUs, as far as `up_to`.
+
+    global_batch: shared out among the ranks (strong scaling), as far as each has an image; None: each rank has as many
+    images as in the setting (weak scaling).
+    """
+    found: list[Scale] = []
+    ranks = 1
+    while ranks <= up_to:
+        cluster = Cluster(max(1, ranks // gpus_per_node), min(ranks, gpus_per_node))
+        share = setting.micro_batch * setting.accumulation if global_batch is None else global_batch // ranks
+        if share < 1:
+            break
+        micro = max(n for n in range(1, min(setting.micro_batch, share) + 1) if share % n == 0)
+        here = replace(setting, ranks=cluster.ranks, micro_batch=micro, accumulation=share // micro)
+        rate = cluster.ranks * share / step_time(work, here, cluster, rates).total
+        first = found[0].images_per_second / found[0].ranks if found else rate / cluster.ranks
+        found.append(Scale(cluster.ranks, rate, rate / cluster.ranks / first))
+        ranks *= 2
+    return found

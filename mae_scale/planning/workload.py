@@ -1,0 +1,70 @@
+"""The work and the state of a training recipe in numbers: what memory and time are computed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Transformer blocks, of which the last `trained` are trained, with `tokens` of width `width` per image."""
+
+    tokens: int
+    width: int
+    heads: int
+    depth: int
+    trained: float
+
+    @property
+    def products(self) -> list[tuple[int, int, int]]:
+        """(rows per image, inner, outer) of a block's four linear layers."""
+        n, d = self.tokens, self.width
+        return [(n, d, 3 * d), (n, d, d), (n, d, 4 * d), (n, 4 * d, d)]
+
+    @property
+    def attention_flops(self) -> int:
+        """FLOPs per image and block, forward, of the two products of queries, keys and values."""
+        return 4 * self.tokens**2 * self.width
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A task's model: its blocks, its other matrix products, and how many numbers it holds."""
+
+    image_size: int
+    stacks: tuple[Stack, ...]
+    other_products: tuple[tuple[int, int, int, bool], ...]
+    """(rows per image, inner, outer, trained) of the linear layers outside of the blocks."""
+    predicted: int
+    """Values per image that the loss is computed of."""
+    groups: tuple[int, ...]
+    """Trained parameters in each of the optimiser's groups."""
+    frozen: int
+    """Parameters that are not trained."""
+    parameters: tuple[int, ...]
+    """Size of each trained parameter, in elements."""
+    buffer_bytes: int
+    ema: bool = False
+    """Whether an average of the weights is kept."""
+
+    @property
+    def trained(self) -> int:
+        """Number of trained parameters."""
+        return sum(self.groups)
+
+    @property
+    def forward_flops(self) -> int:
+        """FLOPs per image of all matrix products, forward."""
+        flops = sum(2 * m * k * n for m, k, n, _ in self.other_products)
+        for stack in self.stacks:
+            flops += stack.depth * (sum(2 * m * k * n for m, k, n in stack.products) + stack.attention_flops)
+        return flops
+
+    @property
+    def backward_flops(self) -> int:
+        """FLOPs per image of all matrix products, backward: twice those of what is trained."""
+        flops = sum(2 * 2 * m * k * n for m, k, n, trained in self.other_products if trained)
+        for stack in self.stacks:
+            block = sum(2 * m * k * n for m, k, n in stack.products) + stack.attention_flops
+            flops += round(2 * stack.trained * block)
+        return flops

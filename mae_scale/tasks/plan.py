@@ -1,0 +1,350 @@
+"""`mae-scale plan`: what fits, how long it takes and how it scales, for a recipe on given GPUs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UsageError
+from mae_scale.config.schema import Recipe
+from mae_scale.engines.deepspeed_templates import zero_stage_of
+from mae_scale.engines.policy import compiles, layout_of, precision_of, refuse_wrong_combinations
+from mae_scale.planning.collectives import Cluster
+from mae_scale.planning.hardware import Gpu, Link, gpu_named, gpus, link_named
+from mae_scale.planning.memory import Setting, states_of
+from mae_scale.planning.rates import Rates, calibrated, rates_of
+from mae_scale.planning.search import (
+    Candidate,
+    Choices,
+    Scale,
+    all_candidates,
+    candidate,
+    largest_that_fit,
+    recommended,
+    scaling,
+)
+from mae_scale.planning.workload import Workload
+from mae_scale.tasks.registry import task_of
+
+GIB = 2**30
+IMAGES, CLASSES = 1_281_167, 1000
+"""ImageNet-1K's training images and classes."""
+IMAGE_BYTES = 110_000
+"""Mean size of a JPEG of ImageNet-1K."""
+MOST_GPUS = 4096
+SAVED_BYTES = 12
+"""Per trained parameter in a checkpoint: weight and two moments in float32."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is planned: a recipe on a cluster."""
+
+    name: str
+    recipe: Recipe
+    cluster: Cluster
+    gpu: Gpu
+    link: Link
+    images: int = IMAGES
+    classes: int = CLASSES
+    calibration: Path | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe's plan: as it stands, and what is recommended."""
+
+    asked: Asked
+    work: Workload
+    rates: Rates
+    as_is: Candidate
+    best: Candidate | None
+    choices: list[Candidate]
+    """With each ZeRO stage, offload and policy the largest micro-batch that fits."""
+    strong: list[Scale]
+    weak: list[Scale]
+    larger: list[str]
+    """Where nothing fits: what would have to change, in order of cost."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole schedule."""
+        recipe = self.asked.recipe
+        return max(1, int(_images(self.asked)) // recipe.data.global_batch) * recipe.schedule.epochs
+
+    def hours(self, one: Candidate) -> float:
+        """Return the hours of the whole schedule."""
+        return self.steps * one.time.total / 3600
+
+    def gpu_hours(self, one: Candidate) -> float:
+        """Return the hours of the whole schedule, times the number of GPUs."""
+        return self.hours(one) * self.asked.cluster.ranks
+
+    def lines(self) -> list[str]:
+        """Return the plan as text."""
+        return _lines(self)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan as numbers; the keys at the top are those of the recipe as it stands."""
+        asked, data = self.asked, self.asked.recipe.data
+        return {
+            "recipe": asked.name,
+            "nodes": asked.cluster.nodes,
+            "gpus_per_node": asked.cluster.gpus_per_node,
+            "gpu": asked.gpu.name,
+            "link": asked.link.name,
+            **self._numbers(self.as_is),
+            "recommended": None if self.best is None else self._numbers(self.best),
+            "choices": [self._numbers(one) for one in self.choices],
+            "strong_scaling": [asdict(scale) for scale in self.strong],
+            "weak_scaling": [asdict(scale) for scale in self.weak],
+            "checkpoint_gib": SAVED_BYTES * self.work.trained / GIB,
+            "data_mb_per_s": self.as_is.images_per_second * IMAGE_BYTES / 1e6,
+            "steps": self.steps,
+            "global_batch": data.global_batch,
+            "measured": sorted(self.rates.measured),
+            "what_would_have_to_change": self.larger,
+        }
+
+    def _numbers(self, one: Candidate) -> dict[str, Any]:
+        setting = one.setting
+        return {
+            "zero_stage": setting.zero_stage,
+            "offload": setting.offload,
+            "activation_checkpointing": setting.checkpointing,
+            "micro_batch": setting.micro_batch,
+            "accumulation": setting.accumulation,
+            "precision": setting.precision,
+            "fits": one.fits,
+            "memory_gib": one.memory.total / GIB,
+            "memory_parts_gib": {name: size / GIB for name, size in asdict(one.memory).items()},
+            "states_gib": states_of(self.work, setting) / GIB,
+            "step_time_s": one.time.total,
+            "step_parts_s": asdict(one.time),
+            "images_per_second": one.images_per_second,
+            "hours": self.hours(one),
+            "gpu_hours": self.gpu_hours(one),
+            "kwh": self.gpu_hours(one) * self.rates.power_w / 1000,
+        }
+
+
+def make_plan(asked: Asked) -> Plan:
+    """Return the plan. Raises UsageError for what cannot be planned."""
+    recipe, cluster = asked.recipe, asked.cluster
+    if recipe.engine.backend != "deepspeed":
+        raise UsageError(
+            f"engine.backend={recipe.engine.backend} cannot be planned; plan with engine.backend=deepspeed"
+        )
+    refuse_wrong_combinations(recipe, gpu=True)
+    layout = layout_of(recipe, cluster.ranks)
+    precision = precision_of(recipe, True)
+    rates = rates_of(asked.gpu, asked.link, link_named(asked.gpu.link), precision)
+    if asked.calibration is not None:
+        rates = calibrated(rates, _measured(asked.calibration), str(asked.calibration))
+    work = task_of(recipe, Path()).workload(asked.classes)
+    stage = zero_stage_of(recipe)
+    setting = Setting(
+        ranks=cluster.ranks,
+        zero_stage=stage,
+        precision=precision,
+        micro_batch=layout.micro_batch,
+        accumulation=layout.accumulation,
+        checkpointing=recipe.engine.activation_checkpointing,
+        offload=recipe.engine.offload,
+        compiled=compiles(recipe, stage, True),
+        decodes=recipe.data.device != "cpu",
+    )
+    capacity = 1e9 * asked.gpu.memory_gb
+    found = all_candidates(work, setting, cluster, rates, capacity, _choices(recipe, setting))
+    best = recommended(found)
+    scaled = best or min(found, key=lambda one: one.memory.total)
+    common = {"gpus_per_node": cluster.gpus_per_node, "up_to": MOST_GPUS}
+    return Plan(
+        asked=asked,
+        work=work,
+        rates=rates,
+        as_is=candidate(work, setting, cluster, rates, capacity),
+        best=best,
+        choices=largest_that_fit(found),
+        strong=scaling(work, scaled.setting, rates, global_batch=recipe.data.global_batch, **common),
+        weak=scaling(work, scaled.setting, rates, global_batch=None, **common),
+        larger=[] if best else _larger(work, scaled, asked),
+    )
+
+
+def asked_of(name: str, recipe: Recipe, *, nodes: int, gpus_per_node: int, gpu: str, link: str, **more: Any) -> Asked:
+    """Return what is to be planned. Raises UsageError for an unknown GPU or link."""
+    return Asked(name, recipe, Cluster(nodes, gpus_per_node), gpu_named(gpu), link_named(link), **more)
+
+
+def _choices(recipe: Recipe, setting: Setting) -> Choices:
+    """Return what may be chosen: no stage that is wrong for the optimiser, or sums gradients in less than float32."""
+    share = setting.micro_batch * setting.accumulation
+    whole = [share] if recipe.classifier is not None and recipe.classifier.batch_norm else None
+    if recipe.optim.name == "lars":
+        return Choices(stages=(0,), micro_batches=whole, offload=False)
+    return Choices(stages=(0, 1, 2, 3) if setting.precision == "fp32" else (1, 2, 3), micro_batches=whole)
+
+
+def _images(asked: Asked) -> float:
+    """Return the number of training images that the recipe takes."""
+    data = asked.recipe.data
+    if data.labels_per_class is not None:
+        return min(asked.images, data.labels_per_class * asked.classes)
+    return asked.images * (data.fraction or 1)
+
+
+def _larger(work: Workload, smallest: Candidate, asked: Asked) -> list[str]:
+    """Return what would make the smallest setting fit, the cheapest first."""
+    found = []
+    needed, capacity = smallest.memory.total, 1e9 * asked.gpu.memory_gb
+    nodes = asked.cluster.nodes
+    while nodes <= MOST_GPUS // asked.cluster.gpus_per_node:
+        nodes *= 2
+        cluster = Cluster(nodes, asked.cluster.gpus_per_node)
+        if asked.recipe.data.global_batch % cluster.ranks:
+            break
+        setting = Setting(**{**asdict(smallest.setting), "ranks": cluster.ranks, "micro_batch": 1, "accumulation": 1})
+        if candidate(work, setting, cluster, rates_of_gpu(asked), capacity).fits:
+            found.append(f"--nodes {nodes}: states are shared out among more GPUs")
+            break
+    larger = sorted((gpu for gpu in gpus().values() if 1e9 * gpu.memory_gb >= needed), key=lambda gpu: gpu.memory_gb)
+    if larger:
+        found.append(f"--gpu {larger[0].name}: {larger[0].memory_gb:g} GB of memory each")
+    found.append("a smaller model (model.width, model.depth), or smaller images (model.image_size)")
+    return found
+
+
+def rates_of_gpu(asked: Asked) -> Rates:
+    """Return the assumed rates of the GPU that is asked about."""
+    return rates_of(asked.gpu, asked.link, link_named(asked.gpu.link), precision_of(asked.recipe, True))
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--calibrate {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"--calibrate {path} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"--calibrate {path} holds a {type(found).__name__}, expected an object")
+    return found
+
+
+def overrides_of(one: Candidate) -> str:
+    """Return a setting as overrides of a recipe."""
+    setting = one.setting
+    said = f"engine.zero_stage={setting.zero_stage} engine.micro_batch={setting.micro_batch}"
+    said += f" engine.activation_checkpointing={setting.checkpointing}"
+    return said + (" engine.offload=true" if setting.offload else "")
+
+
+def _lines(plan: Plan) -> list[str]:
+    asked, one, best = plan.asked, plan.as_is, plan.best
+    cluster, gpu = asked.cluster, asked.gpu
+    between = f", {asked.link.name} between nodes" if cluster.nodes > 1 else ""
+    lines = [
+        f"{asked.name} on {cluster.nodes} x {cluster.gpus_per_node} {gpu.name} ({gpu.memory_gb:g} GB, {gpu.link}{between})",
+        "",
+        f"as it stands  {_said(one)}: {_fit(one, gpu)}",
+        f"              {_time(plan, one)}",
+    ]
+    if best is None:
+        lines += ["nothing fits; what would have to change, in order of cost:", *(f"  {line}" for line in plan.larger)]
+    else:
+        same = overrides_of(best) == overrides_of(one)
+        lines += [f"recommended   {'the same' if same else overrides_of(best)}"]
+        if not same:
+            lines += [f"              {_fit(best, gpu)}; {_why(plan, best)}", f"              {_time(plan, best)}"]
+    shown = best or one
+    lines += ["", "memory per GPU, GiB   " + _parts(asdict(shown.memory), GIB, "{:.1f}", shown.memory.total)]
+    lines += ["time of a step, ms    " + _parts(asdict(shown.time), 1e-3, "{:.1f}", shown.time.total)]
+    rate = shown.images_per_second
+    lines += [
+        f"data                  {rate:,.0f} files/s, {rate * IMAGE_BYTES / 1e6:,.0f} MB/s of JPEG over all nodes",
+        f"checkpoint            {SAVED_BYTES * plan.work.trained / 1e9:.1f} GB, "
+        f"{SAVED_BYTES * plan.work.trained / 1e9 / cluster.ranks:.2f} GB per GPU",
+        "",
+        *_table(
+            ["ZeRO", "checkpointing", "largest micro-batch", "GiB", "images/s", ""],
+            [
+                [
+                    f"{c.setting.zero_stage}{' offload' * c.setting.offload}",
+                    str(c.setting.checkpointing),
+                    str(c.setting.micro_batch),
+                    f"{c.memory.total / GIB:.1f}",
+                    f"{c.images_per_second:,.0f}",
+                    "" if c.fits else "does not fit",
+                ]
+                for c in plan.choices
+            ],
+        ),
+        "",
+        *_scaling_table(plan),
+        "",
+    ]
+    measured = ", ".join(sorted(plan.rates.measured)) or "nothing"
+    lines.append(f"measured: {measured}; all other rates are of data sheets, with assumed shares (docs/planning.md)")
+    return lines
+
+
+def _said(one: Candidate) -> str:
+    setting = one.setting
+    times = f" x {setting.accumulation}" if setting.accumulation > 1 else ""
+    return (
+        f"ZeRO {setting.zero_stage}{', offload' * setting.offload}, {setting.precision}, "
+        f"micro-batch {setting.micro_batch}{times}, checkpointing {setting.checkpointing}"
+    )
+
+
+def _fit(one: Candidate, gpu: Gpu) -> str:
+    verdict = "fits" if one.fits else "does not fit"
+    return f"{verdict}, {one.memory.total / GIB:.1f} of {gpu.memory_gb * 1e9 / GIB:.1f} GiB"
+
+
+def _time(plan: Plan, one: Candidate) -> str:
+    return (
+        f"{1000 * one.time.total:,.1f} ms per step, {one.images_per_second:,.0f} images/s; {plan.hours(one):,.1f} h, "
+        f"{plan.gpu_hours(one):,.0f} GPU hours, {plan.gpu_hours(one) * plan.rates.power_w / 1000:,.0f} kWh at full power"
+    )
+
+
+def _why(plan: Plan, best: Candidate) -> str:
+    if not plan.as_is.fits:
+        return "the fastest that fits"
+    gain = plan.as_is.time.total / best.time.total - 1
+    return f"{gain:.0%} faster" if gain > 0.005 else "as fast, and simpler"
+
+
+def _parts(parts: dict[str, float], unit: float, shape: str, total: float) -> str:
+    said = [f"{name} {shape.format(value / unit)}" for name, value in parts.items() if value > 0]
+    return f"{shape.format(total / unit)}: {', '.join(said)}"
+
+
+def _scaling_table(plan: Plan) -> list[str]:
+    strong = {scale.ranks: scale for scale in plan.strong}
+    rows = []
+    for scale in plan.weak:
+        other = strong.get(scale.ranks)
+        rows.append(
+            [
+                f"{scale.ranks:,}",
+                f"{scale.images_per_second:,.0f}",
+                f"{scale.efficiency:.0%}",
+                f"{other.images_per_second:,.0f}" if other else "",
+                f"{other.efficiency:.0%}" if other else "",
+            ]
+        )
+    batch = plan.asked.recipe.data.global_batch
+    return _table(["GPUs", "weak: images/s", "efficiency", f"strong ({batch:,} images): images/s", "efficiency"], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+    ]

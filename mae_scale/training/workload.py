@@ -1,0 +1,29 @@
+"""From an objective to the numbers that memory and time are planned from."""
+
+from mae_scale.config.schema import Recipe
+from mae_scale.engines.base import Objective
+from mae_scale.engines.optimizers import parameter_groups
+from mae_scale.planning.workload import Stack, Workload
+
+
+def workload_of(
+    objective: Objective,
+    recipe: Recipe,
+    *,
+    stacks: tuple[Stack, ...],
+    products: tuple[tuple[int, int, int, bool], ...],
+    predicted: int,
+) -> Workload:
+    """Return the workload of an objective, which may lie on the device "meta"."""
+    groups = parameter_groups(objective, recipe.optim)
+    return Workload(
+        image_size=recipe.model.image_size,
+        stacks=stacks,
+        other_products=products,
+        predicted=predicted,
+        groups=tuple(sum(p.numel() for p in group["params"]) for group in groups),
+        frozen=sum(p.numel() for p in objective.parameters() if not p.requires_grad),
+        parameters=tuple(p.numel() for p in objective.parameters() if p.requires_grad),
+        buffer_bytes=sum(b.numel() * b.element_size() for b in objective.buffers()),
+        ema=bool(recipe.classifier and recipe.classifier.ema),
+    )
