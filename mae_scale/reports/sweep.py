@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,6 @@ from typing import Any
 
 from mae_scale.reports.style import new_figure, save_png
 
-LOG_SPAN = 8.0
-"""Ratio of the largest to the smallest value from which an axis is logarithmic."""
 MOST_LABELS = 12
 MOST_IN_A_ROW = 2
 """Panels; a wider figure would push MLflow's column of tags out of the window."""
@@ -74,7 +73,7 @@ def _draw(panel: Any, curve: Curve, places: Mapping[str, float]) -> None:
 
 def _finish(panel: Any, places: Mapping[str, float], x_label: str, metric: str) -> None:
     numbers = sorted(places.values())
-    if numbers[0] > 0 and numbers[-1] / numbers[0] >= LOG_SPAN:
+    if numbers[0] > 0 and _unevenness([math.log(number) for number in numbers]) < _unevenness(numbers):
         panel.set_xscale("log")
         panel.minorticks_off()
     if len(places) <= MOST_LABELS:
@@ -86,3 +85,9 @@ def _finish(panel: Any, places: Mapping[str, float], x_label: str, metric: str) 
     panel.grid(axis="y", color="#dddddd", linewidth=0.6)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _unevenness(numbers: Sequence[float]) -> float:
+    """Return the largest gap between ascending numbers over the smallest."""
+    gaps = [high - low for low, high in itertools.pairwise(numbers)] or [1.0]
+    return max(gaps) / min(gaps)
