@@ -1,7 +1,7 @@
 """The time of collectives over two levels of links: within a node, and between nodes.
 
-A ring over n ranks sends 2 S (n - 1) / n bytes per rank in an all-reduce of S bytes, half of that in a reduce-scatter or an
-all-gather (Patarasuk and Yuan, 2009). Of a ring over several nodes each node's links carry the same bytes.
+A ring over n ranks sends 2 S (n - 1) / n bytes per rank in an all-reduce of S bytes, half of that in a reduce-scatter
+or an all-gather (Patarasuk and Yuan, 2009). Of a ring over several nodes each node's links carry the same bytes.
 """
 
 from __future__ import annotations

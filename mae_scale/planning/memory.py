@@ -1,7 +1,8 @@
 """The memory of a training step on one GPU, from formulas, by part.
 
-What autograd keeps and the temporaries are held to torch's MemTracker, the states to what DeepSpeed holds
-(tests/unit/test_memory.py, tests/integration/test_planned_states.py). The data pipeline, the allocator and the CUDA context are assumptions.
+What autograd keeps and the temporaries are held to torch's MemTracker (tests/unit/test_memory.py), the states to what
+DeepSpeed holds (tests/integration/test_planned_states.py). The data pipeline, the allocator and the CUDA context are
+assumptions.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class Memory:
 def memory_of(work: Workload, setting: Setting) -> Memory:
     """Return the memory of a step at its peak.
 
-    The peak is the larger of two moments: the end of the forward pass, when all that is kept is there, and the end of the
-    backward pass, when all gradients are.
+    The peak is the larger of two moments: the end of the forward pass, when all that is kept is there, and the end of
+    the backward pass, when all gradients are.
     """
     gathered, gradients = _weights(work, setting), _gradients(work, setting)
     kept, temporary = activations_of(work, setting)
@@ -102,6 +103,11 @@ def memory_of(work: Workload, setting: Setting) -> Memory:
 def states_of(work: Workload, setting: Setting) -> float:
     """Return the bytes of weights, master weights, moments and gradient buffers on a rank between two steps."""
     return _resting_weights(work, setting) + _resting_gradients(work, setting) + optimizer_bytes(work, setting)
+
+
+def host_bytes(work: Workload, setting: Setting) -> float:
+    """Return the bytes of a rank's states in the host's memory: with offload weights, gradients, masters, moments."""
+    return (16 + setting.value_bytes) * work.trained / setting.ranks if setting.offload else 0
 
 
 def optimizer_bytes(work: Workload, setting: Setting) -> float:
@@ -186,7 +192,9 @@ def _weights(work: Workload, setting: Setting) -> float:
         return _resting_weights(work, setting)
     shards = sum(math.ceil(n / setting.ranks) for n in work.parameters)
     resting = 0 if setting.offload else shards
-    return setting.value_bytes * (resting + min(work.trained, LIVE) + work.frozen) + work.buffer_bytes
+    block = max(stack.parameters for stack in work.stacks)
+    gathered = min(work.trained, max(LIVE, block))
+    return setting.value_bytes * (resting + gathered + work.frozen) + work.buffer_bytes
 
 
 def _resting_gradients(work: Workload, setting: Setting) -> float:

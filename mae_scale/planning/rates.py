@@ -26,6 +26,12 @@ KINDS = {
     "node_link_gb_s": "collectives within a node, GB/s in one direction",
     "link_gb_s": "collectives between nodes, GB/s of a node in one direction",
 }
+_FIELDS = {
+    "product_tflops": ("product_flops_per_s", 1e12),
+    "copy_gb_s": ("copy_bytes_per_s", 1e9),
+    "node_link_gb_s": ("node_link_bytes_per_s", 1e9),
+    "link_gb_s": ("link_bytes_per_s", 1e9),
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ def rates_of(gpu: Gpu, link: Link, node_link: Link, precision: str) -> Rates:
 
 def calibrated(rates: Rates, measured: dict[str, Any], source: str) -> Rates:
     """Return the rates with those that were measured (keys of KINDS) in place. Raises UsageError for other contents."""
-    found = {}
+    found: dict[str, float] = {}
     for kind in KINDS.keys() & measured.keys():
         value = measured[kind]
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -89,12 +95,5 @@ def calibrated(rates: Rates, measured: dict[str, Any], source: str) -> Rates:
         found[kind] = float(value)
     if not found:
         raise UsageError(f"{source} has none of {', '.join(KINDS)}; make one with mae-scale plan --measure FILE")
-    scale = {"product_tflops": 1e12} | dict.fromkeys(("copy_gb_s", "node_link_gb_s", "link_gb_s"), 1e9)
-    names = {
-        "product_tflops": "product_flops_per_s",
-        "copy_gb_s": "copy_bytes_per_s",
-        "node_link_gb_s": "node_link_bytes_per_s",
-        "link_gb_s": "link_bytes_per_s",
-    }
-    changed = {names[kind]: scale[kind] * value for kind, value in found.items()}
+    changed: dict[str, Any] = {_FIELDS[kind][0]: _FIELDS[kind][1] * value for kind, value in found.items()}
     return replace(rates, measured=rates.measured | found.keys(), **changed)

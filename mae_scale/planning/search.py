@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from mae_scale.planning.collectives import Cluster
-from mae_scale.planning.memory import Memory, Setting, memory_of
+from mae_scale.planning.memory import Memory, Setting, host_bytes, memory_of
 from mae_scale.planning.rates import Rates
 from mae_scale.planning.step_time import StepTime, step_time
 from mae_scale.planning.workload import Workload
 
 POLICIES = ("none", "all")
+HOST_MEMORY = 0.8e12
+"""Assumed: bytes of a node's memory that its ranks may take with offload."""
 NEARLY_AS_FAST = 1.01
 """Of settings within this factor of the fastest the simplest is recommended."""
 
@@ -45,7 +47,9 @@ class Choices:
 def candidate(work: Workload, setting: Setting, cluster: Cluster, rates: Rates, capacity: float) -> Candidate:
     """Return a setting with its memory and time; capacity: bytes of a GPU's memory."""
     memory = memory_of(work, setting)
-    return Candidate(setting, memory, step_time(work, setting, cluster, rates), memory.total <= capacity)
+    host = host_bytes(work, setting) * cluster.gpus_per_node
+    fits = memory.total <= capacity and host <= HOST_MEMORY
+    return Candidate(setting, memory, step_time(work, setting, cluster, rates), fits)
 
 
 def all_candidates(
@@ -72,7 +76,7 @@ def all_candidates(
 
 
 def largest_that_fit(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Return for each stage, offload and policy the candidate with the largest micro-batch that fits, else the smallest."""
+    """Return for each stage, offload and policy the largest micro-batch that fits, else the smallest."""
     best: dict[tuple[int, bool, str | int], Candidate] = {}
     for one in candidates:
         key = (one.setting.zero_stage, one.setting.offload, one.setting.checkpointing)

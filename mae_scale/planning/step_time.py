@@ -13,8 +13,8 @@ from mae_scale.planning.workload import Stack, Workload
 FORWARD_VALUES, BACKWARD_VALUES = 17, 33
 """Values per token and channel that a compiled block reads and writes outside of products and attention.
 
-Forward: two norms read and write (2 + 1 fused with the residual), residuals (3 + 3), GELU (4 + 4). Backward: GELU (4 + 4 + 4), norms and
-residuals (12), sums over rows for the biases (9).
+Forward: two norms (2, and 1 fused with the residual), residuals (3 + 3), GELU (4 + 4). Backward: GELU (4 + 4 + 4),
+norms and residuals (12), sums over rows for the biases (9).
 """
 UNCOMPILED = 1.6
 """Assumed: how much more an uncompiled block reads and writes."""
@@ -109,9 +109,9 @@ def _optimizer(work: Workload, setting: Setting, cluster: Cluster, rates: Rates)
 def _communication(work: Workload, setting: Setting, cluster: Cluster, rates: Rates, compute: float) -> float:
     """Return the seconds of collectives that the backward pass does not hide.
 
-    ZeRO 1 reduces once per step, after the last backward pass. ZeRO 2 reduces each micro-batch's gradient while its backward
-    pass runs, all but the last bucket. ZeRO 3 also gathers the weights for each forward and backward pass, ahead of their use;
-    those that stay (up to LIVE elements) are gathered once per step.
+    ZeRO 1 reduces once per step, after the last backward pass. ZeRO 2 reduces each micro-batch's gradient while its
+    backward pass runs, all but the last bucket. ZeRO 3 also gathers the weights for each forward and backward pass,
+    ahead of their use; those that stay (up to LIVE elements) are gathered once per step.
     """
     size = setting.value_bytes * work.trained
     buckets = max(1, math.ceil(work.trained / BUCKET))

@@ -22,6 +22,11 @@ class Stack:
         return [(n, d, 3 * d), (n, d, d), (n, d, 4 * d), (n, 4 * d, d)]
 
     @property
+    def parameters(self) -> int:
+        """Parameters of a block: its linear layers with biases, and two norms."""
+        return 12 * self.width**2 + 13 * self.width
+
+    @property
     def attention_flops(self) -> int:
         """FLOPs per image and block, forward, of the two products of queries, keys and values."""
         return 4 * self.tokens**2 * self.width

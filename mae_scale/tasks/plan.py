@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ def make_plan(asked: Asked) -> Plan:
         choices=largest_that_fit(found),
         strong=scaling(work, scaled.setting, rates, global_batch=recipe.data.global_batch, **common),
         weak=scaling(work, scaled.setting, rates, global_batch=None, **common),
-        larger=[] if best else _larger(work, scaled, asked),
+        larger=[] if best else _larger(work, found, asked, rates),
     )
 
 
@@ -197,30 +197,26 @@ def _images(asked: Asked) -> float:
     return asked.images * (data.fraction or 1)
 
 
-def _larger(work: Workload, smallest: Candidate, asked: Asked) -> list[str]:
-    """Return what would make the smallest setting fit, the cheapest first."""
+def _larger(work: Workload, tried: list[Candidate], asked: Asked, rates: Rates) -> list[str]:
+    """Return what would make a setting fit, the cheapest first."""
     found = []
-    needed, capacity = smallest.memory.total, 1e9 * asked.gpu.memory_gb
-    nodes = asked.cluster.nodes
+    smallest = min(tried, key=lambda one: one.memory.total)
+    capacity, nodes = 1e9 * asked.gpu.memory_gb, asked.cluster.nodes
     while nodes <= MOST_GPUS // asked.cluster.gpus_per_node:
         nodes *= 2
         cluster = Cluster(nodes, asked.cluster.gpus_per_node)
         if asked.recipe.data.global_batch % cluster.ranks:
             break
-        setting = Setting(**{**asdict(smallest.setting), "ranks": cluster.ranks, "micro_batch": 1, "accumulation": 1})
-        if candidate(work, setting, cluster, rates_of_gpu(asked), capacity).fits:
+        setting = replace(smallest.setting, ranks=cluster.ranks, micro_batch=1, accumulation=1)
+        if candidate(work, setting, cluster, rates, capacity).fits:
             found.append(f"--nodes {nodes}: states are shared out among more GPUs")
             break
-    larger = sorted((gpu for gpu in gpus().values() if 1e9 * gpu.memory_gb >= needed), key=lambda gpu: gpu.memory_gb)
-    if larger:
-        found.append(f"--gpu {larger[0].name}: {larger[0].memory_gb:g} GB of memory each")
+    for gpu in sorted(gpus().values(), key=lambda gpu: gpu.memory_gb):
+        if any(candidate(work, one.setting, asked.cluster, rates, 1e9 * gpu.memory_gb).fits for one in tried):
+            found.append(f"--gpu {gpu.name}: {gpu.memory_gb:g} GB of memory each")
+            break
     found.append("a smaller model (model.width, model.depth), or smaller images (model.image_size)")
     return found
-
-
-def rates_of_gpu(asked: Asked) -> Rates:
-    """Return the assumed rates of the GPU that is asked about."""
-    return rates_of(asked.gpu, asked.link, link_named(asked.gpu.link), precision_of(asked.recipe, True))
 
 
 def _measured(path: Path) -> dict[str, Any]:
@@ -248,7 +244,8 @@ def _lines(plan: Plan) -> list[str]:
     cluster, gpu = asked.cluster, asked.gpu
     between = f", {asked.link.name} between nodes" if cluster.nodes > 1 else ""
     lines = [
-        f"{asked.name} on {cluster.nodes} x {cluster.gpus_per_node} {gpu.name} ({gpu.memory_gb:g} GB, {gpu.link}{between})",
+        f"{asked.name} on {cluster.nodes} x {cluster.gpus_per_node} {gpu.name} "
+        f"({gpu.memory_gb:g} GB, {gpu.link}{between})",
         "",
         f"as it stands  {_said(one)}: {_fit(one, gpu)}",
         f"              {_time(plan, one)}",
@@ -307,9 +304,10 @@ def _fit(one: Candidate, gpu: Gpu) -> str:
 
 
 def _time(plan: Plan, one: Candidate) -> str:
+    gpu_hours = plan.gpu_hours(one)
     return (
         f"{1000 * one.time.total:,.1f} ms per step, {one.images_per_second:,.0f} images/s; {plan.hours(one):,.1f} h, "
-        f"{plan.gpu_hours(one):,.0f} GPU hours, {plan.gpu_hours(one) * plan.rates.power_w / 1000:,.0f} kWh at full power"
+        f"{gpu_hours:,.0f} GPU hours, {gpu_hours * plan.rates.power_w / 1000:,.0f} kWh at full power"
     )
 
 

@@ -1,0 +1,155 @@
+"""The planner's rules: collectives, rates, what is recommended, how throughput scales; published runs beside it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import UsageError
+from mae_scale.config.load import load_recipe
+from mae_scale.planning.collectives import Cluster, all_gather_s, all_reduce_s
+from mae_scale.planning.hardware import gpu_named, gpus, link_named, links
+from mae_scale.planning.memory import Setting
+from mae_scale.planning.rates import Rates, calibrated, rates_of
+from mae_scale.planning.search import scaling
+from mae_scale.planning.step_time import step_time
+from mae_scale.tasks.plan import asked_of, make_plan, overrides_of
+from mae_scale.tasks.registry import task_of
+
+
+def rates(gpu: str = "h100", link: str = "infiniband-8x400", precision: str = "bf16") -> Rates:
+    found = gpu_named(gpu)
+    return rates_of(found, link_named(link), link_named(found.link), precision)
+
+
+def workload(recipe: str, *overrides: str):
+    return task_of(load_recipe(recipe, list(overrides)), Path()).workload(1000)
+
+
+def plan(recipe: str, *overrides: str, nodes: int = 1, gpus_per_node: int = 8, gpu: str = "h100", **more):
+    link = more.pop("link", "infiniband-8x400")
+    loaded = load_recipe(recipe, list(overrides))
+    return make_plan(asked_of(recipe, loaded, nodes=nodes, gpus_per_node=gpus_per_node, gpu=gpu, link=link, **more))
+
+
+def test_a_ring_sends_the_bytes_of_the_formula():
+    free = replace(rates(), node_link_latency_s=0, link_latency_s=0)
+    size, node = 1e9, Cluster(1, 8)
+    assert all_reduce_s(size, node, free) == pytest.approx(2 * size * 7 / 8 / free.node_link_bytes_per_s)
+    assert all_gather_s(size, node, free) == pytest.approx(all_reduce_s(size, node, free) / 2)
+    assert all_reduce_s(size, Cluster(1, 1), free) == 0
+    slow = replace(free, link_bytes_per_s=free.node_link_bytes_per_s / 10)
+    assert all_reduce_s(size, Cluster(4, 8), slow) == pytest.approx(2 * size * 31 / 32 / slow.link_bytes_per_s)
+
+
+def test_flops_are_those_that_runs_are_measured_by():
+    for name in ("pretrain/vit_base_800ep", "pretrain/vit_huge_1600ep", "scratch/vit_large", "partial/vit_large"):
+        recipe = load_recipe(name)
+        task = task_of(recipe, Path())
+        work = task.workload(1000)
+        assert work.forward_flops + work.backward_flops == pytest.approx(task.training_flops(), rel=1e-3)
+
+
+def test_checkpointing_costs_a_forward_pass_of_products():
+    work, rate = workload("pretrain/vit_large_800ep"), rates()
+    plain, again = (
+        step_time(work, Setting(1, 1, "bf16", 256, checkpointing=policy), Cluster(1, 1), rate)
+        for policy in ("none", "all")
+    )
+    assert again.products == pytest.approx(plain.products * 4 / 3, rel=0.02)
+    assert again.optimizer == plain.optimizer
+
+
+def test_zero_2_reduces_every_micro_batch_and_zero_1_once():
+    work, rate = workload("pretrain/vit_huge_800ep"), rates(link="ethernet-25")
+    of = {
+        (stage, passes): step_time(work, Setting(64, stage, "bf16", 8, passes), Cluster(8, 8), rate).communication
+        for stage in (1, 2)
+        for passes in (1, 8)
+    }
+    assert of[1, 1] == of[1, 8]
+    assert of[2, 8] > 3 * of[2, 1]
+
+
+@pytest.mark.parametrize("name", ["pretrain/vit_huge_1600ep", "finetune/vit_huge_448", "probe/vit_large"])
+def test_what_is_recommended_fits_and_no_candidate_is_much_faster(name):
+    more = ["classifier.weights=unused"] if "pretrain" not in name else []
+    found = plan(name, *more, nodes=4)
+    assert found.best is not None
+    assert found.best.fits
+    assert all(found.best.time.total < 1.02 * one.time.total for one in found.choices if one.fits)
+    again = plan(name, *more, *overrides_of(found.best).split(), nodes=4)
+    assert again.as_is.time == found.best.time
+    assert again.as_is.memory == found.best.memory
+
+
+def test_a_model_that_fits_nowhere_is_told_what_would_have_to_change():
+    sizes = ["model.width=16384", "model.depth=64", "model.heads=128", "engine.precision=fp16"]
+    found = plan("pretrain/vit_huge_800ep", *sizes, gpu="t4")
+    assert found.best is None
+    assert found.larger[-1].startswith("a smaller model")
+    assert found.as_json()["recommended"] is None
+    assert not found.as_json()["fits"]
+
+
+def test_throughput_grows_with_gpus_and_strong_scaling_ends_at_one_image():
+    work, setting = workload("pretrain/vit_large_800ep"), Setting(64, 2, "bf16", 64)
+    strong = scaling(work, setting, rates(), gpus_per_node=8, up_to=4096, global_batch=256)
+    assert [scale.ranks for scale in strong] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert strong[-1].efficiency < 0.5 < strong[3].efficiency
+    weak = scaling(work, setting, rates(link="ethernet-10"), gpus_per_node=8, up_to=64, global_batch=None)
+    by_ranks = {scale.ranks: scale.efficiency for scale in weak}
+    assert by_ranks[16] < 0.5 * by_ranks[8]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpu", "nodes", "micro_batch", "images_per_second", "factor"),
+    [
+        # Authors' release: 800 epochs of ViT-L in 42 h on 64 V100, fp16, its own loop with Pillow loading.
+        ("pretrain/vit_large_800ep", "v100", 8, 64, 800 * 1_281_167 / (42 * 3600), 4.5),
+        # MAE ViT-B, 128 images a GPU, 8 A6000: 0.4084 s per step.
+        ("pretrain/vit_base_800ep", "a6000", 1, 128, 8 * 128 / 0.4084, 3.5),
+    ],
+)
+def test_published_runs_are_slower_than_planned_by_no_more_than_the_stated_factor(
+    recipe, gpu, nodes, micro_batch, images_per_second, factor
+):
+    precision = "fp16" if gpu == "v100" else "bf16"
+    batch = 8 * nodes * micro_batch
+    found = plan(recipe, f"engine.precision={precision}", f"data.global_batch={batch}", gpu=gpu, nodes=nodes)
+    assert 1 < found.as_is.images_per_second / images_per_second < factor
+
+
+def test_measured_rates_replace_assumed_ones_and_are_named():
+    assumed = rates()
+    found = calibrated(assumed, {"product_tflops": 700, "copy_gb_s": 2500, "other": 1}, "rates.json")
+    assert found.product_flops_per_s == 700e12
+    assert found.copy_bytes_per_s == 2500e9
+    assert found.link_bytes_per_s == assumed.link_bytes_per_s
+    assert found.measured == {"product_tflops", "copy_gb_s"}
+    with pytest.raises(UsageError, match="product_tflops is -1; expected a positive number"):
+        calibrated(assumed, {"product_tflops": -1}, "rates.json")
+    with pytest.raises(UsageError, match=r"rates\.json has none of product_tflops"):
+        calibrated(assumed, {"tflops": 1}, "rates.json")
+
+
+def test_every_gpu_has_a_link_and_a_source():
+    for gpu in gpus().values():
+        assert gpu.link in links()
+        assert gpu.source
+        assert gpu.tflops["fp32"] < gpu.tflops["fp16"]
+    assert {"v100", "a100", "a100-40gb", "h100", "h100-pcie", "h200", "b200", "l40s", "rtx-4090"} <= gpus().keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gpu": "h1000"}, "GPU h1000 is not known; did you mean h100?"),
+        ({"link": "infiniband"}, "link infiniband is not known; did you mean infiniband-"),
+        ({"gpu": "v100"}, "v100 has no units for bf16; use engine.precision=fp16"),
+        ({"gpus_per_node": 7}, "not divisible by 7 ranks"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(arguments, message):
+    with pytest.raises(UsageError, match=message.replace("?", r"\?")):
+        plan("pretrain/vit_large_800ep", **arguments)
