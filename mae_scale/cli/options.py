@@ -60,6 +60,7 @@ SweepName = Annotated[
         "--name", metavar="NAME", help="Name of the sweep in MLflow; default: the folder's.", show_default=False
     ),
 ]
+Picture = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="PNG to write.", show_default=False)]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Check everything and print what the start would do; write nothing, train nothing."),
@@ -108,3 +109,9 @@ def check_folder_of(option: str, path: Path | None) -> None:
         raise UsageError(
             f"{option} {path}: there is no folder {path.absolute().parent}; make it, or choose another place"
         )
+
+
+def check_picture(out: Path | None) -> None:
+    """Raise UsageError, before the work is done, for a name that is not a PNG's."""
+    if out is not None and out.suffix != ".png":
+        raise UsageError(f"--out {out}: expected a name that ends in .png")

@@ -7,7 +7,7 @@ import typer
 
 from data_pipeline.errors import EXIT_FAILED
 from mae_scale.cli.json_file import Json, check_json, write_figures
-from mae_scale.cli.options import Overrides, RecipeName
+from mae_scale.cli.options import Overrides, Picture, RecipeName, check_picture
 
 plan_app = typer.Typer()
 
@@ -30,6 +30,7 @@ def plan(
     calibrate: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON of measured rates.", show_default=False)
     ] = None,
+    out: Picture = None,
     json: Json = None,
 ) -> None:
     """Show what fits on the GPUs, which settings to take, how long the schedule takes, and how it scales.
@@ -42,6 +43,7 @@ def plan(
     from mae_scale.tasks.plan import asked_of, make_plan
 
     check_json(json)
+    check_picture(out)
     found = make_plan(
         asked_of(
             recipe,
@@ -56,5 +58,8 @@ def plan(
     )
     typer.echo("\n".join(found.lines()))
     write_figures(json, found.as_json())
+    if out is not None:
+        found.draw(out)
+        typer.echo(f"{out}")
     if found.best is None:
         raise typer.Exit(EXIT_FAILED)

@@ -9,11 +9,10 @@ import typer
 
 from data_pipeline.errors import UsageError
 from mae_scale.cli.json_file import Json, check_json, write_figures
-from mae_scale.cli.options import Overrides, RecipeName, SweepName, can_be_stopped
+from mae_scale.cli.options import Overrides, Picture, RecipeName, SweepName, can_be_stopped, check_picture
 
 scaling_app = typer.Typer(help="Measure throughput on several numbers of ranks; fit scaling curves.")
 
-Picture = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="PNG to write.", show_default=False)]
 KINDS = ("strong", "weak")
 
 
@@ -72,7 +71,7 @@ def scaling_report(
     from mae_scale.tasks.throughput_points import read_points
 
     check_json(json)
-    _check_picture(out)
+    check_picture(out)
     points = read_points(folder, planned(folder) | submitted(folder))
     typer.echo("\n".join(lines(points)))
     write_figures(json, as_json(points))
@@ -106,7 +105,7 @@ def scaling_fit(
     from mae_scale.tasks.sweep_of_runs import sweep_of_runs
 
     check_json(json)
-    _check_picture(out)
+    check_picture(out)
     found = fit_points(read_points(sweep, x, y), x=x, y=y, shifted=shift)
     typer.echo("\n".join(found.lines()))
     write_figures(json, found.as_json())
@@ -116,8 +115,3 @@ def scaling_fit(
     parent = sweep_of_runs(sweep)
     if parent is not None:
         publish(found, sweep, parent)
-
-
-def _check_picture(out: Path | None) -> None:
-    if out is not None and out.suffix != ".png":
-        raise UsageError(f"--out {out}: expected a name that ends in .png")

@@ -27,6 +27,7 @@ from mae_scale.planning.search import (
     scaling,
 )
 from mae_scale.planning.workload import Workload
+from mae_scale.reports.plan import plan_figure
 from mae_scale.tasks.registry import task_of
 
 GIB = 2**30
@@ -86,6 +87,17 @@ class Plan:
     def lines(self) -> list[str]:
         """Return the plan as text."""
         return _lines(self)
+
+    def draw(self, path: Path) -> None:
+        """Write a PNG of weak and strong scaling."""
+        asked = self.asked
+        plan_figure(
+            self.weak,
+            self.strong,
+            path,
+            title=f"{asked.name}, nodes of {asked.cluster.gpus_per_node} {asked.gpu.name}, {asked.link.name}",
+            global_batch=asked.recipe.data.global_batch,
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as numbers; the keys at the top are those of the recipe as it stands."""

@@ -5,6 +5,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 PAGE = Path(__file__).parents[2] / "docs" / "planning.md"
 
@@ -12,8 +13,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "planning.md"
 def test_a_plan_says_what_fits_what_to_take_and_how_it_scales(call, tmp_path):
     file = tmp_path / "plan.json"
     code, out, error = call(
-        "plan", "pretrain/vit_huge_1600ep", "--nodes", "8", "--gpus-per-node", "8", "--gpu", "h100", "--json", file
+        "plan", "pretrain/vit_huge_1600ep", "--nodes", "8", "--json", file, "--out", tmp_path / "plan.png"
     )
+    with Image.open(tmp_path / "plan.png") as figure:
+        assert figure.width > 800
     assert (code, error) == (0, "")
     found = json.loads(file.read_text())
     assert found["fits"]
@@ -60,6 +63,7 @@ def test_a_file_of_measured_rates_is_taken_and_named(call, tmp_path):
         (["--calibrate", "missing.json"], 2, "--calibrate missing.json cannot be read: No such file or directory"),
         (["--gpus-per-node", "7"], 2, "data.global_batch=4096 is not divisible by 7 ranks"),
         (["engine.backend=fairscale"], 2, "engine.backend=fairscale cannot be planned"),
+        (["--out", "plan.pdf"], 2, "--out plan.pdf: expected a name that ends in .png"),
         (["model.width=6"], 2, "width 6 is not a multiple of"),
     ],
 )
