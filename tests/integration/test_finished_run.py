@@ -71,6 +71,7 @@ def test_the_demo_puts_its_two_accuracies_into_its_run_once(server, tmp_path, mo
         assert (step, f"{percent / 100:.3f}") == (STEPS, accuracy)
 
 
+@pytest.mark.slow
 def test_the_transfer_demo_puts_each_ways_accuracy_into_the_pre_trainings_run(server, tmp_path, monkeypatch):
     """The ways of transfer are not trained here; each has a figure."""
     top1 = {way.name: 50.0 + number for number, way in enumerate((*digits_transfer.WAYS, digits_transfer.DOUBLE))}

@@ -38,6 +38,7 @@ def rows_of(client, run_id: str, table: str, folder) -> list[str]:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_what_a_server_misses_while_it_is_down_it_gets_from_the_same_command(server, tmp_path, digits, mae_scale):
     out, client = tmp_path / "ratios", MlflowClient(server.uri)
     first = mae_scale(*sweep_of(digits, server, out, "0.5,0.75"))

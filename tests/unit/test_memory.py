@@ -1,5 +1,6 @@
 """The formulas of memory beside torch's MemTracker, and the recipes' headers beside the formulas."""
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +21,7 @@ from tests.unit.test_recipe import command_of, header, ranks_of
 
 GIB = 2**30
 BATCH = 8
-SIZES = (
-    "vit_base_patch16",
-    pytest.param("vit_large_patch16", marks=pytest.mark.slow),
-    pytest.param("vit_huge_patch14", marks=pytest.mark.slow),
-)
+SIZES = ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14")
 
 
 def tracked(recipe: Recipe, policy: str | int) -> int:
@@ -53,9 +50,17 @@ def tracked(recipe: Recipe, policy: str | int) -> int:
     return sizes["Total"] - sizes["PARAM"] - sizes["BUFFER"]
 
 
-@pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("recipe", ["pretrain/vit_large_800ep", "finetune/vit_large_224"])
-@pytest.mark.parametrize("policy", ["none", "all"])
+QUICK = {
+    ("vit_base_patch16", "pretrain/vit_large_800ep", "all"),
+    ("vit_base_patch16", "finetune/vit_large_224", "none"),
+}
+TRACKED = [
+    pytest.param(*case, marks=[pytest.mark.slow] * (case not in QUICK))
+    for case in itertools.product(SIZES, ("pretrain/vit_large_800ep", "finetune/vit_large_224"), ("none", "all"))
+]
+
+
+@pytest.mark.parametrize(("name", "recipe", "policy"), TRACKED)
 def test_activations_and_gradients_are_what_torch_tracks(name, recipe, policy):
     recipe = load_recipe(recipe, [f"model.name={name}", "model.drop_path=0"])
     planned = memory_of(task_of(recipe, Path()).workload(1000), Setting(1, 0, "bf16", BATCH, checkpointing=policy))
