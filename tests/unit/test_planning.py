@@ -1,5 +1,6 @@
 """The planner's rules: collectives, rates, what is recommended, how throughput scales; published runs beside it."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,15 +123,29 @@ def test_published_runs_are_slower_than_planned_by_no_more_than_the_stated_facto
 
 def test_measured_rates_replace_assumed_ones_and_are_named():
     assumed = rates()
-    found = calibrated(assumed, {"product_tflops": 700, "copy_gb_s": 2500, "other": 1}, "rates.json")
-    assert found.product_flops_per_s == 700e12
-    assert found.copy_bytes_per_s == 2500e9
+    given = {"product_tflops": {"64": 100, "1024": 700}, "elementwise_gb_s": 2500, "other": 1}
+    found = calibrated(assumed, given, "rates.json")
+    assert [found.products.at(width) for width in (32, 64, 1024, 4096)] == [100e12, 100e12, 700e12, 700e12]
+    assert found.products.at(256) == pytest.approx((100e12 * 700e12) ** 0.5)
+    assert found.elementwise_bytes_per_s == 2500e9
     assert found.link_bytes_per_s == assumed.link_bytes_per_s
-    assert found.measured == {"product_tflops", "copy_gb_s"}
-    with pytest.raises(UsageError, match="product_tflops is -1; expected a positive number"):
-        calibrated(assumed, {"product_tflops": -1}, "rates.json")
-    with pytest.raises(UsageError, match=r"rates\.json has none of product_tflops"):
-        calibrated(assumed, {"tflops": 1}, "rates.json")
+    assert found.measured == {"product_tflops", "elementwise_gb_s"}
+    assert calibrated(assumed, {"product_tflops": 1, "device_type": "cpu"}, "rates.json").processors == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"product_tflops": -1}, "product_tflops is -1; expected a positive number"),
+        ({"product_tflops": {"64": "fast"}}, "product_tflops is {'64': 'fast'}; expected a positive number"),
+        ({"product_tflops": {}}, "product_tflops is {}; expected a positive number"),
+        ({"elementwise_gb_s": [1]}, "elementwise_gb_s is [1]; expected a positive number"),
+        ({"tflops": 1}, "has none of product_tflops, attention_tflops"),
+    ],
+)
+def test_a_file_that_holds_no_rates_is_refused(given, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        calibrated(rates(), given, "rates.json")
 
 
 def test_every_gpu_has_a_link_and_a_source():
