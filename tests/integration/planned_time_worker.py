@@ -1,4 +1,4 @@
-"""One rank that measures this machine's rates, then times the engine's step for five sizes beside what is planned of it.
+"""One rank that measures this machine's rates, then times the engine's step for five sizes beside what is planned.
 
 Run by test_planned_time.py: CASES.json OUT.json; each case is a list of overrides of the demo, with a micro-batch.
 """

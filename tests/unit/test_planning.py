@@ -4,11 +4,13 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_pipeline.errors import UsageError
 from mae_scale.config.load import load_recipe
 from mae_scale.planning.collectives import Cluster, all_gather_s, all_reduce_s
+from mae_scale.planning.failures import GPU_MTBF_S, RESTART_S, failures_of
 from mae_scale.planning.hardware import gpu_named, gpus, link_named, links
 from mae_scale.planning.memory import Setting
 from mae_scale.planning.rates import Rates, calibrated, rates_of
@@ -168,3 +170,27 @@ def test_every_gpu_has_a_link_and_a_source():
 def test_what_cannot_be_planned_is_refused(arguments, message):
     with pytest.raises(UsageError, match=message.replace("?", r"\?")):
         plan("pretrain/vit_large_800ep", **arguments)
+
+
+def lost_in_simulation(interval_s: float, stall_s: float, mtbf_s: float, *, seed: int) -> float:
+    """Share of the time that is lost by a run which saves after each interval of work and fails at random instants."""
+    random = np.random.default_rng(seed)
+    work = time = 0.0
+    next_failure = random.exponential(mtbf_s)
+    while work < 2000 * mtbf_s:
+        if time + interval_s + stall_s <= next_failure:
+            time, work = time + interval_s + stall_s, work + interval_s
+        else:
+            time = next_failure + RESTART_S
+            next_failure = time + random.exponential(mtbf_s)
+    return 1 - work / time
+
+
+@pytest.mark.parametrize("ranks", [512, 16384])
+def test_the_share_of_time_that_failures_cost_is_that_of_a_simulation(ranks):
+    found = failures_of(ranks, 10.0)
+    assert found.mtbf_s == GPU_MTBF_S / ranks
+    simulated = lost_in_simulation(found.interval_s, 10.0, found.mtbf_s, seed=0)
+    assert found.lost == pytest.approx(simulated, rel=0.1)
+    for other in (found.interval_s / 3, found.interval_s * 3):
+        assert simulated < lost_in_simulation(other, 10.0, found.mtbf_s, seed=0)
