@@ -5,16 +5,25 @@ from typing import Annotated
 
 import typer
 
-from data_pipeline.errors import EXIT_FAILED
+from data_pipeline.errors import EXIT_FAILED, UsageError
+from mae_scale.cli.completion import complete_recipe
 from mae_scale.cli.json_file import Json, check_json, write_figures
-from mae_scale.cli.options import Overrides, Picture, RecipeName, check_picture
+from mae_scale.cli.options import Overrides, Picture, check_folder_of, check_picture
 
 plan_app = typer.Typer()
 
 
 @plan_app.command()
 def plan(
-    recipe: RecipeName,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A packaged recipe's name, or the path of a YAML file.",
+            show_default=False,
+            autocompletion=complete_recipe,
+        ),
+    ] = None,
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Number of nodes.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(metavar="N", min=1, help="GPUs per node, a rank each.")] = 8,
@@ -30,6 +39,12 @@ def plan(
     calibrate: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON of measured rates.", show_default=False)
     ] = None,
+    measure: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Measure this machine's rates into FILE instead of planning.", show_default=False
+        ),
+    ] = None,
     out: Picture = None,
     json: Json = None,
 ) -> None:
@@ -42,6 +57,11 @@ def plan(
     from mae_scale.config.load import load_recipe
     from mae_scale.tasks.plan import asked_of, make_plan
 
+    if measure is not None:
+        _measure(measure)
+        return
+    if recipe is None:
+        raise UsageError("no recipe given; expected one such as pretrain/vit_huge_1600ep, or --measure FILE")
     check_json(json)
     check_picture(out)
     found = make_plan(
@@ -63,3 +83,16 @@ def plan(
         typer.echo(f"{out}")
     if found.best is None:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _measure(path: Path) -> None:
+    """Measure this machine's rates: of its first GPU in bf16, else of its CPU in float32."""
+    import torch
+
+    from mae_scale.planning.measure import measure
+
+    check_folder_of("--measure", path)
+    gpu = torch.cuda.is_available()
+    found = measure(torch.device("cuda" if gpu else "cpu"), "bf16" if gpu else "fp32")
+    write_figures(path, found)
+    typer.echo(f"{found['device']}, {found['precision']}: {path}")

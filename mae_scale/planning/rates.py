@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from data_pipeline.errors import UsageError
@@ -12,7 +14,7 @@ from mae_scale.planning.hardware import Gpu, Link
 PRODUCT_SHARE = 0.8
 """Assumed: share of the peak that a large matrix product reaches."""
 COPY_SHARE = 0.85
-"""Assumed: share of the memory's bandwidth that elementwise kernels reach."""
+"""Assumed: share of the memory's bandwidth that elementwise kernels and the optimiser reach."""
 LINK_SHARE = 0.8
 """Assumed: share of a link's bandwidth that a collective reaches."""
 ATTENTION_SHARE, ATTENTION_TOKENS = 0.5, 700
@@ -20,29 +22,42 @@ ATTENTION_SHARE, ATTENTION_TOKENS = 0.5, 700
 TILE = (128, 256)
 """Rows and columns of a product that a processor computes at a time; the last wave of tiles is not full."""
 
-KINDS = {
-    "product_tflops": "large matrix products, TFLOP/s",
-    "copy_gb_s": "elementwise work, bytes read and written, GB/s",
-    "node_link_gb_s": "collectives within a node, GB/s in one direction",
-    "link_gb_s": "collectives between nodes, GB/s of a node in one direction",
-}
-_FIELDS = {
-    "product_tflops": ("product_flops_per_s", 1e12),
-    "copy_gb_s": ("copy_bytes_per_s", 1e9),
-    "node_link_gb_s": ("node_link_bytes_per_s", 1e9),
-    "link_gb_s": ("link_bytes_per_s", 1e9),
-}
+
+@dataclass(frozen=True)
+class Curve:
+    """A positive quantity by a positive one: points by ascending x, between them a power law, beyond them constant."""
+
+    points: tuple[tuple[float, float], ...]
+
+    def at(self, x: float) -> float:
+        """Return the value at x."""
+        if x <= self.points[0][0]:
+            return self.points[0][1]
+        for (x0, y0), (x1, y1) in pairwise(self.points):
+            if x <= x1:
+                return y0 * (y1 / y0) ** (math.log(x / x0) / math.log(x1 / x0))
+        return self.points[-1][1]
+
+    def times(self, factor: float) -> Curve:
+        """Return the curve with all its values multiplied."""
+        return Curve(tuple((x, factor * y) for x, y in self.points))
 
 
 @dataclass(frozen=True)
 class Rates:
     """Rates of one device and its links, in base units."""
 
-    product_flops_per_s: float
-    copy_bytes_per_s: float
+    products: Curve
+    """FLOP/s of matrix products, by the smaller of their inner and outer sizes."""
+    attention: Curve
+    """FLOP/s of fused attention, by its number of tokens."""
+    elementwise_bytes_per_s: float
+    optimizer_bytes_per_s: float
     node_link_bytes_per_s: float
+    """Of collectives within a node, per rank in one direction."""
     node_link_latency_s: float
     link_bytes_per_s: float
+    """Of collectives between nodes, per node in one direction."""
     link_latency_s: float
     host_bytes_per_s: float
     """Between the device and the host's memory."""
@@ -50,11 +65,11 @@ class Rates:
     """For the last wave of tiles; 0: a CPU, which has none."""
     power_w: float
     measured: frozenset[str] = frozenset()
-    """Which of KINDS were measured; the others are assumed."""
+    """Which of MEASURED were measured; the others are assumed."""
 
     def product_s(self, rows: float, inner: int, outer: int) -> float:
         """Return the seconds of a matrix product [rows, inner] x [inner, outer]."""
-        seconds = 2 * rows * inner * outer / self.product_flops_per_s
+        seconds = 2 * rows * inner * outer / self.products.at(min(inner, outer))
         if not self.processors:
             return seconds
         waves = math.ceil(rows / TILE[0]) * math.ceil(outer / TILE[1]) / self.processors
@@ -62,8 +77,39 @@ class Rates:
 
     def attention_s(self, flops: float, tokens: int) -> float:
         """Return the seconds of fused attention over `tokens` tokens."""
-        share = ATTENTION_SHARE * tokens / (tokens + ATTENTION_TOKENS) / PRODUCT_SHARE
-        return flops / (self.product_flops_per_s * share)
+        return flops / self.attention.at(tokens)
+
+
+def _curve(unit: float) -> Callable[[Any], Any]:
+    def read(value: Any) -> Curve:
+        points = value if isinstance(value, dict) else {"1": value}
+        found = sorted((_positive(float(x)), unit * _positive(y)) for x, y in points.items())
+        if not found:
+            raise ValueError
+        return Curve(tuple(found))
+
+    return read
+
+
+def _rate(unit: float) -> Callable[[Any], Any]:
+    return lambda value: unit * _positive(value)
+
+
+def _positive(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError
+    return float(value)
+
+
+MEASURED: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "product_tflops": ("products", _curve(1e12)),
+    "attention_tflops": ("attention", _curve(1e12)),
+    "elementwise_gb_s": ("elementwise_bytes_per_s", _rate(1e9)),
+    "optimizer_gb_s": ("optimizer_bytes_per_s", _rate(1e9)),
+    "node_link_gb_s": ("node_link_bytes_per_s", _rate(1e9)),
+    "link_gb_s": ("link_bytes_per_s", _rate(1e9)),
+}
+"""What a file of measured rates may have, and the rate it sets. The first two: a number, or numbers by size."""
 
 
 def rates_of(gpu: Gpu, link: Link, node_link: Link, precision: str) -> Rates:
@@ -72,9 +118,13 @@ def rates_of(gpu: Gpu, link: Link, node_link: Link, precision: str) -> Rates:
         raise UsageError(
             f"{gpu.name} has no units for {precision}; use engine.precision={next(iter(gpu.tflops))}, or another GPU"
         )
+    peak, memory = 1e12 * gpu.tflops[precision], 1e9 * gpu.memory_gb_s
+    tokens = [2.0**n for n in range(4, 15)]
     return Rates(
-        product_flops_per_s=PRODUCT_SHARE * 1e12 * gpu.tflops[precision],
-        copy_bytes_per_s=COPY_SHARE * 1e9 * gpu.memory_gb_s,
+        products=Curve(((1.0, PRODUCT_SHARE * peak),)),
+        attention=Curve(tuple((n, peak * ATTENTION_SHARE * n / (n + ATTENTION_TOKENS)) for n in tokens)),
+        elementwise_bytes_per_s=COPY_SHARE * memory,
+        optimizer_bytes_per_s=COPY_SHARE * memory,
         node_link_bytes_per_s=LINK_SHARE * 1e9 * node_link.gb_s,
         node_link_latency_s=1e-6 * node_link.latency_us,
         link_bytes_per_s=LINK_SHARE * 1e9 * link.gb_s,
@@ -86,14 +136,21 @@ def rates_of(gpu: Gpu, link: Link, node_link: Link, precision: str) -> Rates:
 
 
 def calibrated(rates: Rates, measured: dict[str, Any], source: str) -> Rates:
-    """Return the rates with those that were measured (keys of KINDS) in place. Raises UsageError for other contents."""
-    found: dict[str, float] = {}
-    for kind in KINDS.keys() & measured.keys():
-        value = measured[kind]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise UsageError(f"{source}: {kind} is {value!r}; expected a positive number")
-        found[kind] = float(value)
+    """Return the rates with those that were measured (MEASURED) in place.
+
+    Raises UsageError for values that are not positive numbers, or where the file has none of them. On a CPU, which a
+    file says by "device_type": "cpu", products have no waves of tiles.
+    """
+    changed: dict[str, Any] = {}
+    found = [kind for kind in MEASURED if kind in measured]
+    for kind in found:
+        field, read = MEASURED[kind]
+        try:
+            changed[field] = read(measured[kind])
+        except (ValueError, TypeError, AttributeError):
+            raise UsageError(f"{source}: {kind} is {measured[kind]!r}; expected a positive number") from None
     if not found:
-        raise UsageError(f"{source} has none of {', '.join(KINDS)}; make one with mae-scale plan --measure FILE")
-    changed: dict[str, Any] = {_FIELDS[kind][0]: _FIELDS[kind][1] * value for kind, value in found.items()}
-    return replace(rates, measured=rates.measured | found.keys(), **changed)
+        raise UsageError(f"{source} has none of {', '.join(MEASURED)}; make one with mae-scale plan --measure FILE")
+    if measured.get("device_type") == "cpu":
+        changed["processors"] = 0
+    return replace(rates, measured=rates.measured | set(found), **changed)

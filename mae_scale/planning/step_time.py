@@ -91,7 +91,7 @@ def _elementwise(work: Workload, setting: Setting, rates: Rates) -> float:
         forward = stack.depth + recomputed_blocks(stack, setting)
         values = FORWARD_VALUES * forward + BACKWARD_VALUES * stack.trained
         size += setting.micro_batch * values * stack.tokens * stack.width * setting.value_bytes
-    return (1 if setting.compiled else UNCOMPILED) * size / rates.copy_bytes_per_s
+    return (1 if setting.compiled else UNCOMPILED) * size / rates.elementwise_bytes_per_s
 
 
 def _optimizer(work: Workload, setting: Setting, cluster: Cluster, rates: Rates) -> float:
@@ -103,7 +103,7 @@ def _optimizer(work: Workload, setting: Setting, cluster: Cluster, rates: Rates)
     size = (ADAM_BYTES + 4 + setting.value_bytes) * own  # the norm reads the gradient, the weights are written again
     added = work.trained if setting.zero_stage < 2 else own
     size += setting.accumulation * (8 + setting.value_bytes) * added
-    return size / rates.copy_bytes_per_s
+    return size / rates.optimizer_bytes_per_s
 
 
 def _communication(work: Workload, setting: Setting, cluster: Cluster, rates: Rates, compute: float) -> float:

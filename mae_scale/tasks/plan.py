@@ -13,6 +13,7 @@ from mae_scale.config.schema import Recipe
 from mae_scale.engines.deepspeed_templates import zero_stage_of
 from mae_scale.engines.policy import compiles, layout_of, precision_of, refuse_wrong_combinations
 from mae_scale.planning.collectives import Cluster
+from mae_scale.planning.failures import SAVE_S, STORAGE_BYTES_PER_S, Failures, failures_of
 from mae_scale.planning.hardware import Gpu, Link, gpu_named, gpus, link_named
 from mae_scale.planning.memory import Setting, states_of
 from mae_scale.planning.rates import Rates, calibrated, rates_of
@@ -84,6 +85,18 @@ class Plan:
         """Return the hours of the whole schedule, times the number of GPUs."""
         return self.hours(one) * self.asked.cluster.ranks
 
+    @property
+    def failures(self) -> Failures:
+        """Return how often the run fails and how often to save: copied to the host's memory, then written beside."""
+        shown, cluster = self.best or self.as_is, self.asked.cluster
+        size = SAVED_BYTES * self.work.trained
+        return failures_of(
+            cluster.ranks,
+            SAVE_S + size / cluster.ranks / self.rates.host_bytes_per_s,
+            shortest_s=size / STORAGE_BYTES_PER_S,
+            longest_s=self.steps * shown.time.total,
+        )
+
     def lines(self) -> list[str]:
         """Return the plan as text."""
         return _lines(self)
@@ -115,6 +128,7 @@ class Plan:
             "weak_scaling": [asdict(scale) for scale in self.weak],
             "checkpoint_gib": SAVED_BYTES * self.work.trained / GIB,
             "data_mb_per_s": self.as_is.images_per_second * IMAGE_BYTES / 1e6,
+            "failures": asdict(self.failures),
             "steps": self.steps,
             "global_batch": data.global_batch,
             "measured": sorted(self.rates.measured),
@@ -277,6 +291,7 @@ def _lines(plan: Plan) -> list[str]:
         f"data                  {rate:,.0f} files/s, {rate * IMAGE_BYTES / 1e6:,.0f} MB/s of JPEG over all nodes",
         f"checkpoint            {SAVED_BYTES * plan.work.trained / 1e9:.1f} GB, "
         f"{SAVED_BYTES * plan.work.trained / 1e9 / cluster.ranks:.2f} GB per GPU",
+        _failures(plan),
         "",
         *_table(
             ["ZeRO", "checkpointing", "largest micro-batch", "GiB", "images/s", ""],
@@ -299,6 +314,15 @@ def _lines(plan: Plan) -> list[str]:
     measured = ", ".join(sorted(plan.rates.measured)) or "nothing"
     lines.append(f"measured: {measured}; all other rates are of data sheets, with assumed shares (docs/planning.md)")
     return lines
+
+
+def _failures(plan: Plan) -> str:
+    found, shown = plan.failures, plan.best or plan.as_is
+    steps = max(1, round(found.interval_s / shown.time.total))
+    return (
+        f"failures              one per {found.mtbf_s / 3600:,.0f} h; checkpoint.every_steps={steps} "
+        f"({found.interval_s / 60:,.1f} min) loses least, {found.lost:.2%} of the time"
+    )
 
 
 def _said(one: Candidate) -> str:

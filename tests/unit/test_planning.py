@@ -1,13 +1,16 @@
 """The planner's rules: collectives, rates, what is recommended, how throughput scales; published runs beside it."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_pipeline.errors import UsageError
 from mae_scale.config.load import load_recipe
 from mae_scale.planning.collectives import Cluster, all_gather_s, all_reduce_s
+from mae_scale.planning.failures import GPU_MTBF_S, RESTART_S, failures_of
 from mae_scale.planning.hardware import gpu_named, gpus, link_named, links
 from mae_scale.planning.memory import Setting
 from mae_scale.planning.rates import Rates, calibrated, rates_of
@@ -122,15 +125,29 @@ def test_published_runs_are_slower_than_planned_by_no_more_than_the_stated_facto
 
 def test_measured_rates_replace_assumed_ones_and_are_named():
     assumed = rates()
-    found = calibrated(assumed, {"product_tflops": 700, "copy_gb_s": 2500, "other": 1}, "rates.json")
-    assert found.product_flops_per_s == 700e12
-    assert found.copy_bytes_per_s == 2500e9
+    given = {"product_tflops": {"64": 100, "1024": 700}, "elementwise_gb_s": 2500, "other": 1}
+    found = calibrated(assumed, given, "rates.json")
+    assert [found.products.at(width) for width in (32, 64, 1024, 4096)] == [100e12, 100e12, 700e12, 700e12]
+    assert found.products.at(256) == pytest.approx((100e12 * 700e12) ** 0.5)
+    assert found.elementwise_bytes_per_s == 2500e9
     assert found.link_bytes_per_s == assumed.link_bytes_per_s
-    assert found.measured == {"product_tflops", "copy_gb_s"}
-    with pytest.raises(UsageError, match="product_tflops is -1; expected a positive number"):
-        calibrated(assumed, {"product_tflops": -1}, "rates.json")
-    with pytest.raises(UsageError, match=r"rates\.json has none of product_tflops"):
-        calibrated(assumed, {"tflops": 1}, "rates.json")
+    assert found.measured == {"product_tflops", "elementwise_gb_s"}
+    assert calibrated(assumed, {"product_tflops": 1, "device_type": "cpu"}, "rates.json").processors == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"product_tflops": -1}, "product_tflops is -1; expected a positive number"),
+        ({"product_tflops": {"64": "fast"}}, "product_tflops is {'64': 'fast'}; expected a positive number"),
+        ({"product_tflops": {}}, "product_tflops is {}; expected a positive number"),
+        ({"elementwise_gb_s": [1]}, "elementwise_gb_s is [1]; expected a positive number"),
+        ({"tflops": 1}, "has none of product_tflops, attention_tflops"),
+    ],
+)
+def test_a_file_that_holds_no_rates_is_refused(given, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        calibrated(rates(), given, "rates.json")
 
 
 def test_every_gpu_has_a_link_and_a_source():
@@ -153,3 +170,27 @@ def test_every_gpu_has_a_link_and_a_source():
 def test_what_cannot_be_planned_is_refused(arguments, message):
     with pytest.raises(UsageError, match=message.replace("?", r"\?")):
         plan("pretrain/vit_large_800ep", **arguments)
+
+
+def lost_in_simulation(interval_s: float, stall_s: float, mtbf_s: float, *, seed: int) -> float:
+    """Share of the time that is lost by a run which saves after each interval of work and fails at random instants."""
+    random = np.random.default_rng(seed)
+    work = time = 0.0
+    next_failure = random.exponential(mtbf_s)
+    while work < 2000 * mtbf_s:
+        if time + interval_s + stall_s <= next_failure:
+            time, work = time + interval_s + stall_s, work + interval_s
+        else:
+            time = next_failure + RESTART_S
+            next_failure = time + random.exponential(mtbf_s)
+    return 1 - work / time
+
+
+@pytest.mark.parametrize("ranks", [512, 16384])
+def test_the_share_of_time_that_failures_cost_is_that_of_a_simulation(ranks):
+    found = failures_of(ranks, 10.0)
+    assert found.mtbf_s == GPU_MTBF_S / ranks
+    simulated = lost_in_simulation(found.interval_s, 10.0, found.mtbf_s, seed=0)
+    assert found.lost == pytest.approx(simulated, rel=0.1)
+    for other in (found.interval_s / 3, found.interval_s * 3):
+        assert simulated < lost_in_simulation(other, 10.0, found.mtbf_s, seed=0)

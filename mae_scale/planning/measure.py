@@ -1,0 +1,118 @@
+"""Measure this device's rates: what `mae-scale plan --calibrate` takes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mae_scale.planning.step_time import ADAM_BYTES, ATTENTION_BACKWARD, BACKWARD_VALUES, FORWARD_VALUES, UNCOMPILED
+
+WIDTHS = (64, 128, 256, 512, 1024, 1280)
+TOKENS = (17, 50, 65, 197, 257, 1025)
+HEAD_DIM = 64
+SECONDS = {"cpu": 0.3, "cuda": 0.2}
+"""Time that one rate is measured for, at least."""
+ROWS = {"cpu": 2048, "cuda": 65536}
+VALUES = {"cpu": 2**22, "cuda": 2**27}
+"""Values that a memory-bound measurement goes over: more than caches hold."""
+
+
+def measure(device: torch.device, precision: str) -> dict[str, Any]:
+    """Return the device's rates under the keys of `rates.MEASURED`, and what they were measured on.
+
+    Products of the widths of transformer blocks forward and backward; fused attention forward and backward by its
+    number of tokens; norm, GELU and residual of a block, counted as planning does, eager, times what compiling is
+    assumed to save; fused AdamW.
+    """
+    kind = device.type
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return {
+        "device": torch.cuda.get_device_name(device) if kind == "cuda" else "cpu",
+        "device_type": kind,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "product_tflops": {str(width): _product(width, device, dtype) / 1e12 for width in WIDTHS},
+        "attention_tflops": {str(tokens): _attention(tokens, device, dtype) / 1e12 for tokens in TOKENS},
+        "elementwise_gb_s": UNCOMPILED * _elementwise(device, dtype) / 1e9,
+        "optimizer_gb_s": _optimizer(device) / 1e9,
+    }
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the median seconds of one call."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times: list[float] = []
+    work()
+    wait()
+    ends = time.perf_counter() + SECONDS[device.type]
+    while time.perf_counter() < ends or len(times) < 3:
+        began = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def _product(width: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Return FLOP/s of a block's MLP products [rows, width] x [width, 4 width], forward and backward."""
+    x = torch.randn(ROWS[device.type], width, device=device, dtype=dtype, requires_grad=True)
+    layer = nn.Linear(width, 4 * width, device=device, dtype=dtype)
+    gradient = torch.randn(len(x), 4 * width, device=device, dtype=dtype)
+
+    def work() -> None:
+        x.grad = layer.weight.grad = layer.bias.grad = None
+        layer(x).backward(gradient)
+
+    return 3 * 2 * len(x) * width * 4 * width / _seconds(work, device)
+
+
+def _attention(tokens: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Return FLOP/s of fused attention, forward and backward, counted as planning does."""
+    heads = 4
+    batch = max(1, ROWS[device.type] // tokens)
+    shape = (batch, heads, tokens, HEAD_DIM)
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    gradient = torch.randn(shape, device=device, dtype=dtype)
+
+    def work() -> None:
+        q.grad = k.grad = v.grad = None
+        nn.functional.scaled_dot_product_attention(q, k, v).backward(gradient)
+
+    flops = (1 + ATTENTION_BACKWARD) * 4 * batch * tokens**2 * heads * HEAD_DIM
+    return flops / _seconds(work, device)
+
+
+def _elementwise(device: torch.device, dtype: torch.dtype) -> float:
+    """Return bytes/s of what a block does outside of products and attention, counted as planning does."""
+    width = 512
+    tokens = VALUES[device.type] // 4 // width
+    norms = [nn.LayerNorm(width, device=device, dtype=dtype) for _ in range(2)]
+    x = torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
+    branch = torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
+    hidden = torch.randn(tokens, 4 * width, device=device, dtype=dtype, requires_grad=True)
+    gradient, inner = torch.ones_like(x), torch.ones_like(hidden)
+
+    def work() -> None:
+        x.grad = branch.grad = hidden.grad = None
+        first = x + branch
+        second = norms[1](first) + branch
+        nn.functional.gelu(hidden).backward(inner)
+        (norms[0](x) + second).backward(gradient)
+        inner.sum(0)
+
+    size = (FORWARD_VALUES + BACKWARD_VALUES) * tokens * width * x.element_size()
+    return size / _seconds(work, device)
+
+
+def _optimizer(device: torch.device) -> float:
+    """Return bytes/s of fused AdamW over float32 weights, counted as planning does."""
+    weight = nn.Parameter(torch.randn(4 * VALUES[device.type], device=device))
+    weight.grad = torch.randn_like(weight)
+    optimizer = torch.optim.AdamW([weight], lr=1e-4, fused=True)
+    return ADAM_BYTES * weight.numel() / _seconds(optimizer.step, device)
