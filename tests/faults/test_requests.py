@@ -114,7 +114,7 @@ def test_a_second_ctrl_c_ends_at_once_even_when_a_rank_hangs(tmp_path, digits):
     assert "Traceback" not in training.text()
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_while_a_run_starts_ends_it_soon_and_leaves_nothing_half_written(nproc, tmp_path, digits):
     """Within the imports of the ranks, or of the only process."""
     out = tmp_path / "run"

@@ -100,7 +100,7 @@ def test_what_one_rank_asks_for_is_true_on_all_and_a_programming_error_keeps_its
     assert "terminate called" not in done.stderr
 
 
-@pytest.mark.parametrize(("world_size", "lost"), [(2, 0), (3, 1)])
+@pytest.mark.parametrize(("world_size", "lost"), [(2, 0), pytest.param(3, 1, marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_named_by_all_others_and_ended(world_size, lost):
     done = run(world_size, f"os.kill(os.getpid(), signal.SIGSTOP) if rank == {lost} else control.agree(False)")
     assert done.returncode == 1, done.stderr

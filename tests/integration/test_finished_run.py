@@ -60,6 +60,7 @@ def test_nothing_is_sent_for_a_training_without_tracking_and_a_run_that_mlflow_l
     assert "has no run of" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_demo_puts_its_two_accuracies_into_its_run_once(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(digits_demo, "RANKS", 1)
     for _ in range(2):

@@ -301,6 +301,7 @@ def test_an_experiment_that_mlflow_does_not_have_is_refused_with_those_it_has(tr
     assert "which has Default, mae-scale" in error
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_thousand_runs_are_one_page_in_less_than_a_minute_and_five_megabytes(tmp_path, page):
     template = put_run(tmp_path / "template", rows=rows_of(200))

@@ -81,6 +81,7 @@ def test_a_name_that_another_sweep_has_is_refused_with_the_way_out(server, tmp_p
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_a_throughput_sweep_has_a_parent_and_a_deleted_point_is_measured_anew(server, tmp_path, digits, mae_scale):
     out, client = tmp_path / "weak", MlflowClient(server.uri)
     words = ["scaling", "run", "demo", "--out", out, "--steps", 10, "--ranks", "1,2"]

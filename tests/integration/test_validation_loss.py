@@ -90,7 +90,7 @@ def test_knn_top1_is_between_chance_and_all_and_the_log_line_has_both(one_rank):
     assert f"val loss {row['val/loss']:.4f}  k-NN top-1 {row['val/knn_top1']:.2f} %" in printed
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_measuring_changes_no_loss_of_the_training(stage, tmp_path, digits, mae_scale):
     found = []
     for name, more in (("measured", ["tracking.evaluate_every_epochs=1", "tracking.knn_images=200"]), ("not", [])):

@@ -231,6 +231,7 @@ def test_checkpointed_blocks_give_the_same_gradients_to_the_last_bit(policy):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_compiled_blocks_give_the_same_gradients_from_one_compilation():
     plain, compiled = Reconstruct(small_mae(), seed=4), Reconstruct(small_mae(), seed=4)

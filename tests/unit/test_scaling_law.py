@@ -37,6 +37,7 @@ def test_with_noise_a_published_fits_constants_lie_in_their_intervals_nine_times
     assert np.mean(inside) >= 0.9
 
 
+@pytest.mark.slow
 def test_intervals_and_the_band_of_a_new_run_hold_it_as_often_as_they_say_and_are_no_wider_than_needed():
     law, inside, new, widths = PowerLaw(0.3, 1.2, 0.4, 0), [], [], []
     x = np.geomspace(1, 300, 9)
