@@ -25,15 +25,14 @@ Overrides = Annotated[
         autocompletion=complete_override,
     ),
 ]
-RecipeName = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE",
-        help="A packaged recipe's name, or the path of a YAML file.",
-        show_default=False,
-        autocompletion=complete_recipe,
-    ),
-]
+_RECIPE = typer.Argument(
+    metavar="RECIPE",
+    help="A packaged recipe's name, or the path of a YAML file.",
+    show_default=False,
+    autocompletion=complete_recipe,
+)
+RecipeName = Annotated[str, _RECIPE]
+OptionalRecipeName = Annotated[str | None, _RECIPE]
 Out = Annotated[
     Path, typer.Option(metavar="DIR", help="Output folder; a run found there is resumed.", show_default=False)
 ]

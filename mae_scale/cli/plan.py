@@ -6,24 +6,15 @@ from typing import Annotated
 import typer
 
 from data_pipeline.errors import EXIT_FAILED, UsageError
-from mae_scale.cli.completion import complete_recipe
 from mae_scale.cli.json_file import Json, check_json, write_figures
-from mae_scale.cli.options import Overrides, Picture, check_folder_of, check_picture
+from mae_scale.cli.options import OptionalRecipeName, Overrides, Picture, check_folder_of, check_picture
 
 plan_app = typer.Typer()
 
 
 @plan_app.command()
 def plan(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="RECIPE",
-            help="A packaged recipe's name, or the path of a YAML file.",
-            show_default=False,
-            autocompletion=complete_recipe,
-        ),
-    ] = None,
+    recipe: OptionalRecipeName = None,
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Number of nodes.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(metavar="N", min=1, help="GPUs per node, a rank each.")] = 8,
@@ -34,8 +25,9 @@ def plan(
         str, typer.Option(metavar="NAME", help="Link between nodes: infiniband-8x400, ethernet-100, ...")
     ] = "infiniband-8x400",
     images: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Number of training images; default: ImageNet-1K's.")
-    ] = 1_281_167,
+        int | None,
+        typer.Option(metavar="N", min=1, help="Number of training images; default: ImageNet-1K's.", show_default=False),
+    ] = None,
     calibrate: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON of measured rates.", show_default=False)
     ] = None,
@@ -55,9 +47,12 @@ def plan(
     Example: `mae-scale plan pretrain/vit_huge_1600ep --nodes 8 --gpus-per-node 8 --gpu h100`
     """
     from mae_scale.config.load import load_recipe
-    from mae_scale.tasks.plan import asked_of, make_plan
+    from mae_scale.tasks.plan import IMAGES, asked_of, make_plan
+    from mae_scale.tasks.plan_text import plan_lines
 
     if measure is not None:
+        if recipe is not None:
+            raise UsageError(f"--measure plans nothing, and found the recipe {recipe}; give one of them")
         _measure(measure)
         return
     if recipe is None:
@@ -72,11 +67,11 @@ def plan(
             gpus_per_node=gpus_per_node,
             gpu=gpu,
             link=link,
-            images=images,
+            images=images or IMAGES,
             calibration=calibrate,
         )
     )
-    typer.echo("\n".join(found.lines()))
+    typer.echo("\n".join(plan_lines(found)))
     write_figures(json, found.as_json())
     if out is not None:
         found.draw(out)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import UsageError
+from mae_scale.config.json_object import read_object
 from mae_scale.config.schema import Recipe
 from mae_scale.packaged import packaged
 
@@ -27,14 +27,5 @@ def read_template(recipe: Recipe) -> tuple[dict[str, Any], str]:
         name = "zero3_offload" if engine.offload else f"zero{engine.zero_stage}"
         return json.loads((packaged("ds_configs") / f"{name}.json").read_text()), name
     path = Path(engine.config)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"engine.config={path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UsageError(f"engine.config={path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UsageError(
-            f"engine.config={path} holds a {type(config).__name__}, expected an object of DeepSpeed's keys"
-        )
-    return config, f"engine.config={path}"
+    source = f"engine.config={path}"
+    return read_object(path, source), source

@@ -8,7 +8,6 @@ assumptions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from mae_scale.planning.workload import Stack, Workload
@@ -82,10 +81,11 @@ def memory_of(work: Workload, setting: Setting) -> Memory:
     gathered, gradients = _weights(work, setting), _gradients(work, setting)
     kept, temporary = activations_of(work, setting)
     live, last = first_block_of(work, setting)
-    if gradients + live + last > kept + temporary:
+    early = 0.0 if _released(setting) else gradients
+    if gradients + live + last > early + kept + temporary:
         kept, temporary = live, last
     else:
-        gradients = 0 if _released(setting) else gradients
+        gradients = early
     more = COMMUNICATION if setting.ranks > 1 else 0
     image = 3 * work.image_size**2 * 4
     return Memory(
@@ -123,7 +123,7 @@ def activations_of(work: Workload, setting: Setting) -> tuple[float, float]:
     """Return the bytes of what the forward pass keeps for the backward pass, and of the largest temporary then."""
     kept = _image_bytes(work) + 10 * work.predicted  # prediction in two precisions, and target
     live = 0.0
-    for stack, checkpointed in _with_checkpointing(work, setting):
+    for stack, checkpointed in checkpointed_blocks(work, setting):
         block = _block_bytes(stack, setting)
         if not stack.trained:
             live = max(live, block)
@@ -143,7 +143,7 @@ def first_block_of(work: Workload, setting: Setting) -> tuple[float, float]:
     return setting.micro_batch * (_image_bytes(work) + block), setting.micro_batch * 3 * values
 
 
-def _with_checkpointing(work: Workload, setting: Setting) -> list[tuple[Stack, float]]:
+def checkpointed_blocks(work: Workload, setting: Setting) -> list[tuple[Stack, float]]:
     """Return each stack and the number of its trained blocks that are checkpointed."""
     policy = setting.checkpointing
     if policy == "none":
@@ -210,13 +210,11 @@ def _resting_gradients(work: Workload, setting: Setting) -> float:
 def _gradients(work: Workload, setting: Setting) -> float:
     """Return the bytes of the gradient of a step."""
     total = sum(_padded(n, setting) for n in work.groups)
-    by_stage: dict[int, Callable[[], float]] = {
-        0: lambda: setting.value_bytes * total,
-        1: lambda: 4 * total,
-        2: lambda: 4 * total / setting.ranks,
-        3: lambda: 0 if setting.offload else 4 * total / setting.ranks,
-    }
-    return by_stage[setting.zero_stage]()
+    if setting.zero_stage == 0:
+        return setting.value_bytes * total
+    if setting.zero_stage == 1:
+        return 4 * total
+    return 0 if setting.offload else 4 * total / setting.ranks
 
 
 def _released(setting: Setting) -> bool:

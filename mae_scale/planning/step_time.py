@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, fields
 
 from mae_scale.planning.collectives import Cluster, all_gather_s, all_reduce_s
-from mae_scale.planning.memory import BUCKET, LIVE, Setting
+from mae_scale.planning.memory import BUCKET, LIVE, Setting, checkpointed_blocks
 from mae_scale.planning.rates import Rates
-from mae_scale.planning.workload import Stack, Workload
+from mae_scale.planning.workload import Workload
 
 FORWARD_VALUES, BACKWARD_VALUES = 17, 33
 """Values per token and channel that a compiled block reads and writes outside of products and attention.
@@ -58,38 +58,29 @@ def step_time(work: Workload, setting: Setting, cluster: Cluster, rates: Rates) 
     )
 
 
-def recomputed_blocks(stack: Stack, setting: Setting) -> float:
-    """Return how many of a stack's trained blocks are computed twice."""
-    policy = setting.checkpointing
-    if policy == "none":
-        return 0
-    return stack.trained if isinstance(policy, str) else math.ceil(stack.trained / policy)
-
-
 def _products(work: Workload, setting: Setting, rates: Rates) -> float:
     """Return the seconds of a micro-batch's matrix products: forward, recomputed, and two per product backward."""
     seconds = 0.0
     for m, k, n, trained in work.other_products:
         seconds += (3 if trained else 1) * rates.product_s(setting.micro_batch * m, k, n)
-    for stack in work.stacks:
-        times = stack.depth + recomputed_blocks(stack, setting) + 2 * stack.trained
+    for stack, again in checkpointed_blocks(work, setting):
+        times = stack.depth + again + 2 * stack.trained
         seconds += times * sum(rates.product_s(setting.micro_batch * m, k, n) for m, k, n in stack.products)
     return seconds
 
 
 def _attention(work: Workload, setting: Setting, rates: Rates) -> float:
     seconds = 0.0
-    for stack in work.stacks:
-        times = stack.depth + recomputed_blocks(stack, setting) + ATTENTION_BACKWARD * stack.trained
+    for stack, again in checkpointed_blocks(work, setting):
+        times = stack.depth + again + ATTENTION_BACKWARD * stack.trained
         seconds += rates.attention_s(setting.micro_batch * times * stack.attention_flops, stack.tokens)
     return seconds
 
 
 def _elementwise(work: Workload, setting: Setting, rates: Rates) -> float:
     size = 0.0
-    for stack in work.stacks:
-        forward = stack.depth + recomputed_blocks(stack, setting)
-        values = FORWARD_VALUES * forward + BACKWARD_VALUES * stack.trained
+    for stack, again in checkpointed_blocks(work, setting):
+        values = FORWARD_VALUES * (stack.depth + again) + BACKWARD_VALUES * stack.trained
         size += setting.micro_batch * values * stack.tokens * stack.width * setting.value_bytes
     return (1 if setting.compiled else UNCOMPILED) * size / rates.elementwise_bytes_per_s
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UsageError
+from mae_scale.config.json_object import read_object
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.deepspeed_templates import zero_stage_of
 from mae_scale.engines.policy import compiles, layout_of, precision_of, refuse_wrong_combinations
@@ -51,7 +50,6 @@ class Asked:
     gpu: Gpu
     link: Link
     images: int = IMAGES
-    classes: int = CLASSES
     calibration: Path | None = None
 
 
@@ -96,10 +94,6 @@ class Plan:
             shortest_s=size / STORAGE_BYTES_PER_S,
             longest_s=self.steps * shown.time.total,
         )
-
-    def lines(self) -> list[str]:
-        """Return the plan as text."""
-        return _lines(self)
 
     def draw(self, path: Path) -> None:
         """Write a PNG of weak and strong scaling."""
@@ -169,8 +163,9 @@ def make_plan(asked: Asked) -> Plan:
     precision = precision_of(recipe, True)
     rates = rates_of(asked.gpu, asked.link, link_named(asked.gpu.link), precision)
     if asked.calibration is not None:
-        rates = calibrated(rates, _measured(asked.calibration), str(asked.calibration))
-    work = task_of(recipe, Path()).workload(asked.classes)
+        source = f"--calibrate {asked.calibration}"
+        rates = calibrated(rates, read_object(asked.calibration, source), source)
+    work = task_of(recipe, Path()).workload(CLASSES)
     stage = zero_stage_of(recipe)
     setting = Setting(
         ranks=cluster.ranks,
@@ -219,7 +214,7 @@ def _images(asked: Asked) -> float:
     """Return the number of training images that the recipe takes."""
     data = asked.recipe.data
     if data.labels_per_class is not None:
-        return min(asked.images, data.labels_per_class * asked.classes)
+        return min(asked.images, data.labels_per_class * CLASSES)
     return asked.images * (data.fraction or 1)
 
 
@@ -243,142 +238,3 @@ def _larger(work: Workload, tried: list[Candidate], asked: Asked, rates: Rates) 
             break
     found.append("a smaller model (model.width, model.depth), or smaller images (model.image_size)")
     return found
-
-
-def _measured(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--calibrate {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UsageError(f"--calibrate {path} is not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"--calibrate {path} holds a {type(found).__name__}, expected an object")
-    return found
-
-
-def overrides_of(one: Candidate) -> str:
-    """Return a setting as overrides of a recipe."""
-    setting = one.setting
-    said = f"engine.zero_stage={setting.zero_stage} engine.micro_batch={setting.micro_batch}"
-    said += f" engine.activation_checkpointing={setting.checkpointing}"
-    return said + (" engine.offload=true" if setting.offload else "")
-
-
-def _lines(plan: Plan) -> list[str]:
-    asked, one, best = plan.asked, plan.as_is, plan.best
-    cluster, gpu = asked.cluster, asked.gpu
-    between = f", {asked.link.name} between nodes" if cluster.nodes > 1 else ""
-    lines = [
-        f"{asked.name} on {cluster.nodes} x {cluster.gpus_per_node} {gpu.name} "
-        f"({gpu.memory_gb:g} GB, {gpu.link}{between})",
-        "",
-        f"as it stands  {_said(one)}: {_fit(one, gpu)}",
-        f"              {_time(plan, one)}",
-    ]
-    if best is None:
-        lines += ["nothing fits; what would have to change, in order of cost:", *(f"  {line}" for line in plan.larger)]
-    else:
-        same = overrides_of(best) == overrides_of(one)
-        lines += [f"recommended   {'the same' if same else overrides_of(best)}"]
-        if not same:
-            lines += [f"              {_fit(best, gpu)}; {_why(plan, best)}", f"              {_time(plan, best)}"]
-    shown = best or one
-    lines += ["", "memory per GPU, GiB   " + _parts(asdict(shown.memory), GIB, "{:.1f}", shown.memory.total)]
-    lines += ["time of a step, ms    " + _parts(asdict(shown.time), 1e-3, "{:.1f}", shown.time.total)]
-    rate = shown.images_per_second
-    lines += [
-        f"data                  {rate:,.0f} files/s, {rate * IMAGE_BYTES / 1e6:,.0f} MB/s of JPEG over all nodes",
-        f"checkpoint            {SAVED_BYTES * plan.work.trained / 1e9:.1f} GB, "
-        f"{SAVED_BYTES * plan.work.trained / 1e9 / cluster.ranks:.2f} GB per GPU",
-        _failures(plan),
-        "",
-        *_table(
-            ["ZeRO", "checkpointing", "largest micro-batch", "GiB", "images/s", ""],
-            [
-                [
-                    f"{c.setting.zero_stage}{' offload' * c.setting.offload}",
-                    str(c.setting.checkpointing),
-                    str(c.setting.micro_batch),
-                    f"{c.memory.total / GIB:.1f}",
-                    f"{c.images_per_second:,.0f}",
-                    "" if c.fits else "does not fit",
-                ]
-                for c in plan.choices
-            ],
-        ),
-        "",
-        *_scaling_table(plan),
-        "",
-    ]
-    measured = ", ".join(sorted(plan.rates.measured)) or "nothing"
-    lines.append(f"measured: {measured}; all other rates are of data sheets, with assumed shares (docs/planning.md)")
-    return lines
-
-
-def _failures(plan: Plan) -> str:
-    found, shown = plan.failures, plan.best or plan.as_is
-    steps = max(1, round(found.interval_s / shown.time.total))
-    return (
-        f"failures              one per {found.mtbf_s / 3600:,.0f} h; checkpoint.every_steps={steps} "
-        f"({found.interval_s / 60:,.1f} min) loses least, {found.lost:.2%} of the time"
-    )
-
-
-def _said(one: Candidate) -> str:
-    setting = one.setting
-    times = f" x {setting.accumulation}" if setting.accumulation > 1 else ""
-    return (
-        f"ZeRO {setting.zero_stage}{', offload' * setting.offload}, {setting.precision}, "
-        f"micro-batch {setting.micro_batch}{times}, checkpointing {setting.checkpointing}"
-    )
-
-
-def _fit(one: Candidate, gpu: Gpu) -> str:
-    verdict = "fits" if one.fits else "does not fit"
-    return f"{verdict}, {one.memory.total / GIB:.1f} of {gpu.memory_gb * 1e9 / GIB:.1f} GiB"
-
-
-def _time(plan: Plan, one: Candidate) -> str:
-    gpu_hours = plan.gpu_hours(one)
-    return (
-        f"{1000 * one.time.total:,.1f} ms per step, {one.images_per_second:,.0f} images/s; {plan.hours(one):,.1f} h, "
-        f"{gpu_hours:,.0f} GPU hours, {gpu_hours * plan.rates.power_w / 1000:,.0f} kWh at full power"
-    )
-
-
-def _why(plan: Plan, best: Candidate) -> str:
-    if not plan.as_is.fits:
-        return "the fastest that fits"
-    gain = plan.as_is.time.total / best.time.total - 1
-    return f"{gain:.0%} faster" if gain > 0.005 else "as fast, and simpler"
-
-
-def _parts(parts: dict[str, float], unit: float, shape: str, total: float) -> str:
-    said = [f"{name} {shape.format(value / unit)}" for name, value in parts.items() if value > 0]
-    return f"{shape.format(total / unit)}: {', '.join(said)}"
-
-
-def _scaling_table(plan: Plan) -> list[str]:
-    strong = {scale.ranks: scale for scale in plan.strong}
-    rows = []
-    for scale in plan.weak:
-        other = strong.get(scale.ranks)
-        rows.append(
-            [
-                f"{scale.ranks:,}",
-                f"{scale.images_per_second:,.0f}",
-                f"{scale.efficiency:.0%}",
-                f"{other.images_per_second:,.0f}" if other else "",
-                f"{other.efficiency:.0%}" if other else "",
-            ]
-        )
-    batch = plan.asked.recipe.data.global_batch
-    return _table(["GPUs", "weak: images/s", "efficiency", f"strong ({batch:,} images): images/s", "efficiency"], rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    return [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
-    ]

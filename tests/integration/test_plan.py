@@ -57,6 +57,7 @@ def test_a_file_of_measured_rates_is_taken_and_named(call, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
+        (["--measure", "rates.json"], 2, "--measure plans nothing, and found the recipe pretrain/vit_large_800ep"),
         (["--gpu", "h1000"], 2, "GPU h1000 is not known; did you mean h100?"),
         (["--link", "infini"], 2, "link infini is not known; did you mean infiniband-"),
         (["--gpu", "v100"], 2, "v100 has no units for bf16; use engine.precision=fp16, or another GPU"),

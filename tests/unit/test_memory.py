@@ -1,6 +1,7 @@
 """The formulas of memory beside torch's MemTracker, and the recipes' headers beside the formulas."""
 
 import itertools
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from mae_scale.config.schema import Recipe
 from mae_scale.engines.activation_checkpointing import checkpoint_activations
 from mae_scale.engines.policy import layout_of, precision_of
 from mae_scale.models.build import build_classifier_of, build_model
-from mae_scale.planning.memory import Setting, activations_of, memory_of, states_of
+from mae_scale.packaged import packaged
+from mae_scale.planning.memory import BUCKET, LIVE, PERSISTENT, Setting, activations_of, memory_of, states_of
 from mae_scale.tasks.registry import task_of
 from tests.unit.test_recipe import command_of, header, ranks_of
 
@@ -85,6 +87,24 @@ def test_states_are_shared_out():
     assert of(16, 1) == pytest.approx(6 + 12 / 16, rel=5e-3)
     assert of(16, 2) == pytest.approx(2 + 12 / 16, rel=5e-3)
     assert of(16, 3) == pytest.approx(18 / 16, rel=0.01)
+
+
+def test_gradients_that_stay_are_there_at_both_moments():
+    work = task_of(load_recipe("pretrain/vit_huge_800ep"), Path()).workload(1000)
+    for micro_batch in (1, 4, 16, 64, 256):
+        setting = Setting(64, 1, "bf16", micro_batch)
+        memory = memory_of(work, setting)
+        assert memory.gradients == pytest.approx(4 * work.trained, rel=1e-3)
+        assert memory.activations + memory.temporary == sum(activations_of(work, setting))
+
+
+def test_buckets_and_limits_are_those_of_the_packaged_files():
+    zero2, zero3 = (
+        json.loads((packaged("ds_configs") / f"zero{stage}.json").read_text())["zero_optimization"] for stage in (2, 3)
+    )
+    assert zero2["reduce_bucket_size"] == zero3["reduce_bucket_size"] == BUCKET
+    assert zero3["stage3_param_persistence_threshold"] == PERSISTENT
+    assert zero3["stage3_max_live_parameters"] == LIVE
 
 
 def test_zero_3_gathers_a_model_of_less_than_a_billion_parameters_whole():

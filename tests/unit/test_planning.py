@@ -16,7 +16,8 @@ from mae_scale.planning.memory import Setting
 from mae_scale.planning.rates import Rates, calibrated, rates_of
 from mae_scale.planning.search import scaling
 from mae_scale.planning.step_time import step_time
-from mae_scale.tasks.plan import asked_of, make_plan, overrides_of
+from mae_scale.tasks.plan import asked_of, make_plan
+from mae_scale.tasks.plan_text import overrides_of
 from mae_scale.tasks.registry import task_of
 
 
