@@ -37,7 +37,8 @@ test: setup
 	$(PYTEST) -m "not slow and alone" --numprocesses=0
 
 test-slow: setup
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not alone"
+	$(PYTEST) -m "slow and alone" --numprocesses=0
 
 test-all: test test-slow test-browser test-cluster
 	$(MAKE) torture N=12
