@@ -7,12 +7,23 @@ import typer
 
 from data_pipeline.errors import EXIT_FAILED, UsageError
 from mae_scale.cli.json_file import Json, check_json, write_figures
-from mae_scale.cli.options import OptionalRecipeName, Overrides, Picture, check_folder_of, check_picture
+from mae_scale.cli.options import (
+    Nproc,
+    OptionalRecipeName,
+    Overrides,
+    Picture,
+    can_be_stopped,
+    check_folder_of,
+    check_picture,
+)
+from mae_scale.cli.relaunch import relaunch, starts_ranks
+from mae_scale.planning.hardware import DEFAULT_LINK
 
 plan_app = typer.Typer()
 
 
 @plan_app.command()
+@can_be_stopped
 def plan(
     recipe: OptionalRecipeName = None,
     overrides: Overrides = None,
@@ -23,7 +34,7 @@ def plan(
     ] = "h100",
     link: Annotated[
         str, typer.Option(metavar="NAME", help="Link between nodes: infiniband-8x400, ethernet-100, ...")
-    ] = "infiniband-8x400",
+    ] = DEFAULT_LINK,
     images: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Number of training images; default: ImageNet-1K's.", show_default=False),
@@ -37,6 +48,7 @@ def plan(
             metavar="FILE", help="Measure this machine's rates into FILE instead of planning.", show_default=False
         ),
     ] = None,
+    nproc: Nproc = 1,
     out: Picture = None,
     json: Json = None,
 ) -> None:
@@ -44,7 +56,8 @@ def plan(
 
     Nothing is trained and no GPU is needed. Exit code 1 when no setting fits.
 
-    Example: `mae-scale plan pretrain/vit_huge_1600ep --nodes 8 --gpus-per-node 8 --gpu h100`
+    Example: `mae-scale plan pretrain/vit_huge_1600ep --nodes 8 --gpus-per-node 8 --gpu h100`; `mae-scale plan
+    --measure rates.json --nproc 8` also measures the links between ranks, as srun does over nodes
     """
     from mae_scale.config.load import load_recipe
     from mae_scale.tasks.plan import IMAGES, asked_of, make_plan
@@ -53,7 +66,7 @@ def plan(
     if measure is not None:
         if recipe is not None:
             raise UsageError(f"--measure plans nothing, and found the recipe {recipe}; give one of them")
-        _measure(measure)
+        _measure(measure, nproc)
         return
     if recipe is None:
         raise UsageError("no recipe given; expected one such as pretrain/vit_huge_1600ep, or --measure FILE")
@@ -80,14 +93,18 @@ def plan(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _measure(path: Path) -> None:
-    """Measure this machine's rates: of its first GPU in bf16, else of its CPU in float32."""
-    import torch
-
-    from mae_scale.planning.measure import measure
-
+def _measure(path: Path, nproc: int) -> None:
+    """Measure the rates of this rank's GPU in bf16, else of its CPU in float32, and with several ranks their links."""
     check_folder_of("--measure", path)
-    gpu = torch.cuda.is_available()
-    found = measure(torch.device("cuda" if gpu else "cpu"), "bf16" if gpu else "fp32")
-    write_figures(path, found)
-    typer.echo(f"{found['device']}, {found['precision']}: {path}")
+    if starts_ranks(nproc):
+        if code := relaunch(nproc):
+            raise typer.Exit(code)
+        return
+    from mae_scale.distributed.ranks import ranks_from_environment
+    from mae_scale.planning.measure import measure_machine
+
+    ranks = ranks_from_environment()
+    found = measure_machine(ranks)
+    if ranks.is_first:
+        write_figures(path, found)
+        typer.echo(f"{found['device']}, {found['precision']}, {ranks.world_size} rank(s): {path}")

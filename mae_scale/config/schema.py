@@ -199,6 +199,10 @@ class TrackingSection(Section):
     registered_model: str | None = Field(
         None, description="name of the classifier in MLflow's model registry; null: logged to the run only"
     )
+    rates: Path | None = Field(
+        None,
+        description="rates measured by `mae-scale plan --measure`, to plan each start by; null: the GPU's data sheet",
+    )
     log_every_steps: int = Field(20, gt=0, description="interval of log lines and metrics")
     evaluate_every_epochs: int = Field(
         1, gt=0, description="interval of evaluation on data.val_root; also at the end of the schedule"

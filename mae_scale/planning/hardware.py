@@ -13,6 +13,8 @@ import yaml
 from data_pipeline.errors import UsageError
 
 DATA = Path(__file__).with_name("hardware.yaml")
+DEFAULT_LINK = "infiniband-8x400"
+"""Between nodes, where nothing else is said."""
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from mae_scale.distributed.collectives import process_group
+from mae_scale.distributed.ranks import Ranks
 from mae_scale.planning.step_time import ADAM_BYTES, ATTENTION_BACKWARD, BACKWARD_VALUES, FORWARD_VALUES, UNCOMPILED
 
 WIDTHS = (64, 128, 256, 512, 1024, 1280)
 TOKENS = (17, 50, 65, 197, 257, 1025)
 HEAD_DIM = 64
+MEETING_S = 120.0
+"""Timeout of collectives between the ranks that measure."""
 SECONDS = {"cpu": 0.3, "cuda": 0.2}
 """Time that one rate is measured for, at least."""
 ROWS = {"cpu": 2048, "cuda": 65536}
+ALL_REDUCES = 10
+REDUCED = {"cpu": 2**23, "cuda": 200_000_000}
+"""Values of an all-reduce: on a GPU a bucket of gradients."""
 VALUES = {"cpu": 2**22, "cuda": 2**27}
 """Values that a memory-bound measurement goes over: more than caches hold."""
+
+
+def measure_machine(ranks: Ranks) -> dict[str, Any]:
+    """Return the rates of this rank's GPU in bf16, else of its CPU in float32, and with several ranks of their links.
+
+    All ranks call it, and measure at the same time.
+    """
+    with process_group(ranks, MEETING_S) if ranks.world_size > 1 else nullcontext(_first_device()) as device:
+        found = measure(device, "bf16" if device.type == "cuda" else "fp32")
+        if ranks.world_size > 1:
+            torch.distributed.barrier()
+            found |= measure_links(device, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)))
+    return found
+
+
+def _first_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def measure(device: torch.device, precision: str) -> dict[str, Any]:
@@ -42,6 +68,38 @@ def measure(device: torch.device, precision: str) -> dict[str, Any]:
         "elementwise_gb_s": UNCOMPILED * _elementwise(device, dtype) / 1e9,
         "optimizer_gb_s": _optimizer(device) / 1e9,
     }
+
+
+def measure_links(device: torch.device, ranks_per_node: int) -> dict[str, float]:
+    """Return the rates of all-reduces within a node and between nodes, where there are several ranks or nodes.
+
+    In 10^9 bytes/s, counted as planning does: a ring's bytes over the time. All ranks of the process group call it.
+    """
+    found, world_size = {}, torch.distributed.get_world_size()
+    nodes = world_size // ranks_per_node
+    if ranks_per_node > 1:
+        node, _ = torch.distributed.new_subgroups(group_size=ranks_per_node)
+        found["node_link_gb_s"] = _all_reduce(device, node) / 1e9
+    if nodes > 1:
+        found["link_gb_s"] = _all_reduce(device, torch.distributed.group.WORLD) / 1e9
+    return found
+
+
+def _all_reduce(device: torch.device, group: torch.distributed.ProcessGroup | None) -> float:
+    """Return bytes/s that a ring over the group's n ranks sends in one direction: 2 S (n - 1) / n over the time."""
+    n = torch.distributed.get_world_size(group)
+    values = torch.ones(REDUCED[device.type], device=device, dtype=torch.bfloat16 if device.type == "cuda" else None)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times: list[float] = []
+    for _ in range(2 + ALL_REDUCES):
+        torch.distributed.barrier(group)
+        wait()
+        began = time.perf_counter()
+        torch.distributed.all_reduce(values, group=group)
+        wait()
+        times.append(time.perf_counter() - began)
+    size = values.numel() * values.element_size()
+    return 2 * size * (n - 1) / n / statistics.median(times[2:])
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

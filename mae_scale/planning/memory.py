@@ -71,6 +71,11 @@ class Memory:
         """Bytes of all parts."""
         return sum(getattr(self, field.name) for field in fields(self))
 
+    @property
+    def allocated(self) -> float:
+        """Bytes of what torch allocates: without the decoder's, the context's, and what the allocator holds unused."""
+        return self.total - self.data - self.overhead
+
 
 def memory_of(work: Workload, setting: Setting) -> Memory:
     """Return the memory of a step at its peak.

@@ -110,6 +110,8 @@ MEASURED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "link_gb_s": ("link_bytes_per_s", _rate(1e9)),
 }
 """What a file of measured rates may have, and the rate it sets. The first two: a number, or numbers by size."""
+COMPUTING = ("product_tflops", "attention_tflops", "elementwise_gb_s", "optimizer_gb_s")
+"""Of these, what a device does by itself."""
 
 
 def rates_of(gpu: Gpu, link: Link, node_link: Link, precision: str) -> Rates:
@@ -135,11 +137,11 @@ def rates_of(gpu: Gpu, link: Link, node_link: Link, precision: str) -> Rates:
     )
 
 
-def calibrated(rates: Rates, measured: dict[str, Any], source: str) -> Rates:
-    """Return the rates with those that were measured (MEASURED) in place.
+def measured_rates(measured: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return the fields of Rates that a file has measured.
 
-    Raises UsageError for values that are not positive numbers, or where the file has none of them. On a CPU, which a
-    file says by "device_type": "cpu", products have no waves of tiles.
+    Raises UsageError for values that are not positive numbers, or where the file has none of MEASURED. On a CPU, which
+    a file says by "device_type": "cpu", products have no waves of tiles.
     """
     changed: dict[str, Any] = {}
     found = [kind for kind in MEASURED if kind in measured]
@@ -153,4 +155,23 @@ def calibrated(rates: Rates, measured: dict[str, Any], source: str) -> Rates:
         raise UsageError(f"{source} has none of {', '.join(MEASURED)}; make one with mae-scale plan --measure FILE")
     if measured.get("device_type") == "cpu":
         changed["processors"] = 0
-    return replace(rates, measured=rates.measured | set(found), **changed)
+    return {**changed, "measured": frozenset(found)}
+
+
+def calibrated(rates: Rates, measured: dict[str, Any], source: str) -> Rates:
+    """Return the rates with those that were measured in place. Raises UsageError as `measured_rates` does."""
+    return replace(rates, **measured_rates(measured, source))
+
+
+def cpu_rates(measured: dict[str, Any], source: str) -> Rates:
+    """Return the rates of a CPU, of which nothing is assumed; what links do is left out where it was not measured.
+
+    Raises UsageError for a file that lacks a rate of computing, or is of a GPU.
+    """
+    found = measured_rates(measured, source)
+    lacks = [kind for kind in COMPUTING if kind not in measured]
+    if lacks or found.get("processors") != 0:
+        what = f"lacks {', '.join(lacks)}" if lacks else f"is of {measured.get('device', 'a GPU')}"
+        raise UsageError(f"{source} {what}; this is a CPU: make one here with mae-scale plan --measure FILE")
+    links = {name: math.inf for name in ("node_link_bytes_per_s", "link_bytes_per_s", "host_bytes_per_s")}
+    return Rates(**{**links, "node_link_latency_s": 0.0, "link_latency_s": 0.0, "power_w": 0.0, **found})

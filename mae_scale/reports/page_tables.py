@@ -55,6 +55,8 @@ def runs_table(runs: Sequence[PageRun]) -> str:
         "epochs": _epochs,
         "state": _state,
         **{title: _value_column(name, form) for name, (title, form) in VALUES.items()},
+        "ms/step (planned)": lambda run: _beside_plan(run, "perf/step_time_s", "plan/step_time_s", 1000),
+        "GiB (planned)": lambda run: _beside_plan(run, "memory/peak_gib", "plan/memory_gib", 1),
         "duration": lambda run: ("" if run.duration_s is None else duration(run.duration_s), run.duration_s),
     }
     cells = {title: [cell(run) for run in runs] for title, cell in columns.items()}
@@ -70,6 +72,11 @@ def runs_table(runs: Sequence[PageRun]) -> str:
 
 def _value_column(name: str, form: str) -> Callable[[PageRun], Cell]:
     return lambda run: _number(run.values.get(name), form)
+
+
+def _beside_plan(run: PageRun, name: str, planned: str, unit: float) -> Cell:
+    took, plan = run.values.get(name), run.values.get(planned)
+    return ("", None) if took is None or plan is None else (f"{unit * took:,.1f} ({unit * plan:,.1f})", took)
 
 
 def _number(value: float | None, form: str) -> Cell:

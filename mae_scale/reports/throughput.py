@@ -27,6 +27,8 @@ class Rate:
     communication_s: float | None
     data_wait_s: float
     checkpoint_s: float | None
+    planned: float | None
+    """Images per second as planned."""
 
 
 def throughput_figure(rates: Sequence[Rate], path: Path, *, title: str, note: str = "") -> None:
@@ -67,6 +69,9 @@ def _draw_rates(axes: Any, rates: Sequence[Rate]) -> None:
     ]
     medians = [rate.images_per_second for rate in rates]
     axes.errorbar(ranks, medians, yerr=spread, color=BLUE, marker="o", markersize=4, capsize=3, label="measured")
+    planned = [(rate.ranks, rate.planned) for rate in rates if rate.planned is not None]
+    if planned:
+        axes.plot(*zip(*planned, strict=True), color=ORANGE, linestyle=":", marker="s", markersize=4, label="planned")
     axes.set_yscale("log", base=10)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

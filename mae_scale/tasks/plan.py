@@ -9,8 +9,7 @@ from typing import Any
 from data_pipeline.errors import UsageError
 from mae_scale.config.json_object import read_object
 from mae_scale.config.schema import Recipe
-from mae_scale.engines.deepspeed_templates import zero_stage_of
-from mae_scale.engines.policy import compiles, layout_of, precision_of, refuse_wrong_combinations
+from mae_scale.engines.policy import layout_of, refuse_wrong_combinations
 from mae_scale.planning.collectives import Cluster
 from mae_scale.planning.failures import SAVE_S, STORAGE_BYTES_PER_S, Failures, failures_of
 from mae_scale.planning.hardware import Gpu, Link, gpu_named, gpus, link_named
@@ -29,6 +28,7 @@ from mae_scale.planning.search import (
 from mae_scale.planning.workload import Workload
 from mae_scale.reports.plan import plan_figure
 from mae_scale.tasks.registry import task_of
+from mae_scale.training.planned import setting_of
 
 GIB = 2**30
 IMAGES, CLASSES = 1_281_167, 1000
@@ -160,24 +160,12 @@ def make_plan(asked: Asked) -> Plan:
         )
     refuse_wrong_combinations(recipe, gpu=True)
     layout = layout_of(recipe, cluster.ranks)
-    precision = precision_of(recipe, True)
-    rates = rates_of(asked.gpu, asked.link, link_named(asked.gpu.link), precision)
+    setting = setting_of(recipe, layout, gpu=True, decodes=recipe.data.device != "cpu")
+    rates = rates_of(asked.gpu, asked.link, link_named(asked.gpu.link), setting.precision)
     if asked.calibration is not None:
         source = f"--calibrate {asked.calibration}"
         rates = calibrated(rates, read_object(asked.calibration, source), source)
     work = task_of(recipe, Path()).workload(CLASSES)
-    stage = zero_stage_of(recipe)
-    setting = Setting(
-        ranks=cluster.ranks,
-        zero_stage=stage,
-        precision=precision,
-        micro_batch=layout.micro_batch,
-        accumulation=layout.accumulation,
-        checkpointing=recipe.engine.activation_checkpointing,
-        offload=recipe.engine.offload,
-        compiled=compiles(recipe, stage, True),
-        decodes=recipe.data.device != "cpu",
-    )
     capacity = 1e9 * asked.gpu.memory_gb
     found = all_candidates(work, setting, cluster, rates, capacity, _choices(recipe, setting))
     best = recommended(found)

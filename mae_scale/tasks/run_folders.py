@@ -29,6 +29,7 @@ from mae_scale.tasks.scaling_points import THEN
 from mae_scale.tracking.metrics_log import parse_rows
 from mae_scale.training.event_log import CLOSING
 from mae_scale.training.inputs import RECIPE
+from mae_scale.training.planned import MEASURED, TAKEN, over_plan
 from mae_scale.training.run_lock import seems_held
 
 NOT_RUNS = ("mlartifacts", "mlruns", "checkpoints", "export", "figures", THEN)
@@ -168,8 +169,8 @@ def curves_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
 
 
 def last_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the values to compare runs by: the mean training loss of the last epoch begun, the median rate, else the
-    last value.
+    """Return the values to compare runs by: the mean training loss of the last epoch begun, the median rate, what the
+    newest start was planned to take and has taken, else the last value.
     """
     values: dict[str, float] = {}
     for row in rows:
@@ -183,6 +184,9 @@ def last_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         values["train/loss"] = statistics.fmean(losses)
     if rates:
         values["perf/images_per_second"] = statistics.median(rates)
+    whole = [row for row in rows if all(_is_number(row.get(name)) for name in MEASURED)]
+    for planned, (plan, took) in over_plan(whole).items():
+        values |= {planned: plan, TAKEN[planned]: took}
     return values
 
 

@@ -49,6 +49,7 @@ def lines(points: list[ThroughputPoint]) -> list[str]:
     width = max(len(point.name) for point in points)
     said = [
         f"{'':{width}}  {'ranks':>5}  {'images/s':>9}  {'quartiles':>19}  {'efficiency':>10}  {'ms/step':>9}  "
+        f"{'planned':>9}  "
         f"{'compute':>10}  {'communication':>13}  {'waiting':>9}  {'checkpoint':>10}"
     ]
     for point in points:
@@ -60,7 +61,8 @@ def lines(points: list[ThroughputPoint]) -> list[str]:
         compute = f"{_ms(part.rest_s)}*" if part.compute_s is None else f"{_ms(part.compute_s)} "
         said.append(
             f"{point.name:{width}}  {ranks:>5}  {found.images_per_second:9,.1f}  {low:9,.1f} {high:9,.1f}  "
-            f"{efficiency[point.name]:10.1%}  {_ms(found.step_time_s):>9}  {compute:>10}  "
+            f"{efficiency[point.name]:10.1%}  {_ms(found.step_time_s):>9}  "
+            f"{_ms(found.planned_step_time_s):>9}  {compute:>10}  "
             f"{_ms(part.communication_s):>13}  {_ms(part.data_wait_s):>9}  {_ms(part.checkpoint_s):>10}"
             + ("" if point.state == "done" else f"  {point.state}")
         )
@@ -99,6 +101,7 @@ def draw(points: list[ThroughputPoint], path: Path, *, title: str) -> None:
             communication_s=parts[point.name].communication_s,
             data_wait_s=found.data_wait_s,
             checkpoint_s=found.checkpoint_s,
+            planned=found.planned_step_time_s and found.global_batch / found.planned_step_time_s,
         )
         for point in points
         if (found := point.measured) is not None

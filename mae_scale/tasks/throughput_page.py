@@ -18,6 +18,7 @@ COLUMNS = {
     "images_per_second": "images per second",
     "efficiency": "efficiency",
     "step_time_s": "step (s)",
+    "planned_step_time_s": "planned step (s)",
     "compute_s": "compute (s)",
     "communication_s": "communication (s)",
     "data_wait_s": "waiting for images (s)",

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ import numpy as np
 from data_pipeline.errors import UsageError
 from mae_scale.config.load import load_recipe
 from mae_scale.config.schema import differing_keys
-from mae_scale.tracking.metrics_log import parse_rows, read_metrics
+from mae_scale.tracking.metrics_log import after_warm_up, parse_rows, read_metrics
+from mae_scale.training.planned import STEP_TIME
 
-WARM_UP_SHARE = 0.2
-"""Share of a point's steps, the first ones, that is left out."""
 NAME = re.compile(r"(?:ranks|nodes)_(\d+)")
 """Name of a point's folder, with its number of ranks or nodes."""
 ACTIVE = ("queued", "running")
@@ -41,6 +39,8 @@ class Measured:
     """cpu or cuda; None where the run did not write it."""
     checkpoint_s: float | None
     """Time that a save has held training, per step between two saves of the recipe; None before the point's end."""
+    planned_step_time_s: float | None
+    """What its start was planned to take; None where it was not."""
 
     @property
     def global_batch(self) -> int:
@@ -130,8 +130,7 @@ def _point(folder: Path) -> ThroughputPoint:
 def _measured(folder: Path, events: list[dict[str, Any]]) -> Measured | None:
     """Return what a run has measured after its warm-up; None before that."""
     rows = read_metrics(folder / "metrics.jsonl")
-    last = rows[-1]["step"] if rows else 0
-    kept = [row for before, row in pairwise(rows) if before["step"] >= WARM_UP_SHARE * last]
+    kept = after_warm_up(rows)
     if not kept:
         return None
     low, median, high = np.quantile([row["perf/images_per_second"] for row in kept], (0.25, 0.5, 0.75)).tolist()
@@ -147,6 +146,7 @@ def _measured(folder: Path, events: list[dict[str, Any]]) -> Measured | None:
         micro_batch=_micro_batch(folder),
         device=next((row.get("device") for row in reversed(events) if row["event"] == "start"), None),
         checkpoint_s=_checkpoint_s(events),
+        planned_step_time_s=next((row[STEP_TIME] for row in reversed(rows) if STEP_TIME in row), None),
     )
 
 

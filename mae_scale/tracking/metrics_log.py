@@ -7,8 +7,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ logger = logging.getLogger(__name__)
 
 # JSON has no such numbers: they are written as text, and read_metrics makes them floats again.
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+WARM_UP_SHARE = 0.2
+"""Share of a start's steps, the first ones, that its rates are measured without."""
 
 
 def parse_rows(content: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
@@ -42,6 +47,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [row for _, row in parse_rows(path.read_bytes()) if row is not None]
+
+
+def after_warm_up(rows: Sequence[Mapping[str, Any]], start: int = 0) -> list[Mapping[str, Any]]:
+    """Return the rows after step `start` whose rates are of steps behind the first WARM_UP_SHARE of them."""
+    own = [row for row in rows if row["step"] > start]
+    warm = start + WARM_UP_SHARE * (own[-1]["step"] - start) if own else 0
+    return [row for before, row in pairwise(own) if before["step"] >= warm]
 
 
 class MetricsLog:

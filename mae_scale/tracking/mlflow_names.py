@@ -14,6 +14,8 @@ _PLAIN = {
     "perf/mfu": "mfu",
     "memory/peak_gib": "peak_memory_gib",
     "data/cache_hits": "cache_hits",
+    "plan/step_time_s": "planned_step_time_s",
+    "plan/memory_gib": "planned_memory_gib",
 }
 _IN_METRICS_LOG = {plain: name for name, plain in _PLAIN.items()}
 

@@ -33,6 +33,8 @@ class RunFacts:
     """Tags of the MLflow run; None is left out."""
     page: RunPage | None
     """On rank 0."""
+    planned: Mapping[str, float]
+    """Metrics for the first row of the start: what it is planned to take."""
 
 
 class Tracker:
@@ -51,6 +53,7 @@ class Tracker:
         """guard: called before a step is logged; it ends a process that may no longer write."""
         self._log: MetricsLog | None = None
         self._guard = guard
+        self._planned = facts.planned
         self.mlflow: MlflowTracker | None = None  # rank 0's, unless tracking is off
         self.console = NullConsole()
         if not speaks:
@@ -81,6 +84,7 @@ class Tracker:
         if self._guard is not None:
             self._guard()
         if self._log is not None:
+            metrics, self._planned = {**metrics, **self._planned}, {}
             self._log.append(step, epoch, metrics)
             self.console.update(step, metrics)
         if self.mlflow is not None:

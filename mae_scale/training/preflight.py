@@ -26,6 +26,7 @@ from mae_scale.training.inputs import (
     remove_leftovers,
     run_images,
 )
+from mae_scale.training.planned import check_rates
 from mae_scale.training.schedule import steps_of
 from mae_scale.training.task import Task
 
@@ -41,6 +42,7 @@ def check(task: Task[Any], world_size: int) -> None:
         deepspeed_config(recipe, layout, gpu=gpu)
     decoding_device(recipe.data.device)
     tracking_uri(recipe.tracking.uri, out)
+    check_rates(recipe, gpu=gpu)
     task.check(layout)
     training_augmentation(recipe)
     if out.exists() and not out.is_dir():

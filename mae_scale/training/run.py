@@ -38,6 +38,7 @@ from mae_scale.training.decoding import bad_image_policy, decoding_of
 from mae_scale.training.event_log import Events
 from mae_scale.training.inputs import IMAGES, RECIPE, is_prepared
 from mae_scale.training.loop import Loop, resume
+from mae_scale.training.planned import over_plan, over_plan_line, planned
 from mae_scale.training.preflight import prepare, training_augmentation
 from mae_scale.training.provenance import environment, settings_used, start_tags, versions
 from mae_scale.training.run_lock import hold
@@ -166,6 +167,7 @@ def _tracker(task: Task[Any], context: RunContext, start: int, output: Output, *
         used=settings_used(context.recipe, context.layout, context.device),
         tags=start_tags(context.facts, context.device, len(context.index.bad)) | {"mae_scale.task": task.kind},
         page=run_page(task, context) if context.ranks.is_first else None,
+        planned=planned(task, context) if context.ranks.is_first else {},
     )
     return Tracker(context.recipe, context.out, facts, speaks=context.ranks.is_first, output=output, guard=guard)
 
@@ -250,7 +252,12 @@ def _conclude(task: Task[Any], context: RunContext, tracker: Tracker, start: int
         last = f"stopped by {stopped}; the same command {again}"
     else:
         reason, last = _end(task, context, tracker, start) if context.ranks.is_first else ("", "")
-        context.events.add("end", max(start, context.steps.last), reason=reason, **_saving(context))
+        has_trained = context.ranks.is_first and start < context.steps.last
+        plan = over_plan(read_metrics(context.out / "metrics.jsonl")) if has_trained else {}
+        facts = {"plan": plan} if plan else {}
+        context.events.add("end", max(start, context.steps.last), reason=reason, **facts, **_saving(context))
+        if plan:
+            tracker.console.message(over_plan_line(plan))
     tracker.artifact(context.events.path)
     tracker.console.conclude(last)
 
