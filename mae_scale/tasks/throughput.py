@@ -47,10 +47,10 @@ def lines(points: list[ThroughputPoint]) -> list[str]:
     """Return a table for people; times are milliseconds per step."""
     efficiency, parts = efficiencies(points), parts_of(points)
     width = max(len(point.name) for point in points)
+    planned = any(point.measured is not None and point.measured.planned_step_time_s for point in points)
     said = [
         f"{'':{width}}  {'ranks':>5}  {'images/s':>9}  {'quartiles':>19}  {'efficiency':>10}  {'ms/step':>9}  "
-        f"{'planned':>9}  "
-        f"{'compute':>10}  {'communication':>13}  {'waiting':>9}  {'checkpoint':>10}"
+        f"{' planned  ' * planned}{'compute':>10}  {'communication':>13}  {'waiting':>9}  {'checkpoint':>10}"
     ]
     for point in points:
         found, ranks = point.measured, "-" if point.ranks is None else point.ranks
@@ -59,10 +59,10 @@ def lines(points: list[ThroughputPoint]) -> list[str]:
             continue
         (low, high), part = found.quartiles, parts[point.name]
         compute = f"{_ms(part.rest_s)}*" if part.compute_s is None else f"{_ms(part.compute_s)} "
+        plan = f"{_ms(found.planned_step_time_s):>8}  " if planned else ""
         said.append(
             f"{point.name:{width}}  {ranks:>5}  {found.images_per_second:9,.1f}  {low:9,.1f} {high:9,.1f}  "
-            f"{efficiency[point.name]:10.1%}  {_ms(found.step_time_s):>9}  "
-            f"{_ms(found.planned_step_time_s):>9}  {compute:>10}  "
+            f"{efficiency[point.name]:10.1%}  {_ms(found.step_time_s):>9}  {plan}{compute:>10}  "
             f"{_ms(part.communication_s):>13}  {_ms(part.data_wait_s):>9}  {_ms(part.checkpoint_s):>10}"
             + ("" if point.state == "done" else f"  {point.state}")
         )

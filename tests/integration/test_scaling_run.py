@@ -56,8 +56,13 @@ def test_a_second_call_measures_only_what_is_missing(measured, tmp_path, digits,
     assert "holds another sweep (kind: weak -> strong); choose another --out" in other.stderr
 
 
-def put_point(folder, ranks: int, step_s: list[float], events: list[dict], wait: float = 0.0, micro: int = 100) -> None:
-    """A run's folder as training leaves it: a row every ten steps with the time of a step, 100 images each per rank."""
+def put_point(
+    folder, ranks: int, step_s: list[float], events: list[dict], wait: float = 0.0, micro: int = 100, **more: float
+) -> None:
+    """A run's folder as training leaves it: a row every ten steps with the time of a step, 100 images each per rank.
+
+    more: for the first row.
+    """
     folder.mkdir(parents=True)
     (folder / "engine.json").write_text(json.dumps({"used": {"engine.micro_batch": micro}}))
     rows = [{"step": 0, "event": "start", "world_size": ranks, "time": 0}, *events]
@@ -65,7 +70,8 @@ def put_point(folder, ranks: int, step_s: list[float], events: list[dict], wait:
     with MetricsLog(folder / "metrics.jsonl") as log:
         for number, seconds in enumerate(step_s, start=1):
             values = {"perf/images_per_second": 100 * ranks / seconds, "perf/step_time_s": seconds}
-            log.append(10 * number, number, values | {"perf/data_wait_s": wait * seconds})
+            log.append(10 * number, number, values | {"perf/data_wait_s": wait * seconds} | more)
+            more = {}
 
 
 SAVED = {"saves": 1, "save_stall_s": 0.5, "steps_per_save": 50}
@@ -94,6 +100,24 @@ def test_the_report_leaves_the_warm_up_out_and_shows_what_failed_or_still_runs(t
     assert lines[5].startswith("communication: what a step takes beyond that of 1 rank(s) with the same work per rank;")
     with Image.open(tmp_path / "s.png") as picture:
         assert picture.size > (1000, 400)
+
+
+def test_what_was_planned_stands_beside_what_was_measured(tmp_path, call):
+    root = tmp_path / "points"
+    put_point(root / "ranks_0001", 1, [1.0] * 10, END, **{"plan/step_time_s": 0.8})
+    put_point(root / "ranks_0002", 2, [1.25] * 10, END)
+    code, said, error = call("scaling", "report", root, "--out", tmp_path / "s.png", "--json", tmp_path / "s.json")
+    assert code == 0, error
+    head, one, two = said.splitlines()[:3]
+    place = head.index("planned") + len("planned")
+    assert (one[:place].split()[-2:], two[:place].split()[-2:]) == (["1,000.00", "800.00"], ["1,250.00", "-"])
+    assert [row["planned_step_time_s"] for row in json.loads((tmp_path / "s.json").read_text())] == [0.8, None]
+    measured_only = tmp_path / "measured.png"
+    shutil.rmtree(root / "ranks_0001")
+    put_point(root / "ranks_0001", 1, [1.0] * 10, END)
+    assert "planned" not in call("scaling", "report", root, "--out", measured_only)[1].splitlines()[0]
+    with Image.open(tmp_path / "s.png") as planned, Image.open(measured_only) as without:
+        assert planned.tobytes() != without.tobytes()
 
 
 PARTS = ("compute_s", "communication_s", "data_wait_s", "checkpoint_s")

@@ -14,7 +14,8 @@ from mae_scale.config.load import load_recipe, packaged_recipes
 from mae_scale.config.schema import differing_keys
 from mae_scale.engines.deepspeed_config import deepspeed_config
 from mae_scale.engines.policy import layout_of, refuse_wrong_combinations
-from mae_scale.planning.hardware import peak_flops_per_s
+from mae_scale.planning.hardware import DEFAULT_LINK
+from mae_scale.tasks.plan import asked_of, make_plan
 from mae_scale.tasks.registry import task_of
 from mae_scale.training.preflight import training_augmentation
 
@@ -122,12 +123,16 @@ def test_a_packaged_recipe_has_a_header_with_result_cost_and_command_and_runs_on
 
 @pytest.mark.parametrize("name", [name for name in packaged_recipes() if "H100" in header(name)])
 def test_the_cost_that_a_header_names_is_that_of_its_images(name):
-    """Every training image in every epoch, forward and backward; hours at 40 % of the peak in bf16."""
-    flops, hours = re.search(r"Cost: (\S+) FLOPs of matrix products, about (\S+) H100 hours", header(name)).groups()
+    """Every training image in every epoch, forward and backward; hours as planned on the GPUs of its command."""
+    cost = r"Cost: (\S+) FLOPs of matrix products; about (\S+) H100 hours, planned and not measured\."
+    flops, hours = re.search(cost, header(name)).groups()
     recipe = load_recipe(name)
     expected = task_of(recipe, Path()).training_flops() * IMAGENET * recipe.schedule.epochs
     assert float(flops) == pytest.approx(expected, rel=0.1)
-    assert float(hours) == pytest.approx(expected / (0.4 * peak_flops_per_s("H100", "bf16")) / 3600, rel=0.1)
+    ranks = ranks_of(command_of(name))
+    shape = {"nodes": max(1, ranks // 8), "gpus_per_node": min(ranks, 8)}
+    plan = make_plan(asked_of(name, recipe, **shape, gpu="h100", link=DEFAULT_LINK))
+    assert float(hours) == pytest.approx(plan.gpu_hours(plan.as_is), rel=0.05)
 
 
 @pytest.mark.parametrize(
