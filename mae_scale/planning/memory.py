@@ -117,8 +117,7 @@ def host_bytes(work: Workload, setting: Setting) -> float:
 
 def optimizer_bytes(work: Workload, setting: Setting) -> float:
     """Return the bytes of AdamW's two moments, master weights and average on a rank."""
-    own = sum(_padded(n, setting) for n in work.groups)
-    own = own if setting.zero_stage == 0 else own // setting.ranks
+    own = sum(work.groups) if setting.zero_stage == 0 else _own(work, setting)
     # Without ZeRO fp32 weights are their own masters.
     master = 0 if setting.zero_stage == 0 and setting.precision == "fp32" else 4
     return own * (8 + master + 4 * work.ema)
@@ -182,21 +181,28 @@ def _padded(n: int, setting: Setting) -> int:
     return n if setting.zero_stage in (0, 3) else 2 * setting.ranks * math.ceil(n / (2 * setting.ranks))
 
 
+def _own(work: Workload, setting: Setting) -> int:
+    """Return the elements of a rank's share in ZeRO: of each group, in ZeRO 3 of each parameter."""
+    if setting.zero_stage == 3:
+        return sum(math.ceil(n / setting.ranks) for n in work.parameters)
+    return sum(_padded(n, setting) for n in work.groups) // setting.ranks
+
+
 def _resting_weights(work: Workload, setting: Setting) -> float:
     size = setting.value_bytes
     if setting.zero_stage < 3:
         return size * (sum(_padded(n, setting) for n in work.groups) + work.frozen) + work.buffer_bytes
-    shards = sum(math.ceil(n / setting.ranks) for n in work.parameters)
-    whole = sum(n for n in work.parameters if n <= PERSISTENT) if setting.ranks > 1 else 0
-    return size * (shards + whole + work.frozen) + work.buffer_bytes
+    shards = _own(work, setting)
+    whole = [n for n in work.parameters if n <= PERSISTENT] if setting.ranks > 1 else []
+    gathered = sum(setting.ranks * math.ceil(n / setting.ranks) for n in whole)
+    return size * (shards + gathered + work.frozen) + work.buffer_bytes
 
 
 def _weights(work: Workload, setting: Setting) -> float:
     """Return the bytes of the weights while they are used: ZeRO 3 gathers up to LIVE of them."""
     if setting.zero_stage < 3 or setting.ranks == 1:
         return _resting_weights(work, setting)
-    shards = sum(math.ceil(n / setting.ranks) for n in work.parameters)
-    resting = 0 if setting.offload else shards
+    resting = 0 if setting.offload else _own(work, setting)
     block = max(stack.parameters for stack in work.stacks)
     gathered = min(work.trained, max(LIVE, block))
     return setting.value_bytes * (resting + gathered + work.frozen) + work.buffer_bytes
@@ -206,7 +212,7 @@ def _resting_gradients(work: Workload, setting: Setting) -> float:
     """Return the bytes of gradient buffers that stay between two steps."""
     total = sum(_padded(n, setting) for n in work.groups)
     if setting.zero_stage == 3:
-        return 4 * total / setting.ranks
+        return 4 * _own(work, setting)
     if setting.zero_stage == 1 and setting.precision != "fp32":
         return 4 * total  # the sum in float32 over micro-batches
     return 0
@@ -219,7 +225,7 @@ def _gradients(work: Workload, setting: Setting) -> float:
         return setting.value_bytes * total
     if setting.zero_stage == 1:
         return 4 * total
-    return 0 if setting.offload else 4 * total / setting.ranks
+    return 0 if setting.offload else 4 * _own(work, setting)
 
 
 def _released(setting: Setting) -> bool:

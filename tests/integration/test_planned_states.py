@@ -13,14 +13,14 @@ from tests.integration.ranks import OnDemand, quick, run_worker
 pytestmark = pytest.mark.timeout(600)
 
 WORKER = Path(__file__).with_name("states_worker.py")
-COMMON = ["engine.activation_checkpointing=none", "data.global_batch=16", "data.root=unused", "engine.micro_batch=2"]
+COMMON = ["engine.activation_checkpointing=none", "data.global_batch=24", "data.root=unused", "engine.micro_batch=2"]
 CASES = {
     f"{ranks} ranks, ZeRO {stage}, {precision}": [
         *COMMON,
         f"engine.zero_stage={stage}",
         f"engine.precision={precision}",
     ]
-    for ranks in (1, 2, 4)
+    for ranks in (1, 2, 3, 4)
     for stage in (0, 1, 2, 3)
     for precision in ("fp32", "bf16")
 }
