@@ -46,6 +46,9 @@ class Setting:
     compiled: bool = True
     decodes: bool = True
     """Whether images are decoded on the GPU."""
+    bucket: int = BUCKET
+    persistent: int = PERSISTENT
+    live: int = LIVE
 
     @property
     def value_bytes(self) -> int:
@@ -193,18 +196,18 @@ def _resting_weights(work: Workload, setting: Setting) -> float:
     if setting.zero_stage < 3:
         return size * (sum(_padded(n, setting) for n in work.groups) + work.frozen) + work.buffer_bytes
     shards = _own(work, setting)
-    whole = [n for n in work.parameters if n <= PERSISTENT] if setting.ranks > 1 else []
+    whole = [n for n in work.parameters if n <= setting.persistent] if setting.ranks > 1 else []
     gathered = sum(setting.ranks * math.ceil(n / setting.ranks) for n in whole)
     return size * (shards + gathered + work.frozen) + work.buffer_bytes
 
 
 def _weights(work: Workload, setting: Setting) -> float:
-    """Return the bytes of the weights while they are used: ZeRO 3 gathers up to LIVE of them."""
+    """Return the bytes of the weights while they are used: ZeRO 3 gathers up to `live` of them."""
     if setting.zero_stage < 3 or setting.ranks == 1:
         return _resting_weights(work, setting)
     resting = 0 if setting.offload else _own(work, setting)
     block = max(stack.parameters for stack in work.stacks)
-    gathered = min(work.trained, max(LIVE, block))
+    gathered = min(work.trained, max(setting.live, block))
     return setting.value_bytes * (resting + gathered + work.frozen) + work.buffer_bytes
 
 
@@ -238,6 +241,6 @@ def _buckets(work: Workload, setting: Setting) -> float:
     if setting.zero_stage == 0 or not work.trained:
         return 0
     if setting.zero_stage == 3:
-        return setting.value_bytes * BUCKET
+        return setting.value_bytes * setting.bucket
     overlapping = 2 if setting.zero_stage == 2 and setting.ranks > 1 else 1
-    return overlapping * setting.value_bytes * min(work.trained, BUCKET)
+    return overlapping * setting.value_bytes * min(work.trained, setting.bucket)

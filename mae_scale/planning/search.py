@@ -38,10 +38,12 @@ class Candidate:
 class Choices:
     """What may be chosen for a recipe."""
 
-    stages: Sequence[int] = (0, 1, 2, 3)
+    stages: Sequence[tuple[int, bool]] = ((0, False), (1, False), (2, False), (3, False), (3, True))
+    """ZeRO stages, each without or with offload."""
     micro_batches: Sequence[int] | None = None
     """None: every divisor of a rank's share."""
-    offload: bool = True
+    compiled: bool = True
+    """Whether blocks are compiled, but in ZeRO 3."""
 
 
 def candidate(work: Workload, setting: Setting, cluster: Cluster, rates: Rates, capacity: float) -> Candidate:
@@ -59,7 +61,7 @@ def all_candidates(
     share = base.micro_batch * base.accumulation
     micro_batches = choices.micro_batches or [n for n in range(1, share + 1) if share % n == 0]
     found = []
-    for stage, offload in [(stage, False) for stage in choices.stages] + [(3, True)] * choices.offload:
+    for stage, offload in choices.stages:
         for policy in POLICIES:
             for micro in micro_batches:
                 setting = replace(
@@ -69,7 +71,7 @@ def all_candidates(
                     accumulation=share // micro,
                     checkpointing=policy,
                     offload=offload,
-                    compiled=base.compiled and stage != 3,
+                    compiled=choices.compiled and stage != 3,
                 )
                 found.append(candidate(work, setting, cluster, rates, capacity))
     return found

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 from mae_scale.planning.collectives import Cluster, all_gather_s, all_reduce_s
-from mae_scale.planning.memory import BUCKET, LIVE, Setting, checkpointed_blocks
+from mae_scale.planning.memory import Setting, checkpointed_blocks
 from mae_scale.planning.rates import Rates
 from mae_scale.planning.workload import Workload
 
@@ -102,10 +102,10 @@ def _communication(work: Workload, setting: Setting, cluster: Cluster, rates: Ra
 
     ZeRO 1 reduces once per step, after the last backward pass. ZeRO 2 reduces each micro-batch's gradient while its
     backward pass runs, all but the last bucket. ZeRO 3 also gathers the weights for each forward and backward pass,
-    ahead of their use; those that stay (up to LIVE elements) are gathered once per step.
+    ahead of their use; those that stay (up to `live` elements) are gathered once per step.
     """
     size = setting.value_bytes * work.trained
-    buckets = max(1, math.ceil(work.trained / BUCKET))
+    buckets = max(1, math.ceil(work.trained / setting.bucket))
     if setting.zero_stage <= 1:
         return all_reduce_s(
             size, cluster, rates, messages=buckets
@@ -115,6 +115,6 @@ def _communication(work: Workload, setting: Setting, cluster: Cluster, rates: Ra
     if setting.zero_stage == 2:
         exposed = max(scattered - backward * (1 - 1 / buckets), scattered / buckets / setting.accumulation)
         return exposed + all_gather_s(size, cluster, rates, messages=buckets)
-    gathers = 1 if work.trained <= LIVE else 2 * setting.accumulation
+    gathers = 1 if work.trained <= setting.live else 2 * setting.accumulation
     gathered = gathers * all_gather_s(size, cluster, rates, messages=len(work.parameters))
     return max(0.0, scattered + gathered - compute)

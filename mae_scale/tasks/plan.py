@@ -190,12 +190,19 @@ def asked_of(name: str, recipe: Recipe, *, nodes: int, gpus_per_node: int, gpu: 
 
 
 def _choices(recipe: Recipe, setting: Setting) -> Choices:
-    """Return what may be chosen: no stage that is wrong for the optimiser, or sums gradients in less than float32."""
+    """Return what may be chosen: that of a file of the user's own (engine.config); else no stage that is wrong for the
+    optimiser, or sums gradients in less than float32.
+    """
     share = setting.micro_batch * setting.accumulation
     whole = [share] if recipe.classifier is not None and recipe.classifier.batch_norm else None
-    if recipe.optim.name == "lars":
-        return Choices(stages=(0,), micro_batches=whole, offload=False)
-    return Choices(stages=(0, 1, 2, 3) if setting.precision == "fp32" else (1, 2, 3), micro_batches=whole)
+    stages = [(stage, False) for stage in (0, 1, 2, 3)] + [(3, True)]
+    if recipe.engine.config is not None:
+        stages = [(setting.zero_stage, setting.offload)]
+    elif recipe.optim.name == "lars":
+        stages = stages[:1]
+    elif setting.precision != "fp32":
+        stages = stages[1:]
+    return Choices(stages, micro_batches=whole, compiled=recipe.engine.compile is not False)
 
 
 def _images(asked: Asked) -> float:

@@ -13,11 +13,11 @@ from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.dali_graph import decoding_device
 from mae_scale.config.json_object import read_object
 from mae_scale.config.schema import Recipe
-from mae_scale.engines.deepspeed_templates import zero_stage_of
+from mae_scale.engines.deepspeed_config import deepspeed_config
 from mae_scale.engines.policy import compiles, precision_of
 from mae_scale.planning.collectives import Cluster
 from mae_scale.planning.hardware import DEFAULT_LINK, gpu_of_device, link_named
-from mae_scale.planning.memory import Setting, memory_of
+from mae_scale.planning.memory import LIVE, PERSISTENT, Setting, memory_of
 from mae_scale.planning.rates import Rates, calibrated, cpu_rates, measured_rates, rates_of
 from mae_scale.planning.step_time import step_time
 from mae_scale.tracking.metrics_log import after_warm_up
@@ -32,8 +32,12 @@ MEASURED = (*TAKEN.values(), "perf/data_wait_s")
 
 
 def setting_of(recipe: Recipe, layout: BatchLayout, *, gpu: bool, decodes: bool) -> Setting:
-    """Return a recipe's setting for DeepSpeed. decodes: whether images are decoded on the GPU."""
-    stage = zero_stage_of(recipe)
+    """Return a recipe's setting for DeepSpeed. decodes: whether images are decoded on the GPU.
+
+    The sizes that a file of the user's own leaves out (engine.config) are DeepSpeed's.
+    """
+    zero = deepspeed_config(recipe, layout, gpu=gpu)["zero_optimization"]
+    stage = int(zero.get("stage", 0))
     return Setting(
         ranks=layout.world_size,
         zero_stage=stage,
@@ -41,9 +45,12 @@ def setting_of(recipe: Recipe, layout: BatchLayout, *, gpu: bool, decodes: bool)
         micro_batch=layout.micro_batch,
         accumulation=layout.accumulation,
         checkpointing=recipe.engine.activation_checkpointing,
-        offload=recipe.engine.offload,
+        offload="offload_optimizer" in zero,
         compiled=compiles(recipe, stage, gpu),
         decodes=decodes,
+        bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
+        persistent=int(zero.get("stage3_param_persistence_threshold", PERSISTENT)),
+        live=int(zero.get("stage3_max_live_parameters", LIVE)),
     )
 
 

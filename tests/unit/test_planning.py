@@ -1,5 +1,6 @@
 """The planner's rules: collectives, rates, what is recommended, how throughput scales; published runs beside it."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,11 @@ import pytest
 
 from data_pipeline.errors import UsageError
 from mae_scale.config.load import load_recipe
+from mae_scale.packaged import packaged
 from mae_scale.planning.collectives import Cluster, all_gather_s, all_reduce_s
 from mae_scale.planning.failures import GPU_MTBF_S, RESTART_S, failures_of
 from mae_scale.planning.hardware import gpu_named, gpus, link_named, links
-from mae_scale.planning.memory import Setting
+from mae_scale.planning.memory import BUCKET, Setting
 from mae_scale.planning.rates import Rates, calibrated, rates_of
 from mae_scale.planning.search import scaling
 from mae_scale.planning.step_time import step_time
@@ -73,6 +75,25 @@ def test_zero_2_reduces_every_micro_batch_and_zero_1_once():
     }
     assert of[1, 1] == of[1, 8]
     assert of[2, 8] > 3 * of[2, 1]
+
+
+def test_a_file_of_ones_own_decides_stage_and_sizes(tmp_path):
+    config = json.loads((packaged("ds_configs") / "zero2.json").read_text())
+    packaged_sizes = plan("pretrain/vit_huge_800ep", "engine.zero_stage=2")
+    del config["zero_optimization"]["reduce_bucket_size"]
+    file = tmp_path / "own.json"
+    for given, bucket in (({}, 500_000_000), ({"reduce_bucket_size": 50_000_000}, 50_000_000)):
+        file.write_text(json.dumps({**config, "zero_optimization": config["zero_optimization"] | given}))
+        own = plan("pretrain/vit_huge_800ep", f"engine.config={file}", "engine.zero_stage=1")
+        assert own.as_is.memory.buckets == 2 * 2 * bucket
+        assert {one.setting.zero_stage for one in own.choices} == {2}
+    assert packaged_sizes.as_is.memory.buckets == 2 * 2 * BUCKET
+    assert own.as_is.time.communication < packaged_sizes.as_is.time.communication
+
+
+def test_what_zero_3_may_not_compile_other_stages_do():
+    found = plan("pretrain/vit_huge_800ep", "engine.zero_stage=3")
+    assert {one.setting.zero_stage: one.setting.compiled for one in found.choices} == {1: True, 2: True, 3: False}
 
 
 @pytest.mark.parametrize("name", ["pretrain/vit_huge_1600ep", "finetune/vit_huge_448", "probe/vit_large"])
