@@ -127,20 +127,26 @@ def optimizer_bytes(work: Workload, setting: Setting) -> float:
 
 
 def activations_of(work: Workload, setting: Setting) -> tuple[float, float]:
-    """Return the bytes of what the forward pass keeps for the backward pass, and of the largest temporary then."""
+    """Return the bytes of what the forward pass keeps for the backward pass, and of the largest temporary then.
+
+    The temporary is the loss's, or that of the last block's backward pass: a checkpointed one is first computed anew,
+    and part of the prediction is gone by then.
+    """
     kept = _image_bytes(work) + 10 * work.predicted  # prediction in two precisions, and target
-    live = 0.0
+    frozen = 0.0
     for stack, checkpointed in checkpointed_blocks(work, setting):
         block = _block_bytes(stack, setting)
         if not stack.trained:
-            live = max(live, block)
+            frozen = max(frozen, block)
             continue
         inputs = 0 if setting.checkpointing == "offload" else setting.value_bytes * stack.tokens * stack.width
         kept += checkpointed * inputs + (stack.trained - checkpointed) * block
-        live = max(live, block if checkpointed else 0)
     last = work.stacks[-1]
-    temporary = max(16 * work.predicted, 6 * setting.value_bytes * last.tokens * last.width)
-    return setting.micro_batch * kept, setting.micro_batch * max(live, temporary)
+    value = setting.value_bytes * last.tokens * last.width
+    backward: float = 6 * value
+    if last.trained and _is_checkpointed(sum(stack.depth for stack in work.stacks) - 1, setting):
+        backward = _block_bytes(last, setting) + 4 * value - 6 * work.predicted
+    return setting.micro_batch * kept, setting.micro_batch * max(16 * work.predicted, backward, frozen)
 
 
 def first_block_of(work: Workload, setting: Setting) -> tuple[float, float]:
@@ -152,16 +158,18 @@ def first_block_of(work: Workload, setting: Setting) -> tuple[float, float]:
 
 def checkpointed_blocks(work: Workload, setting: Setting) -> list[tuple[Stack, float]]:
     """Return each stack and the number of its trained blocks that are checkpointed."""
-    policy = setting.checkpointing
-    if policy == "none":
-        return [(stack, 0.0) for stack in work.stacks]
-    every = policy if isinstance(policy, int) else 1
     found, blocks = [], 0
-    for stack in work.stacks:  # every n-th of all blocks, from the first
-        count = sum(1 for i in range(blocks, blocks + stack.depth) if i % every == 0)
+    for stack in work.stacks:
+        count = sum(_is_checkpointed(i, setting) for i in range(blocks, blocks + stack.depth))
         found.append((stack, min(stack.trained, count)))
         blocks += stack.depth
     return found
+
+
+def _is_checkpointed(block: int, setting: Setting) -> bool:
+    """Return whether a block is checkpointed, by its number among all blocks: with n every n-th, from the first."""
+    policy = setting.checkpointing
+    return policy != "none" and block % (policy if isinstance(policy, int) else 1) == 0
 
 
 def _block_bytes(stack: Stack, setting: Setting) -> float:

@@ -22,7 +22,8 @@ from mae_scale.tasks.registry import task_of
 from tests.unit.test_recipe import command_of, header, ranks_of
 
 GIB = 2**30
-BATCH = 8
+BATCH = 64
+"""As large as recipes have it: with few images the gradients of large models hide what activations take."""
 SIZES = ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14")
 
 
