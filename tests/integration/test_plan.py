@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-PAGE = Path(__file__).parents[2] / "docs" / "planning.md"
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_plan_says_what_fits_what_to_take_and_how_it_scales(call, tmp_path):
@@ -84,9 +84,10 @@ def test_a_model_that_fits_nowhere_ends_with_1_and_says_what_would_have_to_chang
     assert "--nodes" in out
 
 
-def test_the_page_shows_what_the_command_prints(call):
-    page = PAGE.read_text(encoding="utf-8")
-    command = page.split("\n\n")[1].split()
+@pytest.mark.parametrize("name", ["README.md", "docs/planning.md"])
+def test_the_page_shows_what_the_command_prints(name, call):
+    page = (ROOT / name).read_text(encoding="utf-8")
+    command = next(line for line in page.splitlines() if line.startswith("    mae-scale plan ")).split()
     code, out, _ = call(*command[1:])
     assert code == 0
     assert textwrap.indent("\n".join(out.splitlines()[:5]), "    ", lambda line: bool(line.strip())) in page
