@@ -11,6 +11,8 @@
 : "${MAE_SCALE_SRUN_OPTIONS:=}"        # more for srun, such as "--mpi=none --container-image='/my images/mae.sqsh'"
 : "${MAE_SCALE_SCRATCH:=${TMPDIR:-/tmp}}" # a disk of the node's own
 : "${MAE_SCALE_INTERFACE:=}"           # the network between the nodes, as `ip link` names it; empty: what is found
+: "${MAE_SCALE_GPU:=}"                 # for planning, as `mae-scale plan` names it, such as h100
+: "${MAE_SCALE_LINK:=}"                # for planning, between nodes; empty: infiniband-8x400
 templates=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${MAE_SCALE_VENV:=${VIRTUAL_ENV:-$(dirname "$templates")/.venv}}"
 [ -z "$SBATCH_PARTITION" ] || export SBATCH_PARTITION

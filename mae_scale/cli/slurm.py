@@ -47,13 +47,21 @@ def submit(
     partition: Partition = None,
     account: Account = None,
     time: Time = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="GPU to plan for: h100, ...; default: the template's, the site's."),
+    ] = None,
+    link: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Link between nodes to plan for; default: the site's.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Send what the plan says does not fit.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the scripts; write nothing and send nothing.")
     ] = False,
 ) -> None:
     """Send a chain of Slurm jobs, one per recipe, each to start when the one before has succeeded.
 
-    A classifier without weights starts from the weights of the job before it.
+    A classifier without weights starts from the weights of the job before it. What cannot fit on the GPUs is refused.
 
     Example: `mae-scale submit pretrain/vit_huge_1600ep finetune/vit_huge_224 finetune/vit_huge_448 --nodes 16
     --out runs data.root=/data/imagenet/train data.val_root=/data/imagenet/val`
@@ -61,9 +69,17 @@ def submit(
     from mae_scale.launch import slurm as jobs
 
     shape = jobs.Shape(
-        nodes, gpus_per_node, ntasks_per_node, cpus_per_task, partition=partition, account=account, time=time
+        nodes,
+        gpus_per_node,
+        ntasks_per_node,
+        cpus_per_task,
+        partition=partition,
+        account=account,
+        time=time,
+        gpu=gpu,
+        link=link,
     )
-    jobs.submit(recipes, shape, out, dry_run=dry_run)
+    jobs.submit(recipes, shape, out, dry_run=dry_run, force=force)
 
 
 @slurm_app.command("slurm")

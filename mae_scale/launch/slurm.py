@@ -11,7 +11,16 @@ from data_pipeline.errors import RunError, UsageError
 from mae_scale.config.load import load_recipe
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.policy import layout_of, refuse_wrong_combinations
-from mae_scale.launch.slurm_templates import PROLOGUE, ask_for_gpus, find_template, gpus_of, render, sbatch_options
+from mae_scale.launch.job_plan import Nodes, check_hardware, job_plan
+from mae_scale.launch.slurm_templates import (
+    PROLOGUE,
+    ask_for_gpus,
+    find_template,
+    gpu_type_of,
+    gpus_of,
+    render,
+    sbatch_options,
+)
 from mae_scale.launch.transfer_check import refuse_other_model, without_weights
 from mae_scale.tasks.registry import TASKS, task_of
 from mae_scale.tracking.mlflow_uri import hide_password
@@ -19,7 +28,8 @@ from mae_scale.training.preflight import training_augmentation
 
 NO_SLURM = "Slurm is not found here (no sbatch and sinfo on PATH); run this on a login node of the cluster"
 # What sbatch would read from the environment, above what the rendered script says.
-SITE_VARIABLES = {"partition": "SBATCH_PARTITION", "account": "SBATCH_ACCOUNT", "time": "SBATCH_TIMELIMIT"}
+SBATCH_VARIABLES = {"partition": "SBATCH_PARTITION", "account": "SBATCH_ACCOUNT", "time": "SBATCH_TIMELIMIT"}
+SITE_VARIABLES = {**SBATCH_VARIABLES, "gpu": "MAE_SCALE_GPU", "link": "MAE_SCALE_LINK"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,10 @@ class Shape:
     partition: str | None = None
     account: str | None = None
     time: str | None = None
+    gpu: str | None = None
+    """What the nodes have, for planning."""
+    link: str | None = None
+    """Between the nodes, for planning."""
 
     @property
     def ranks(self) -> int:
@@ -48,12 +62,13 @@ class Shape:
             gpus_per_node=gpus,
             ntasks_per_node=self.ntasks_per_node or (int(ntasks) if ntasks.isdecimal() else gpus or 1),
             partition=self.partition or lines.get("partition"),
+            gpu=self.gpu or gpu_type_of(lines),
         )
 
     def options(self, template: str) -> dict[str, str | int | None]:
         """Return sbatch's options by name; None removes the template's line, an option not listed keeps it."""
         given = {"cpus-per-task": self.cpus_per_task}
-        given |= {name: getattr(self, name) for name in ("partition", "account", "time")}
+        given |= {name: getattr(self, name) for name in SBATCH_VARIABLES}
         return {
             "nodes": self.nodes,
             **ask_for_gpus(sbatch_options(template), self.gpus_per_node or 0),
@@ -84,12 +99,19 @@ class Link:
     text: str
     shape: Shape
 
+    @property
+    def nodes(self) -> Nodes:
+        """The nodes that it asks for."""
+        shape = self.shape
+        return Nodes(shape.nodes, shape.gpus_per_node or 0, shape.ntasks_per_node or 1, shape.gpu, shape.link)
 
-def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
-    """Check, render and send the chain of the recipes in `words`; what holds an = is an override for all of them.
+
+def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool, force: bool) -> None:
+    """Check, plan, render and send the chain of the recipes in `words`; what holds an = is an override for all of them.
 
     Those of the section classifier are for classifiers only. A classifier that needs weights and has none set starts
-    from the link before it. Raises UsageError before anything is sent, RunError when sbatch refuses a link after all.
+    from the link before it. force: send also what does not fit by its plan. Raises UsageError before anything is sent,
+    RunError when sbatch refuses a link after all.
     """
     names = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word]
@@ -99,6 +121,7 @@ def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
     out = out.absolute()
     prologue = find_template(PROLOGUE)
     shape = with_site(shape, prologue)
+    check_hardware(shape.gpu, shape.link)
     links: list[Link] = []
     for name in names:
         path = Path(name)
@@ -109,6 +132,7 @@ def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
     if unused and not any(link.recipe.task == "classification" for link in links):
         raise UsageError(f"'{unused[0]}' is for recipes with a section classifier; found {', '.join(names)}")
     _refuse_shared_folders(links)
+    plans = dict.fromkeys("\n".join(job_plan(link.name, link.recipe, link.nodes, force=force)) for link in links)
     slurm = shutil.which("sbatch") is not None and shutil.which("sinfo") is not None
     if slurm and dry_run:
         slurm = _run(["sinfo", "--noheader"]).returncode == 0  # installed, but no cluster answers
@@ -116,6 +140,7 @@ def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool) -> None:
         check_partitions(links)
     elif not dry_run:
         raise UsageError(f"{NO_SLURM}, or add --dry-run, which works without")
+    print("".join(f"{plan}\n" for plan in plans if plan), end="")
     if dry_run:
         for number, link in enumerate(links):
             after = f"JOB_ID_{number}" if number else None
@@ -298,7 +323,7 @@ def with_site(shape: Shape, prologue: Path) -> Shape:
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in SITE_VARIABLES.values()}
+    environment = {k: v for k, v in os.environ.items() if k not in SBATCH_VARIABLES.values()}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 

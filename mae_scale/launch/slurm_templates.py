@@ -3,7 +3,7 @@
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from data_pipeline.errors import UsageError
@@ -16,8 +16,8 @@ OWN = Path("slurm")
 """The site's own templates, in the folder where `mae-scale submit` is called."""
 BESIDE = '$(dirname "$templates")/.venv'
 """The virtual environment that the prologue takes where nothing else is said; right in a checkout only."""
-GPUS = {"gres": r"(?:^|,)gpu:(?:[^:,]*:)?(\d+)(?=,|$)", "gpus-per-node": r"(?:^|:)(\d+)$"}
-"""The number of GPUs per node in the value of sbatch's option, which may begin with their type."""
+GPUS = {"gres": r"(?:^|,)gpu:(?:([^:,]*):)?(\d+)(?=,|$)", "gpus-per-node": r"^(?:(.*):)?(\d+)$"}
+"""The type, which may be left out, and the number of GPUs per node in the value of sbatch's option."""
 
 
 def find_template(name: str) -> Path:
@@ -64,8 +64,17 @@ def sbatch_options(template: str) -> dict[str, str]:
 
 def gpus_of(options: Mapping[str, str]) -> int:
     """Return the GPUs per node that sbatch's options ask for."""
+    return next((int(match[2]) for match in _gpus(options)), 0)
+
+
+def gpu_type_of(options: Mapping[str, str]) -> str | None:
+    """Return the type of GPU that sbatch's options ask for; None: any."""
+    return next((match[1] or None for match in _gpus(options)), None)
+
+
+def _gpus(options: Mapping[str, str]) -> Iterator[re.Match[str]]:
     found = (re.search(pattern, options.get(name, "")) for name, pattern in GPUS.items())
-    return next((int(match[1]) for match in found if match), 0)
+    return (match for match in found if match)
 
 
 def ask_for_gpus(options: Mapping[str, str], gpus: int) -> dict[str, str | None]:
@@ -75,7 +84,7 @@ def ask_for_gpus(options: Mapping[str, str], gpus: int) -> dict[str, str | None]
     if match is None:
         kind = options.get("gpus-per-node", "").rpartition(":")
         return {"gpus-per-node": "".join((*kind[:2], str(gpus))) if gpus else None}
-    asked = f"{gres[: match.start(1)]}{gpus}{gres[match.end(1) :]}"
+    asked = f"{gres[: match.start(2)]}{gpus}{gres[match.end(2) :]}"
     without = f"{gres[: match.start()]}{gres[match.end() :]}".strip(",")
     return {"gres": (asked if gpus else without) or None, "gpus-per-node": None}
 

@@ -74,6 +74,13 @@ def gpu_of_device(device_name: str) -> Gpu | None:
     return next((gpu for gpu in gpus().values() if gpu.match in device_name), None)
 
 
+def gpu_in(text: str) -> Gpu | None:
+    """Return the GPU that a text names as hardware.yaml does, or as Slurm and drivers do (nvidia_h100_80gb_hbm3)."""
+    name = text.lower().replace("_", " ")
+    known = gpus().get(text.lower())
+    return known or next((gpu for gpu in gpus().values() if gpu.match.lower() in name), None)
+
+
 def peak_flops_per_s(device_name: str, precision: str = "bf16") -> float | None:
     """Return a GPU's dense peak in FLOP/s by its `torch.cuda.get_device_name()`, for "bf16", "fp16" or "fp32".
 

@@ -9,6 +9,9 @@ from mae_scale.planning.hardware import Gpu
 from mae_scale.planning.search import Candidate
 from mae_scale.tasks.plan import GIB, IMAGE_BYTES, SAVED_BYTES, Plan
 
+WORTH_A_LINE = 1.05
+"""A setting that is faster by more than this is named beside a job."""
+
 
 def plan_lines(plan: Plan) -> list[str]:
     """Return the plan as text, line by line."""
@@ -59,6 +62,19 @@ def plan_lines(plan: Plan) -> list[str]:
     ]
     measured = ", ".join(sorted(plan.rates.measured)) or "nothing"
     lines.append(f"measured: {measured}; all other rates are of data sheets, with assumed shares (docs/planning.md)")
+    return lines
+
+
+def plan_summary(plan: Plan) -> list[str]:
+    """Return the plan of the recipe as it stands in three lines, and a fourth where another setting is faster."""
+    one, best, asked = plan.as_is, plan.best, plan.asked
+    lines = [
+        f"memory     {_fit(one, asked.gpu)}: {_said(one)}",
+        f"hours      {plan.hours(one):,.1f} for {asked.images:,} images, {1000 * one.time.total:,.1f} ms per step",
+        f"GPU hours  {plan.gpu_hours(one):,.0f}",
+    ]
+    if one.fits and best is not None and one.time.total > WORTH_A_LINE * best.time.total:
+        lines.append(f"faster     by {one.time.total / best.time.total - 1:.0%}: {overrides_of(best)}")
     return lines
 
 

@@ -91,3 +91,12 @@ def test_the_page_shows_what_the_command_prints(name, call):
     code, out, _ = call(*command[1:])
     assert code == 0
     assert textwrap.indent("\n".join(out.splitlines()[:5]), "    ", lambda line: bool(line.strip())) in page
+
+
+def test_the_page_on_slurm_shows_what_submit_prints(call, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    job = ("pretrain/vit_huge_1600ep", "data.root=/d", "--nodes", 16, "--gpu", "h100")
+    code, out, error = call("submit", *job, "--out", "runs", "--dry-run")
+    assert code == 0, error
+    assert textwrap.indent("\n".join(out.splitlines()[:4]), "    ") in page
