@@ -60,5 +60,5 @@ def job_plan(name: str, recipe: Recipe, nodes: Nodes, *, force: bool) -> list[st
 
 
 def _what_to_do(plan: Plan) -> str:
-    fitting = f"use {overrides_of(plan.best)}" if plan.best else f"nothing does: try {plan.larger[0]}"
+    fitting = f"use {overrides_of(plan, plan.best)}" if plan.best else f"nothing does: try {plan.larger[0]}"
     return f"{fitting}; --force sends it all the same"

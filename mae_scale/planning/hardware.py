@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -70,15 +71,15 @@ def link_named(name: str) -> Link:
 
 
 def gpu_of_device(device_name: str) -> Gpu | None:
-    """Return the GPU of a `torch.cuda.get_device_name()`; None for one that is not in hardware.yaml."""
-    return next((gpu for gpu in gpus().values() if gpu.match in device_name), None)
+    """Return the GPU of a `torch.cuda.get_device_name()`, in any case; None for one that is not in hardware.yaml."""
+    name = device_name.lower()
+    # Not before a digit: an RTX A4000 is no A40.
+    return next((gpu for gpu in gpus().values() if re.search(rf"{re.escape(gpu.match.lower())}(?!\d)", name)), None)
 
 
 def gpu_in(text: str) -> Gpu | None:
     """Return the GPU that a text names as hardware.yaml does, or as Slurm and drivers do (nvidia_h100_80gb_hbm3)."""
-    name = text.lower().replace("_", " ")
-    known = gpus().get(text.lower())
-    return known or next((gpu for gpu in gpus().values() if gpu.match.lower() in name), None)
+    return gpus().get(text.lower()) or gpu_of_device(text.replace("_", " "))
 
 
 def peak_flops_per_s(device_name: str, precision: str = "bf16") -> float | None:

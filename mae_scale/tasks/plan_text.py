@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from mae_scale.planning.hardware import Gpu
-from mae_scale.planning.search import Candidate
-from mae_scale.tasks.plan import GIB, IMAGE_BYTES, SAVED_BYTES, Plan
+from mae_scale.planning.search import HOST_MEMORY, Candidate
+from mae_scale.tasks.plan import GIB, IMAGE_BYTES, IMAGES, SAVED_BYTES, Plan
 
 WORTH_A_LINE = 1.05
 """A setting that is faster by more than this is named beside a job."""
@@ -28,8 +28,8 @@ def plan_lines(plan: Plan) -> list[str]:
     if best is None:
         lines += ["nothing fits; what would have to change, in order of cost:", *(f"  {line}" for line in plan.larger)]
     else:
-        same = overrides_of(best) == overrides_of(one)
-        lines += [f"recommended   {'the same' if same else overrides_of(best)}"]
+        same = overrides_of(plan, best) == overrides_of(plan, one)
+        lines += [f"recommended   {'the same' if same else overrides_of(plan, best)}"]
         if not same:
             lines += [f"              {_fit(best, gpu)}; {_why(plan, best)}", f"              {_time(plan, best)}"]
     shown = best or one
@@ -70,11 +70,11 @@ def plan_summary(plan: Plan) -> list[str]:
     one, best, asked = plan.as_is, plan.best, plan.asked
     lines = [
         f"memory     {_fit(one, asked.gpu)}: {_said(one)}",
-        f"hours      {plan.hours(one):,.1f} for {asked.images:,} images, {1000 * one.time.total:,.1f} ms per step",
+        f"hours      {plan.hours(one):,.1f} for ImageNet-1K's {IMAGES:,} images, {_step(one)}",
         f"GPU hours  {plan.gpu_hours(one):,.0f}",
     ]
     if one.fits and best is not None and one.time.total > WORTH_A_LINE * best.time.total:
-        lines.append(f"faster     by {one.time.total / best.time.total - 1:.0%}: {overrides_of(best)}")
+        lines.append(f"faster     by {one.time.total / best.time.total - 1:.0%}: {overrides_of(plan, best)}")
     return lines
 
 
@@ -97,16 +97,22 @@ def _said(one: Candidate) -> str:
 
 
 def _fit(one: Candidate, gpu: Gpu) -> str:
-    verdict = "fits" if one.fits else "does not fit"
-    return f"{verdict}, {one.memory.total / GIB:.1f} of {gpu.memory_gb * 1e9 / GIB:.1f} GiB"
+    verdict, capacity = "fits" if one.fits else "does not fit", gpu.memory_gb * 1e9
+    lacks_host = not one.fits and one.memory.total <= capacity
+    host = f" and more than {HOST_MEMORY / 1e9:.0f} GB of the node's own" if lacks_host else ""
+    return f"{verdict}, {one.memory.total / GIB:.1f} of {capacity / GIB:.1f} GiB{host}"
 
 
 def _time(plan: Plan, one: Candidate) -> str:
     gpu_hours = plan.gpu_hours(one)
     return (
-        f"{1000 * one.time.total:,.1f} ms per step, {one.images_per_second:,.0f} images/s; {plan.hours(one):,.1f} h, "
+        f"{_step(one)}, {one.images_per_second:,.0f} images/s; {plan.hours(one):,.1f} h, "
         f"{gpu_hours:,.0f} GPU hours, {gpu_hours * plan.rates.power_w / 1000:,.0f} kWh at full power"
     )
+
+
+def _step(one: Candidate) -> str:
+    return f"{1000 * one.time.total:,.1f} ms per step"
 
 
 def _why(plan: Plan, best: Candidate) -> str:
@@ -146,9 +152,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def overrides_of(one: Candidate) -> str:
-    """Return a setting as overrides of a recipe."""
-    setting = one.setting
+def overrides_of(plan: Plan, one: Candidate) -> str:
+    """Return a setting as overrides of the planned recipe, with those that take back what would be against it."""
+    setting, engine = one.setting, plan.asked.recipe.engine
     said = f"engine.zero_stage={setting.zero_stage} engine.micro_batch={setting.micro_batch}"
     said += f" engine.activation_checkpointing={setting.checkpointing}"
-    return said + (" engine.offload=true" if setting.offload else "")
+    if setting.offload != engine.offload and engine.config is None:
+        said += f" engine.offload={str(setting.offload).lower()}"
+    return said + (" engine.compile=null" if engine.compile and setting.zero_stage == 3 else "")

@@ -47,7 +47,7 @@ def test_each_job_has_the_figures_of_its_plan(submit, call, tmp_path):
         own = plans(out).partition(f"plan for {name} on 16 x 8 h100\n")[2].splitlines()[:3]
         assert own[0].startswith(f"  memory     fits, {found['memory_gib']:.1f} of 74.5 GiB: ZeRO 2, bf16, micro-batch")
         ms = 1000 * found["step_time_s"]
-        assert own[1] == f"  hours      {found['hours']:,.1f} for 1,281,167 images, {ms:,.1f} ms per step"
+        assert own[1] == f"  hours      {found['hours']:,.1f} for ImageNet-1K's 1,281,167 images, {ms:,.1f} ms per step"
         assert own[2] == f"  GPU hours  {found['gpu_hours']:,.0f}"
 
 
@@ -59,6 +59,17 @@ def test_a_setting_that_is_faster_is_named_and_then_is_not(submit, tmp_path):
     again = submit("finetune/vit_huge_448", *overrides, "--nodes", 4, "--gpu", "h100", weights)
     assert again[0] == 0
     assert "  faster " not in again[1]
+
+
+def test_what_the_recipe_has_against_a_setting_is_taken_back(submit, tmp_path):
+    given = ["engine.zero_stage=3", "engine.offload=true", "--nodes", 4, "--gpu", "h100"]
+    _, out, _ = submit("scratch/vit_large", *given)
+    (line,) = [line for line in out.splitlines() if line.startswith("  faster ")]
+    overrides = line.partition(": ")[2].split()
+    assert "engine.offload=false" in overrides
+    code, out, error = submit("scratch/vit_large", *given, *overrides)
+    assert code == 0, error
+    assert "  faster " not in out
 
 
 def test_what_does_not_fit_is_refused_with_what_does_unless_forced(submit, tmp_path):
@@ -137,4 +148,4 @@ def test_a_gpu_is_known_by_the_names_of_slurm_and_of_its_driver():
     named = {"H100": "h100", "nvidia_h100_80gb_hbm3": "h100", "nvidia_h100_pcie": "h100-pcie", "rtx_4090": "rtx-4090"}
     assert {name: gpu_in(name) and gpu_in(name).name for name in named} == named
     assert all(gpu_in(gpu.match) is gpu and gpu_in(name) is gpu for name, gpu in gpus().items())
-    assert gpu_in("") is gpu_in("tesla") is None
+    assert gpu_in("") is gpu_in("tesla") is gpu_in("rtx_a4000") is None

@@ -103,7 +103,7 @@ def test_what_is_recommended_fits_and_no_candidate_is_much_faster(name):
     assert found.best is not None
     assert found.best.fits
     assert all(found.best.time.total < 1.02 * one.time.total for one in found.choices if one.fits)
-    again = plan(name, *more, *overrides_of(found.best).split(), nodes=4)
+    again = plan(name, *more, *overrides_of(found, found.best).split(), nodes=4)
     assert again.as_is.time == found.best.time
     assert again.as_is.memory == found.best.memory
 
