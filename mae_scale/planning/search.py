@@ -38,10 +38,10 @@ class Candidate:
 class Choices:
     """What may be chosen for a recipe."""
 
-    stages: Sequence[tuple[int, bool]] = ((0, False), (1, False), (2, False), (3, False), (3, True))
+    stages: Sequence[tuple[int, bool]]
     """ZeRO stages, each without or with offload."""
-    micro_batches: Sequence[int] | None = None
-    """None: every divisor of a rank's share."""
+    micro_batches: Sequence[int]
+    """Divisors of a rank's share."""
     compiled: bool = True
     """Whether blocks are compiled, but in ZeRO 3."""
 
@@ -59,11 +59,10 @@ def all_candidates(
 ) -> list[Candidate]:
     """Return every choice for a rank's share of images (base: its micro-batch x accumulation)."""
     share = base.micro_batch * base.accumulation
-    micro_batches = choices.micro_batches or [n for n in range(1, share + 1) if share % n == 0]
     found = []
     for stage, offload in choices.stages:
         for policy in POLICIES:
-            for micro in micro_batches:
+            for micro in choices.micro_batches:
                 setting = replace(
                     base,
                     zero_stage=stage,

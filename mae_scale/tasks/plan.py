@@ -190,11 +190,15 @@ def asked_of(name: str, recipe: Recipe, *, nodes: int, gpus_per_node: int, gpu: 
 
 
 def _choices(recipe: Recipe, setting: Setting) -> Choices:
-    """Return what may be chosen: that of a file of the user's own (engine.config); else no stage that is wrong for the
-    optimiser, or sums gradients in less than float32.
+    """Return what may be chosen: the stage of a file of the user's own (engine.config), else none that is wrong for the
+    optimiser, or sums gradients in less than float32; micro-batches that the task can train with.
     """
-    share = setting.micro_batch * setting.accumulation
-    whole = [share] if recipe.classifier is not None and recipe.classifier.batch_norm else None
+    share, section = setting.micro_batch * setting.accumulation, recipe.classifier
+    micro_batches = [n for n in range(1, share + 1) if share % n == 0]
+    if section is not None and section.batch_norm:
+        micro_batches = [share]
+    elif section is not None and (section.mixup or section.cutmix):  # they mix neighbours
+        micro_batches = [n for n in micro_batches if n % 2 == 0]
     stages = [(stage, False) for stage in (0, 1, 2, 3)] + [(3, True)]
     if recipe.engine.config is not None:
         stages = [(setting.zero_stage, setting.offload)]
@@ -202,7 +206,7 @@ def _choices(recipe: Recipe, setting: Setting) -> Choices:
         stages = stages[:1]
     elif setting.precision != "fp32":
         stages = stages[1:]
-    return Choices(stages, micro_batches=whole, compiled=recipe.engine.compile is not False)
+    return Choices(stages, micro_batches, compiled=recipe.engine.compile is not False)
 
 
 def _images(asked: Asked) -> float:

@@ -91,6 +91,21 @@ def test_a_file_of_ones_own_decides_stage_and_sizes(tmp_path):
     assert own.as_is.time.communication < packaged_sizes.as_is.time.communication
 
 
+def test_only_micro_batches_that_the_task_trains_with_are_chosen():
+    weights = "classifier.weights=unused"
+    found = plan(
+        "finetune/vit_huge_448",
+        weights,
+        "model.width=8192",
+        "model.heads=64",
+        "engine.precision=fp16",
+        nodes=16,
+        gpu="t4",
+    )
+    assert min(one.setting.micro_batch for one in found.choices) == 2  # mixup mixes neighbours
+    assert {one.setting.micro_batch for one in plan("probe/vit_large", weights).choices} == {2048}  # batch norm
+
+
 def test_what_zero_3_may_not_compile_other_stages_do():
     found = plan("pretrain/vit_huge_800ep", "engine.zero_stage=3")
     assert {one.setting.zero_stage: one.setting.compiled for one in found.choices} == {1: True, 2: True, 3: False}
