@@ -41,6 +41,7 @@ try:
     timeout_s = float(sys.argv[2])
     with process_group(ranks, timeout_s), Control(ranks, timeout_s) as control:
         control.agree(False)
+        control.meet()  # else a rank might stop before another has joined the group
         started = time.monotonic()
         exec(sys.argv[1])
 except RunError as error:

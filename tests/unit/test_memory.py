@@ -54,8 +54,7 @@ def tracked(recipe: Recipe, policy: str | int) -> int:
 
 
 QUICK = {
-    ("vit_base_patch16", "pretrain/vit_large_800ep", "all"),
-    ("vit_base_patch16", "finetune/vit_large_224", "none"),
+    ("vit_base_patch16", "finetune/vit_large_224", "all"),
 }
 TRACKED = [
     pytest.param(*case, marks=[pytest.mark.slow] * (case not in QUICK))
