@@ -121,24 +121,41 @@ class Scale:
 
 
 def scaling(
-    work: Workload, setting: Setting, rates: Rates, *, gpus_per_node: int, up_to: int, global_batch: int | None
+    work: Workload,
+    setting: Setting,
+    rates: Rates,
+    capacity: float,
+    *,
+    gpus_per_node: int,
+    up_to: int,
+    global_batch: int | None,
 ) -> list[Scale]:
     """Return the throughput on 1, 2, 4, ... GPUs, as far as `up_to`.
 
-    global_batch: shared out among the ranks (strong scaling), as far as each has an image; None: each rank has as many
-    images as in the setting (weak scaling).
+    global_batch: shared out among the ranks (strong scaling), as far as each has an image, in the largest micro-batches
+    that fit into `capacity` bytes; None: each rank has the images and micro-batches of the setting (weak scaling).
     """
     found: list[Scale] = []
     ranks = 1
     while ranks <= up_to:
         cluster = Cluster(max(1, ranks // gpus_per_node), min(ranks, gpus_per_node))
-        share = setting.micro_batch * setting.accumulation if global_batch is None else global_batch // ranks
-        if share < 1:
-            break
-        micro = max(n for n in range(1, min(setting.micro_batch, share) + 1) if share % n == 0)
-        here = replace(setting, ranks=cluster.ranks, micro_batch=micro, accumulation=share // micro)
+        here = replace(setting, ranks=cluster.ranks)
+        if global_batch is not None:
+            if global_batch < ranks:
+                break
+            here = _largest(work, here, global_batch // ranks, capacity)
+        share = here.micro_batch * here.accumulation
         rate = cluster.ranks * share / step_time(work, here, cluster, rates).total
         first = found[0].images_per_second / found[0].ranks if found else rate / cluster.ranks
         found.append(Scale(cluster.ranks, rate, rate / cluster.ranks / first))
         ranks *= 2
     return found
+
+
+def _largest(work: Workload, setting: Setting, share: int, capacity: float) -> Setting:
+    """Return the setting for a rank's share of images with the largest micro-batch that fits, else with 1."""
+    for micro in range(share, 0, -1):
+        found = replace(setting, micro_batch=micro, accumulation=share // micro)
+        if share % micro == 0 and memory_of(work, found).total <= capacity:
+            return found
+    return replace(setting, micro_batch=1, accumulation=share)

@@ -178,8 +178,8 @@ def make_plan(asked: Asked) -> Plan:
         as_is=candidate(work, setting, cluster, rates, capacity),
         best=best,
         choices=largest_that_fit(found),
-        strong=scaling(work, scaled.setting, rates, global_batch=recipe.data.global_batch, **common),
-        weak=scaling(work, scaled.setting, rates, global_batch=None, **common),
+        strong=scaling(work, scaled.setting, rates, capacity, global_batch=recipe.data.global_batch, **common),
+        weak=scaling(work, scaled.setting, rates, capacity, global_batch=None, **common),
         larger=[] if best else _larger(work, found, asked, rates),
     )
 

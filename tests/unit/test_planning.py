@@ -134,10 +134,10 @@ def test_a_model_that_fits_nowhere_is_told_what_would_have_to_change():
 
 def test_throughput_grows_with_gpus_and_strong_scaling_ends_at_one_image():
     work, setting = workload("pretrain/vit_large_800ep"), Setting(64, 2, "bf16", 64)
-    strong = scaling(work, setting, rates(), gpus_per_node=8, up_to=4096, global_batch=256)
+    strong = scaling(work, setting, rates(), 80e9, gpus_per_node=8, up_to=4096, global_batch=256)
     assert [scale.ranks for scale in strong] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     assert strong[-1].efficiency < 0.5 < strong[3].efficiency
-    weak = scaling(work, setting, rates(link="ethernet-10"), gpus_per_node=8, up_to=64, global_batch=None)
+    weak = scaling(work, setting, rates(link="ethernet-10"), 80e9, gpus_per_node=8, up_to=64, global_batch=None)
     by_ranks = {scale.ranks: scale.efficiency for scale in weak}
     assert by_ranks[16] < 0.5 * by_ranks[8]
 
