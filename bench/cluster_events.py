@@ -113,7 +113,10 @@ class Work:
     reduce_s: float
     """To reduce a bucket over all ranks."""
     overlaps: bool
-    """Whether buckets are reduced as soon as they are ready, in each pass; else after the last backward pass."""
+    """Whether buckets are reduced as soon as they are ready, in each pass; else after the last backward pass.
+
+    The next pass begins when all of this one are reduced.
+    """
     optimizer_s: float
     gather_s: float
     """To gather the weights after the optimiser."""
@@ -185,6 +188,8 @@ class Training:
         work = self._work
         self._began, self._last_start, self._computed, self._reduced = self.events.now, self.events.now, 0, 0
         self._ready = [0] * (work.passes * work.buckets)
+        self._held: list[Then] = []
+        self._held_s = 0.0
         jitter = np.exp(self._conditions.jitter * self._random.standard_normal(self._speed.shape))
         self._slowness = (self._speed * jitter).max(axis=1)
         for unit in range(work.units):
@@ -206,15 +211,21 @@ class Training:
                 self._bucket(number - 1)
             if number == len(parts):
                 self._end_of_compute()
+            elif number and number % work.buckets == 0 and work.overlaps:
+                self._held.append(lambda: compute(number))
             else:
-                do = self.events.after if self._cores is None else self._cores.work
-                do(slow * parts[number], lambda: go_on(number + 1))
+                compute(number)
 
-        go_on(0)
+        def compute(number: int) -> None:
+            do = self.events.after if self._cores is None else self._cores.work
+            do(slow * parts[number], lambda: go_on(number + 1))
+
+        compute(0)
 
     def _bucket(self, number: int) -> None:
         """Note that a unit has a bucket ready; the last one lets it be reduced."""
         self._ready[number] += 1
+        self._last_ready = self.events.now
         if self._work.overlaps and self._ready[number] == self._work.units:
             self._network.serve(self._work.reduce_s, self._end_of_reduce)
 
@@ -228,6 +239,11 @@ class Training:
 
     def _end_of_reduce(self) -> None:
         self._reduced += 1
+        if self._held and self._reduced % self._work.buckets == 0:
+            self._held_s += self.events.now - self._last_ready
+            held, self._held = self._held, []
+            for then in held:
+                then()
         if self._reduced == self._work.buckets * (self._work.passes if self._work.overlaps else 1):
             self.events.after(
                 self._work.optimizer_s, lambda: self._network.serve(self._work.gather_s, self._end_of_step)
@@ -242,8 +258,8 @@ class Training:
             for _ in range(work.units):
                 self._storage.serve(work.checkpoint_bytes / self._conditions.storage_bytes_per_s, lambda: None)
         waited = self._last_start - self._began
-        slow = self._compute_ended - self._last_start - work.compute_s
-        exposed = now - self._compute_ended - work.optimizer_s
+        slow = self._compute_ended - self._last_start - work.compute_s - self._held_s
+        exposed = now - self._compute_ended - work.optimizer_s + self._held_s
         total = now - self._began + stall
         self._rows.append([total, work.compute_s, slow, exposed, work.optimizer_s, waited, stall])
         if self._step < self._steps:

@@ -27,7 +27,7 @@ from mae_scale.planning.failures import RESTART_S, SAVE_S, STORAGE_BYTES_PER_S, 
 from mae_scale.planning.hardware import gpu_named, link_named
 from mae_scale.planning.memory import Setting
 from mae_scale.planning.rates import Rates, cpu_rates, rates_of
-from mae_scale.planning.search import candidate
+from mae_scale.planning.search import candidate, scaling
 from mae_scale.planning.step_time import step_time
 from mae_scale.planning.workload import Workload
 from mae_scale.reports.style import BLUE, DARK, GREY, ORANGE, new_figure, save_png
@@ -39,7 +39,7 @@ from mae_scale.tracking.metrics_log import after_warm_up, read_metrics
 
 JITTER, SPREAD = 0.01, 0.02
 """Assumed: of a rank's computing from step to step, and between GPUs."""
-RECIPE, IMAGES_PER_GPU = "pretrain/vit_large_800ep", 64
+RECIPE, IMAGES_PER_GPU, GLOBAL_BATCH = "pretrain/vit_large_800ep", 64, 4096
 STEPS = 60
 FAILURES = 2000
 
@@ -178,6 +178,16 @@ def table(found: list[Scaled]) -> list[str]:
     return lines
 
 
+def strong_line(work: Workload, setting: Setting, site: Site, ranks: list[int]) -> str:
+    """Return strong scaling by formula, from the first number of GPUs on."""
+    capacity, common = 1e9 * gpu_named(site.gpu).memory_gb, {"gpus_per_node": site.gpus_per_node, "up_to": max(ranks)}
+    found = scaling(work, setting, rates_at(site), capacity, global_batch=GLOBAL_BATCH, **common)
+    rates = {scale.ranks: scale.images_per_second for scale in found}
+    first = rates[ranks[0]] / ranks[0]
+    said = (f"{n:,} GPUs {rates[n]:,.0f} images/s ({rates[n] / n / first:.0%})" for n in ranks if n in rates)
+    return f"strong, {GLOBAL_BATCH:,} images, by formula: {', '.join(said)}"
+
+
 def local_steps(points: list[ThroughputPoint], folder: Path, rates: Rates, cores: int, seed: int) -> list[dict]:
     """Return measured and simulated seconds of a step by ranks, without waiting for images.
 
@@ -255,8 +265,8 @@ def on_clusters(options: argparse.Namespace) -> dict:
         site, drawn = CLUSTERS[cluster], {}
         for model in options.models.split(","):
             work = workload_of(RECIPE, MODELS[model])
-            found = []
-            for ranks in map(int, options.ranks.split(",")):
+            found, all_ranks = [], list(map(int, options.ranks.split(",")))
+            for ranks in all_ranks:
                 setting = setting_for(work, site, ranks, IMAGES_PER_GPU)
                 if setting is not None:
                     found.append(simulate(work, setting, site, seed=options.seed))
@@ -265,6 +275,7 @@ def on_clusters(options: argparse.Namespace) -> dict:
                 f"storage {site.storage_gb_s:g} GB/s"
             )
             print("\n".join(table(found)) if found else "  does not fit", flush=True)
+            print(strong_line(work, Setting(1, 2, "bf16", 1), site, all_ranks), flush=True)
             results[f"{model} on {cluster}"] = [
                 {**asdict(one), "efficiency": one.efficiency, "lost": one.lost} for one in found
             ]
@@ -302,7 +313,8 @@ def main() -> int:
     options = parser.parse_args()
     results = on_clusters(options) if options.points is None else on_one_machine(options)
     if options.json is not None:
-        options.json.write_text(json.dumps({"command": " ".join(sys.argv), **results}, indent=1) + "\n")
+        command = " ".join(["python bench/cluster_sim.py", *sys.argv[1:]])
+        options.json.write_text(json.dumps({"command": command, **results}, indent=1) + "\n")
     return 0
 
 

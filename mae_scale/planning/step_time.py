@@ -101,20 +101,20 @@ def _communication(work: Workload, setting: Setting, cluster: Cluster, rates: Ra
     """Return the seconds of collectives that the backward pass does not hide.
 
     ZeRO 1 reduces once per step, after the last backward pass. ZeRO 2 reduces each micro-batch's gradient while its
-    backward pass runs, all but the last bucket. ZeRO 3 also gathers the weights for each forward and backward pass,
-    ahead of their use; those that stay (up to `live` elements) are gathered once per step.
+    backward pass runs, all but the last bucket, for which the next forward pass waits. ZeRO 3 also gathers the weights
+    for each forward and backward pass, ahead of their use; those that stay (up to `live` elements) once per step. Its
+    last bucket is not hidden either.
     """
     size = setting.value_bytes * work.trained
     buckets = max(1, math.ceil(work.trained / setting.bucket))
-    if setting.zero_stage <= 1:
-        return all_reduce_s(
-            size, cluster, rates, messages=buckets
-        )  # or a reduce-scatter, then an all-gather of weights
-    backward = compute * 2 / 3
-    scattered = setting.accumulation * all_gather_s(size, cluster, rates, messages=buckets)
+    if setting.zero_stage <= 1:  # ZeRO 1: a reduce-scatter, then an all-gather of the weights
+        return all_reduce_s(size, cluster, rates, messages=buckets)
+    scattered = all_gather_s(size, cluster, rates, messages=buckets)  # once per micro-batch
     if setting.zero_stage == 2:
-        exposed = max(scattered - backward * (1 - 1 / buckets), scattered / buckets / setting.accumulation)
-        return exposed + all_gather_s(size, cluster, rates, messages=buckets)
+        backward = compute * 2 / 3 / setting.accumulation
+        exposed = max(scattered - backward * (1 - 1 / buckets), scattered / buckets)
+        return setting.accumulation * exposed + all_gather_s(size, cluster, rates, messages=buckets)
     gathers = 1 if work.trained <= setting.live else 2 * setting.accumulation
     gathered = gathers * all_gather_s(size, cluster, rates, messages=len(work.parameters))
-    return max(0.0, scattered + gathered - compute)
+    scattered *= setting.accumulation
+    return max(scattered / buckets, scattered + gathered - compute)
