@@ -238,9 +238,9 @@ def draw(found: dict[str, list[Scaled]], path: Path, title: str) -> None:
     left.set_xticks([one.ranks for one in scaled], [f"{one.ranks:,}" for one in scaled], fontsize=8)
     left.set_ylim(0, 100)
     left.set_ylabel("efficiency (%)")
-    for axes in (left, right):
+    for axes, place in ((left, "lower left"), (right, "upper left")):
         axes.set_xlabel("GPUs")
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc=place)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
