@@ -167,9 +167,18 @@ def _tracker(task: Task[Any], context: RunContext, start: int, output: Output, *
         used=settings_used(context.recipe, context.layout, context.device),
         tags=start_tags(context.facts, context.device, len(context.index.bad)) | {"mae_scale.task": task.kind},
         page=run_page(task, context) if context.ranks.is_first else None,
-        planned=planned(task, context) if context.ranks.is_first else {},
+        planned=_planned(task, context) if context.ranks.is_first else {},
     )
     return Tracker(context.recipe, context.out, facts, speaks=context.ranks.is_first, output=output, guard=guard)
+
+
+def _planned(task: Task[Any], context: RunContext) -> dict[str, float]:
+    """Return what the start is planned to take; a run does not fail because that cannot be told."""
+    try:
+        return planned(task, context)
+    except Exception as error:
+        log.warning("what this start takes cannot be planned (%s: %s)", type(error).__name__, error)
+        return {}
 
 
 def _begin(context: RunContext, engine: Engine, tracker: Tracker, start: int, notes: list[str]) -> None:

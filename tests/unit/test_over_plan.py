@@ -1,8 +1,14 @@
 """How far off a plan was, from the rows of a run."""
 
-import pytest
+import json
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from mae_scale.config.load import load_recipe
 from mae_scale.training.planned import MEMORY, STEP_TIME, over_plan, over_plan_line
+from mae_scale.training.run import _planned
 
 
 def row(step: int, seconds: float, gib: float = 1.0, wait: float = 0.0, **plan: float) -> dict:
@@ -36,3 +42,18 @@ def test_only_the_newest_start_counts():
 def test_a_start_without_a_plan_or_with_one_row_says_nothing_of_time():
     assert over_plan([]) == over_plan([row(1, 1.0), row(2, 1.0)]) == over_plan([row(1, 1.0, step_time_s=1.0)]) == {}
     assert over_plan_line({}) == ""
+
+
+def test_a_run_goes_on_when_what_it_takes_cannot_be_told(tmp_path, caplog):
+    rates = tmp_path / "rates.json"
+    names = ("product_tflops", "attention_tflops", "elementwise_gb_s", "optimizer_gb_s")
+    rates.write_text(json.dumps({**dict.fromkeys(names, 1.0), "device_type": "cpu"}))
+
+    def workload(classes: int) -> None:
+        raise NotImplementedError("a task of one's own")
+
+    index = SimpleNamespace(classes=["one"])
+    recipe = load_recipe("demo", [f"tracking.rates={rates}"])
+    context = SimpleNamespace(recipe=recipe, device=torch.device("cpu"), index=index)
+    assert _planned(SimpleNamespace(workload=workload), context) == {}
+    assert "what this start takes cannot be planned (NotImplementedError: a task of one's own)" in caplog.text
