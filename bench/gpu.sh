@@ -94,10 +94,12 @@ tests() { gpu_part "$1" "$2" "$3" "$python" -m pytest -p no:cacheprovider -o add
 truth() {
     gpu_part "nvidia-smi" 20 "" nvidia-smi
     part "rates of the machine" 60 "" "$python" bench/rates.py --json "$out/rates.json"
+    gpu_part "rates of planning" 60 "typer" "$python" -m mae_scale plan --measure "$out/planned-rates.json"
     part "attention" 100 "" "$python" bench/attention.py "${attention[@]}" --json "$out/attention.json"
     part "throughput timer" 120 "deepspeed pydantic" "$python" bench/engine.py "${timer[@]}" --ways engine \
         --zero-stages 1 --throughput-timer --json "$out/timer.json"
     tests "tests of a step" 120 "" tests/gpu/test_step.py
+    tests "tests of planning" 120 "deepspeed pydantic" tests/gpu/test_planned.py
     tests "tests of the engines" 400 "deepspeed pydantic fairscale" tests/gpu/test_engines.py
 }
 

@@ -1,6 +1,7 @@
-"""One rank that measures this machine's rates, then times the engine's step for five sizes beside what is planned.
+"""One rank that measures this machine's rates, then the engine's step for some sizes beside what is planned.
 
-Run by test_planned_time.py: CASES.json OUT.json; each case is a list of overrides of the demo, with a micro-batch.
+Run by test_planned_time.py and tests/gpu/test_planned.py: CASES.json OUT.json; each case is a list of overrides of the
+demo, with a micro-batch.
 """
 
 import json
@@ -19,51 +20,69 @@ from mae_scale.engines.policy import layout_of
 from mae_scale.engines.select import scale_out
 from mae_scale.models.build import build_model
 from mae_scale.planning.collectives import Cluster
-from mae_scale.planning.hardware import gpu_named, link_named
+from mae_scale.planning.hardware import DEFAULT_LINK, gpu_of_device, link_named
 from mae_scale.planning.measure import measure
-from mae_scale.planning.memory import Setting
-from mae_scale.planning.rates import calibrated, rates_of
+from mae_scale.planning.memory import memory_of
+from mae_scale.planning.rates import Rates, calibrated, cpu_rates, rates_of
 from mae_scale.planning.step_time import step_time
 from mae_scale.tasks.mae.objective import Reconstruct
 from mae_scale.tasks.registry import task_of
+from mae_scale.training.planned import setting_of
 
 STEPS, ROUNDS = 5, 3
 
 
-def planned(recipe: Recipe, rates: dict) -> float:
-    """Seconds of a step as planned with measured rates; what these replace is a GPU's."""
-    gpu = gpu_named("v100")
-    assumed = rates_of(gpu, link_named("ethernet-10"), link_named(gpu.link), "fp32")
-    layout = layout_of(recipe, 1)
-    setting = Setting(1, recipe.engine.zero_stage, "fp32", layout.micro_batch, layout.accumulation, compiled=False)
+def rates_of_device(device: torch.device, precision: str) -> Rates:
+    """The device's rates, measured now."""
+    found = measure(device, precision)
+    if device.type == "cpu":
+        return cpu_rates(found, "measured")
+    sheet = gpu_of_device(torch.cuda.get_device_name(device))
+    assert sheet is not None, "this GPU is not in hardware.yaml"
+    return calibrated(rates_of(sheet, link_named(DEFAULT_LINK), link_named(sheet.link), precision), found, "measured")
+
+
+def planned(recipe: Recipe, rates: Rates, gpu: bool) -> dict[str, float]:
+    """Seconds of a step and GiB that torch allocates, as planned."""
+    setting = setting_of(recipe, layout_of(recipe, 1), gpu=gpu, decodes=False)
     work = task_of(recipe, Path()).workload(10)
-    return step_time(work, setting, Cluster(1, 1), calibrated(assumed, rates, "measured")).total
+    seconds = step_time(work, setting, Cluster(1, 1), rates).total
+    return {"planned_s": seconds, "planned_gib": memory_of(work, setting).allocated / 2**30}
 
 
-def measured(recipe: Recipe, device: torch.device) -> float:
-    """Median seconds of the engine's step."""
+def measured(recipe: Recipe, device: torch.device) -> dict[str, float]:
+    """Median seconds of the engine's step, and on a GPU the peak of what torch allocates."""
+    gpu = device.type == "cuda"
+    wait = torch.cuda.synchronize if gpu else lambda: None
+    if gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     model = build_model(recipe)
     side, patches = model.image_size, model.patches
     layout = layout_of(recipe, 1)
     engine = scale_out(Reconstruct(model, seed=0), recipe, layout, device)
-    batch = [(torch.randn(layout.micro_batch, 3, side, side), torch.rand(layout.micro_batch, patches))]
+    images = torch.randn(layout.micro_batch, 3, side, side, device=device)
+    batch = [(images, torch.rand(layout.micro_batch, patches, device=device))] * layout.accumulation
     times = []
-    for _ in range(1 + STEPS):
+    for _ in range(2 + STEPS):
+        wait()
         began = time.perf_counter()
         engine.train_step(iter(batch), 1e-4)
+        wait()
         times.append(time.perf_counter() - began)
     engine.close()
-    return statistics.median(times[1:])
+    peak = {"measured_gib": torch.cuda.max_memory_allocated() / 2**30} if gpu else {}
+    return {"measured_s": statistics.median(times[2:]), **peak}
 
 
-def one_round(recipes: dict[str, Recipe], device: torch.device) -> dict[str, dict[str, float]]:
-    """Return each recipe's planned and measured seconds, and their ratio, by rates that are measured now.
+def one_round(recipes: dict[str, Recipe], device: torch.device, precision: str) -> dict[str, dict[str, float]]:
+    """Return what is planned and measured for each recipe, by rates that are measured now.
 
     A machine's rates change over minutes, by what else it does: the median of rounds forgives one.
     """
-    rates, found = measure(device, "fp32"), {}
+    rates, found = rates_of_device(device, precision), {}
     for name, recipe in recipes.items():
-        step = {"planned_s": planned(recipe, rates), "measured_s": measured(recipe, device)}
+        step = planned(recipe, rates, device.type == "cuda") | measured(recipe, device)
         found[name] = {**step, "ratio": step["planned_s"] / step["measured_s"]}
     return found
 
@@ -74,7 +93,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with process_group(ranks, 120) as device:
         recipes = {name: load_recipe("demo", overrides) for name, overrides in cases.items()}
-        rounds = [one_round(recipes, device) for _ in range(ROUNDS)]
+        precision = "bf16" if device.type == "cuda" else "fp32"
+        rounds = [one_round(recipes, device, precision) for _ in range(ROUNDS)]
     found = {name: sorted((one[name] for one in rounds), key=lambda step: step["ratio"])[ROUNDS // 2] for name in cases}
     out.write_text(json.dumps({"steps": found}))
     leave(0)
