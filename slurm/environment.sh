@@ -98,9 +98,12 @@ set_environment() {
 
 # Runs a command and hands USR1 and TERM on to it as USR1, the request to stop with a checkpoint; its exit code.
 supervise() {
+    child='' asked=''
+    # Before the command runs: a signal that comes while it is started is kept for it.
+    trap 'if [ -n "$child" ]; then kill -USR1 "$child" 2>/dev/null; else asked=yes; fi' USR1 TERM
     "$@" &
     child=$!
-    trap 'kill -USR1 "$child" 2>/dev/null' USR1 TERM
+    [ -z "$asked" ] || kill -USR1 "$child"
     # A trapped signal ends `wait`, not the child; the last `wait` has the child's own code.
     while wait "$child"; kill -0 "$child" 2>/dev/null; do :; done
     wait "$child"

@@ -290,6 +290,13 @@ def test_a_signal_is_handed_on_and_the_commands_own_code_comes_back():
     assert told.stdout.strip() == "code 75", told.stderr
 
 
+def test_a_signal_while_the_command_is_started_is_kept_for_it():
+    """It comes when the command runs already, and the shell has not yet noted its process."""
+    signal = "set -T; trap '[[ $BASH_COMMAND != child=\\$! ]] || { trap - DEBUG; sleep 0.5; kill -USR1 $$; }' DEBUG; "
+    told = bash(signal + 'supervise bash -c "$1" || echo "code $?"', 'trap "exit 75" USR1; sleep 5 >/dev/null & wait')
+    assert told.stdout.strip() == "code 75", told.stderr
+
+
 def bash(code: str, *arguments) -> subprocess.CompletedProcess:
     """Run shell code that has sourced environment.sh, as a template does."""
     source = f"set -euo pipefail; source {TEMPLATES / 'environment.sh'}; {code}"
