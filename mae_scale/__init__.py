@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mae_scale.checkpoints.encoder import PretrainedEncoder
+    from mae_scale.models.tokeniser import Tokeniser
 
 __version__ = "0.1.0"
 
@@ -26,3 +27,21 @@ def load_encoder(path: str | Path, *, heads: int | None = None) -> PretrainedEnc
     from mae_scale.checkpoints import encoder
 
     return encoder.load_encoder(path, heads=heads)
+
+
+def load_tokeniser(path: str | Path) -> Tokeniser:
+    """Return the tokeniser of BEiT, frozen, of a file of weights: transformers' FlavaImageCodebook, DALL-E's encoder.pkl.
+
+    A module that was pickled whole is read without running what else is in the file; see
+    mae_scale.models.weights.whole_module.
+
+    Examples:
+        >>> tokeniser = mae_scale.load_tokeniser("encoder.pkl")
+        >>> tokeniser.tokens(images).shape  # of [B, 3, 112, 112] from 0 to 1
+        torch.Size([B, 196])
+    """
+    from pathlib import Path
+
+    from mae_scale.models.weights.tokeniser import read_tokeniser
+
+    return read_tokeniser(Path(path))

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
 from data_pipeline.errors import UsageError
+from mae_scale import load_tokeniser
 from mae_scale.models.tokeniser import Tokeniser, TokeniserSize
-from mae_scale.models.weights.tokeniser import read_tokeniser
 
 SIZE = TokeniserSize(width=16, words=50, blocks_per_group=2)
 
@@ -57,7 +57,7 @@ def test_a_file_of_any_layout_gives_the_peers_logits_and_words(layout, peer, ima
     if layout == "inside FLAVA":
         state = {f"image_codebook.{key}": value for key, value in state.items()} | {"text.weight": torch.ones(2)}
     save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
-    ours = read_tokeniser(path)
+    ours = load_tokeniser(path)
     assert (ours.size, ours.training) == (SIZE, False)
     assert not any(parameter.requires_grad for parameter in ours.parameters())
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_a_module_that_was_pickled_whole_is_read_without_its_package(zipped, for
     theirs, path = foreign.Encoder(SIZE.width, SIZE.words), tmp_path / "encoder.pkl"
     torch.save(theirs, path, _use_new_zipfile_serialization=zipped)
     monkeypatch.delitem(sys.modules, foreign.__name__)
-    ours = read_tokeniser(path)
+    ours = load_tokeniser(path)
     given = theirs.state_dict()
     assert torch.equal(
         ours.state_dict()["blocks.group_2.group.block_1.id_path.weight"], given["blocks.group_2.block_1.id_path.w"]
@@ -156,7 +156,7 @@ def test_a_hostile_module_is_refused_and_leaves_nothing_behind(name, zipped, for
     theirs.extra = call
     torch.save(theirs, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(UsageError, match="was refused: it names"):
-        read_tokeniser(path)
+        load_tokeniser(path)
     assert not mark.exists()
 
 
@@ -178,7 +178,7 @@ def test_what_is_no_tokeniser_is_refused(peer, tmp_path):
         "none.pt": "no weights file at",
     }.items():
         with pytest.raises(UsageError, match=message):
-            read_tokeniser(Path(tmp_path / name))
+            load_tokeniser(Path(tmp_path / name))
 
 
 def test_images_of_a_side_that_is_no_multiple_of_eight_are_refused():
