@@ -30,15 +30,10 @@ def load_encoder(path: str | Path, *, heads: int | None = None) -> PretrainedEnc
 
 
 def load_tokeniser(path: str | Path) -> Tokeniser:
-    """Return the tokeniser of BEiT, frozen, of a file of weights: transformers' FlavaImageCodebook, DALL-E's encoder.pkl.
+    """Return the tokeniser of BEiT, frozen: weights of transformers' FlavaImageCodebook, or DALL-E's encoder.pkl.
 
-    A module that was pickled whole is read without running what else is in the file; see
-    mae_scale.models.weights.whole_module.
-
-    Examples:
-        >>> tokeniser = mae_scale.load_tokeniser("encoder.pkl")
-        >>> tokeniser.tokens(images).shape  # of [B, 3, 112, 112] from 0 to 1
-        torch.Size([B, 196])
+    Its tokens() takes images [B, 3, 112, 112] from 0 to 1 and gives [B, 196]. A module that was pickled whole is read
+    without running what else is in the file; see mae_scale.models.weights.whole_module.
     """
     from pathlib import Path
 
