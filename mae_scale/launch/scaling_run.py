@@ -31,7 +31,7 @@ from mae_scale.tasks.throughput_page import publish
 from mae_scale.tasks.throughput_points import read_points
 from mae_scale.tracking.mlflow_state import mlflow_run_of
 from mae_scale.tracking.mlflow_sweep import MlflowSweep, check_name
-from mae_scale.training.preflight import check
+from mae_scale.training.preflight import check, check_images
 
 SWEEP = "scaling.json"
 INTERVALS = 10
@@ -93,6 +93,8 @@ def run_sweep(sweep: ThroughputSweep) -> int:
         task = task_of(recipe, sweep.folder_of(ranks))
         layout_of(recipe, ranks)
         check(task, ranks)
+        if not command:
+            check_images(task)  # of the fewest ranks: a global batch that is too large for the images is that point's
         command = task.command
     mlflow = _claim(sweep, recipe.tracking)
     cores = _cores_per_rank(max(sweep.ranks))

@@ -223,3 +223,11 @@ def test_a_damaged_file_of_a_sweep_is_one_line(content, tmp_path, digits, call):
         code, _, error = call("scaling", *words)
         assert (code, error.count("\n")) == (2, 1)
         assert "scaling.json cannot be read" in error
+
+
+def test_images_that_are_not_there_are_refused_before_anything_is_written(tmp_path, call):
+    root, out = tmp_path / "none", tmp_path / "sweep"
+    code, said, error = call("scaling", "run", "demo", "--ranks", "1,2", "--out", out, f"data.root={root}")
+    assert (code, said, error.count("\n")) == (2, "", 1)
+    assert str(root) in error
+    assert list(tmp_path.iterdir()) == []
