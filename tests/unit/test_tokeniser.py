@@ -16,6 +16,8 @@ from data_pipeline.errors import UsageError
 from mae_scale import load_tokeniser
 from mae_scale.models.tokeniser import Tokeniser, TokeniserSize
 
+pytestmark = pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")  # torch, of classes made here
+
 SIZE = TokeniserSize(width=16, words=50, blocks_per_group=2)
 
 
