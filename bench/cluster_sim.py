@@ -146,12 +146,14 @@ def simulate(work: Workload, setting: Setting, site: Site, *, seed: int, steps: 
     conditions = Conditions(JITTER, SPREAD, storage_bytes_per_s=1e9 * site.storage_gb_s)
     size = SAVED_BYTES * work.trained
     stall = SAVE_S + size / cluster.ranks / rates.host_bytes_per_s
-    met = Training(ideal, conditions, steps=steps, seed=seed).run()
     young = failures_of(cluster.ranks, stall, shortest_s=size / STORAGE_BYTES_PER_S)
-    # A checkpoint within the simulated steps would be more than its share: its stall is spread over the interval.
-    met = replace(
-        met, step=met.step + stall * met.step / young.interval_s, checkpoint=stall * met.step / young.interval_s
-    )
+    met = Training(ideal, conditions, steps=steps, seed=seed).run()
+    # What a save at one of these steps costs, stall and writing beside reading, is spread over the interval.
+    written = {"checkpoint_stall_s": stall, "checkpoint_bytes": size / cluster.nodes}
+    saves = replace(ideal, checkpoint_steps=2 * steps // 3, **written)
+    cost = steps * (Training(saves, conditions, steps=steps, seed=seed).run().step - met.step)
+    per_step = cost * met.step / young.interval_s
+    met = replace(met, step=met.step + per_step, checkpoint=per_step)
     lost = share_lost_to_failures(
         mtbf_s=young.mtbf_s,
         interval_s=young.interval_s,
@@ -203,13 +205,12 @@ def local_steps(points: list[ThroughputPoint], folder: Path, rates: Rates, cores
     found = []
     for ranks, point in measured.items():
         step = work_of(work, replace(setting, ranks=ranks), Cluster(1, ranks), rates)
-        optimizer = step.optimizer_s
         compute = statistics.median(alone) - work_of(work, setting, Cluster(1, 1), rates).optimizer_s
         step = replace(step, units=ranks, ranks_per_unit=1, forward_s=compute / 3, backward_s=compute * 2 / 3)
         varies = Conditions(jitter=statistics.stdev(alone) / statistics.fmean(alone))
         simulated = Training(step, varies, steps=STEPS, seed=seed, cores=cores).run()
         took = point.measured.step_time_s - point.measured.data_wait_s
-        found.append({"ranks": ranks, "measured_s": took, "simulated_s": simulated.step, "optimizer_s": optimizer})
+        found.append({"ranks": ranks, "measured_s": took, "simulated_s": simulated.step})
     return found
 
 

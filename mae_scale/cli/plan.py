@@ -70,6 +70,8 @@ def plan(
         return
     if recipe is None:
         raise UsageError("no recipe given; expected one such as pretrain/vit_huge_1600ep, or --measure FILE")
+    if nproc > 1:
+        raise UsageError(f"--nproc {nproc} is for --measure; a plan's GPUs are --nodes and --gpus-per-node")
     check_json(json)
     check_picture(out)
     found = make_plan(

@@ -53,6 +53,11 @@ def ranks_from_environment() -> Ranks:
     return ranks
 
 
+def ranks_per_node(world_size: int) -> int:
+    """Return the number of ranks of each node, as the launcher says; all of them where it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+
+
 def say_error(error: UsageError | RunError) -> None:
     """Print the error on stderr, one line per job.
 

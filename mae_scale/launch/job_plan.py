@@ -8,7 +8,7 @@ from data_pipeline.errors import UsageError
 from mae_scale.config.schema import Recipe
 from mae_scale.planning.hardware import DEFAULT_LINK, gpu_in, gpu_named, link_named
 from mae_scale.tasks.plan import Plan, asked_of, make_plan
-from mae_scale.tasks.plan_text import overrides_of, plan_summary
+from mae_scale.tasks.plan_text import fit_of, overrides_of, plan_summary
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def job_plan(name: str, recipe: Recipe, nodes: Nodes, *, force: bool) -> list[st
     lines = [f"plan for {name} on {where}", *(f"  {line}" for line in plan_summary(plan))]
     if not plan.as_is.fits:
         if not force:
-            raise UsageError(f"{name} on {where} {plan_summary(plan)[0].split(maxsplit=1)[1]}; {_what_to_do(plan)}")
+            raise UsageError(f"{name} on {where} {fit_of(plan)}; {_what_to_do(plan)}")
         lines.append("  it is sent all the same (--force)")
     return lines
 

@@ -87,15 +87,14 @@ def run_sweep(sweep: ThroughputSweep) -> int:
         raise UsageError("scaling run starts its ranks itself; over nodes use slurm/scaling.sbatch")
     check_name(sweep.name)
     _refuse_another(sweep)
-    command = ""
+    tasks = []
     for ranks in sweep.ranks:
         recipe = load_recipe(sweep.recipe, sweep.overrides_of(ranks))
         task = task_of(recipe, sweep.folder_of(ranks))
         layout_of(recipe, ranks)
         check(task, ranks)
-        if not command:
-            check_images(task)  # of the fewest ranks: a global batch that is too large for the images is that point's
-        command = task.command
+        tasks.append(task)
+    check_images(tasks[0])  # of the fewest ranks: a global batch too large for the images is that point's alone
     mlflow = _claim(sweep, recipe.tracking)
     cores = _cores_per_rank(max(sweep.ranks))
     failed = EXIT_DONE
@@ -107,7 +106,7 @@ def run_sweep(sweep: ThroughputSweep) -> int:
                 continue
             print(f"{folder}: its run was deleted in MLflow, so it is measured anew")
             shutil.rmtree(folder)
-        words = [command, sweep.recipe, "--out", str(folder), *sweep.overrides_of(ranks)]
+        words = [tasks[0].command, sweep.recipe, "--out", str(folder), *sweep.overrides_of(ranks)]
         try:
             code = launch_local_ranks(ranks, words, environment=cores)
         except RunError as error:

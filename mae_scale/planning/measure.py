@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from mae_scale.distributed.collectives import process_group
-from mae_scale.distributed.ranks import Ranks
+from mae_scale.distributed.ranks import Ranks, ranks_per_node
 from mae_scale.planning.step_time import ADAM_BYTES, ATTENTION_BACKWARD, BACKWARD_VALUES, FORWARD_VALUES, UNCOMPILED
 
 WIDTHS = (64, 128, 256, 512, 1024, 1280)
@@ -40,7 +39,7 @@ def measure_machine(ranks: Ranks) -> dict[str, Any]:
         found = measure(device, "bf16" if device.type == "cuda" else "fp32")
         if ranks.world_size > 1:
             torch.distributed.barrier()
-            found |= measure_links(device, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)))
+            found |= measure_links(device, ranks_per_node(ranks.world_size))
     return found
 
 

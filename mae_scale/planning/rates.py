@@ -66,6 +66,8 @@ class Rates:
     power_w: float
     measured: frozenset[str] = frozenset()
     """Which of MEASURED were measured; the others are assumed."""
+    measured_on: str | None = None
+    """Name of the device; None where the file does not say it."""
 
     def product_s(self, rows: float, inner: int, outer: int) -> float:
         """Return the seconds of a matrix product [rows, inner] x [inner, outer]."""
@@ -155,7 +157,8 @@ def measured_rates(measured: dict[str, Any], source: str) -> dict[str, Any]:
         raise UsageError(f"{source} has none of {', '.join(MEASURED)}; make one with mae-scale plan --measure FILE")
     if measured.get("device_type") == "cpu":
         changed["processors"] = 0
-    return {**changed, "measured": frozenset(found)}
+    device = measured.get("device")
+    return {**changed, "measured": frozenset(found), "measured_on": None if device is None else str(device)}
 
 
 def calibrated(rates: Rates, measured: dict[str, Any], source: str) -> Rates:

@@ -42,7 +42,7 @@ class Choices:
     """ZeRO stages, each without or with offload."""
     micro_batches: Sequence[int]
     """Divisors of a rank's share."""
-    compiled: bool = True
+    compiled: bool
     """Whether blocks are compiled, but in ZeRO 3."""
 
 

@@ -70,10 +70,18 @@ class Plan:
     """Where nothing fits: what would have to change, in order of cost."""
 
     @property
+    def images(self) -> int:
+        """Training images that the recipe takes of the data set's."""
+        data = self.asked.recipe.data
+        if data.labels_per_class is not None:
+            return min(self.asked.images, data.labels_per_class * CLASSES)
+        return int(self.asked.images * (data.fraction or 1))
+
+    @property
     def steps(self) -> int:
         """Steps of the whole schedule."""
         recipe = self.asked.recipe
-        return max(1, int(_images(self.asked)) // recipe.data.global_batch) * recipe.schedule.epochs
+        return max(1, self.images // recipe.data.global_batch) * recipe.schedule.epochs
 
     def hours(self, one: Candidate) -> float:
         """Return the hours of the whole schedule."""
@@ -207,14 +215,6 @@ def _choices(recipe: Recipe, setting: Setting) -> Choices:
     elif setting.precision != "fp32":
         stages = stages[1:]
     return Choices(stages, micro_batches, compiled=recipe.engine.compile is not False)
-
-
-def _images(asked: Asked) -> float:
-    """Return the number of training images that the recipe takes."""
-    data = asked.recipe.data
-    if data.labels_per_class is not None:
-        return min(asked.images, data.labels_per_class * CLASSES)
-    return asked.images * (data.fraction or 1)
 
 
 def _larger(work: Workload, tried: list[Candidate], asked: Asked, rates: Rates) -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from mae_scale.planning.hardware import Gpu
+from mae_scale.planning.hardware import Gpu, gpu_of_device
 from mae_scale.planning.search import HOST_MEMORY, Candidate
-from mae_scale.tasks.plan import GIB, IMAGE_BYTES, IMAGES, SAVED_BYTES, Plan
+from mae_scale.tasks.plan import GIB, IMAGE_BYTES, SAVED_BYTES, Plan
 
 WORTH_A_LINE = 1.05
 """A setting that is faster by more than this is named beside a job."""
@@ -20,7 +20,7 @@ def plan_lines(plan: Plan) -> list[str]:
     between = f", {asked.link.name} between nodes" if cluster.nodes > 1 else ""
     lines = [
         f"{asked.name} on {cluster.nodes} x {cluster.gpus_per_node} {gpu.name} "
-        f"({gpu.memory_gb:g} GB, {gpu.link}{between})",
+        f"({gpu.memory_gb:g} GB, {gpu.link}{between}){_other_device(plan)}",
         "",
         f"as it stands  {_said(one)}: {_fit(one, gpu)}",
         f"              {_time(plan, one)}",
@@ -65,12 +65,23 @@ def plan_lines(plan: Plan) -> list[str]:
     return lines
 
 
+def fit_of(plan: Plan) -> str:
+    """Return whether the recipe fits as it stands, its memory and its setting."""
+    return f"{_fit(plan.as_is, plan.asked.gpu)}: {_said(plan.as_is)}"
+
+
+def _other_device(plan: Plan) -> str:
+    """Return that the rates are of another device than the one planned for, where it is known."""
+    device = plan.rates.measured_on
+    return "" if device is None or gpu_of_device(device) is plan.asked.gpu else f", by rates measured on {device}"
+
+
 def plan_summary(plan: Plan) -> list[str]:
     """Return the plan of the recipe as it stands in three lines, and a fourth where another setting is faster."""
-    one, best, asked = plan.as_is, plan.best, plan.asked
+    one, best = plan.as_is, plan.best
     lines = [
-        f"memory     {_fit(one, asked.gpu)}: {_said(one)}",
-        f"hours      {plan.hours(one):,.1f} for ImageNet-1K's {IMAGES:,} images, {_step(one)}",
+        f"memory     {fit_of(plan)}",
+        f"hours      {plan.hours(one):,.1f} for ImageNet-1K's {plan.images:,} images, {_step(one)}",
         f"GPU hours  {plan.gpu_hours(one):,.0f}",
     ]
     if one.fits and best is not None and one.time.total > WORTH_A_LINE * best.time.total:

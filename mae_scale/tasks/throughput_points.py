@@ -19,6 +19,8 @@ from mae_scale.training.planned import STEP_TIME
 
 NAME = re.compile(r"(?:ranks|nodes)_(\d+)")
 """Name of a point's folder, with its number of ranks or nodes."""
+RATES = ("perf/images_per_second", "perf/step_time_s", "perf/data_wait_s")
+"""What a row must have to be counted."""
 ACTIVE = ("queued", "running")
 """First words of the states in which a point will be measured without anyone's doing."""
 RUNNING = "running or killed"
@@ -129,7 +131,7 @@ def _point(folder: Path) -> ThroughputPoint:
 
 def _measured(folder: Path, events: list[dict[str, Any]]) -> Measured | None:
     """Return what a run has measured after its warm-up; None before that."""
-    rows = read_metrics(folder / "metrics.jsonl")
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if all(_is_number(row.get(name)) for name in RATES)]
     kept = after_warm_up(rows)
     if not kept:
         return None
@@ -146,8 +148,12 @@ def _measured(folder: Path, events: list[dict[str, Any]]) -> Measured | None:
         micro_batch=_micro_batch(folder),
         device=next((row.get("device") for row in reversed(events) if row["event"] == "start"), None),
         checkpoint_s=_checkpoint_s(events),
-        planned_step_time_s=next((row[STEP_TIME] for row in reversed(rows) if STEP_TIME in row), None),
+        planned_step_time_s=next((row[STEP_TIME] for row in reversed(rows) if _is_number(row.get(STEP_TIME))), None),
     )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def _micro_batch(folder: Path) -> int | None:

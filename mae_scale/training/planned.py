@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.dali_graph import decoding_device
 from mae_scale.config.json_object import read_object
 from mae_scale.config.schema import Recipe
+from mae_scale.distributed.ranks import ranks_per_node
 from mae_scale.engines.deepspeed_config import deepspeed_config
 from mae_scale.engines.policy import compiles, precision_of
 from mae_scale.planning.collectives import Cluster
@@ -75,9 +75,9 @@ def planned(task: Task[Any], context: RunContext) -> dict[str, float]:
         return {}
     work = task.workload(len(context.index.classes))
     setting = setting_of(recipe, context.layout, gpu=gpu, decodes=decoding_device(recipe.data.device) != "cpu")
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", context.ranks.world_size))
     found = {}
     if rates is not None:
+        per_node = ranks_per_node(context.ranks.world_size)
         cluster = Cluster(max(1, context.ranks.world_size // per_node), per_node)
         found[STEP_TIME] = step_time(work, setting, cluster, rates).total
     if gpu:

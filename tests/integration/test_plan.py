@@ -55,9 +55,26 @@ def test_a_file_of_measured_rates_is_taken_and_named(call, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("cpu", ", by rates measured on cpu"),
+        ("NVIDIA H100 80GB HBM3", ""),
+        ("NVIDIA A40", ", by rates measured on NVIDIA A40"),
+    ],
+)
+def test_rates_of_another_device_than_the_one_planned_for_are_named_at_the_top(device, said, call, tmp_path):
+    rates = tmp_path / "rates.json"
+    rates.write_text(json.dumps({"product_tflops": 600.0, "device": device}))
+    code, out, _ = call("plan", "pretrain/vit_large_800ep", "--calibrate", rates)
+    assert code == 0
+    assert out.splitlines()[0].endswith(f"(80 GB, nvlink4){said}")
+
+
+@pytest.mark.parametrize(
     ("words", "code", "message"),
     [
         (["--measure", "rates.json"], 2, "--measure plans nothing, and found the recipe pretrain/vit_large_800ep"),
+        (["--nproc", "4"], 2, "--nproc 4 is for --measure; a plan's GPUs are --nodes and --gpus-per-node"),
         (["--gpu", "h1000"], 2, "GPU h1000 is not known; did you mean h100?"),
         (["--link", "infini"], 2, "link infini is not known; did you mean infiniband-"),
         (["--gpu", "v100"], 2, "v100 has no units for bf16; use engine.precision=fp16, or another GPU"),

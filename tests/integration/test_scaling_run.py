@@ -120,6 +120,16 @@ def test_what_was_planned_stands_beside_what_was_measured(tmp_path, call):
         assert planned.tobytes() != without.tobytes()
 
 
+def test_rows_that_are_not_whole_are_left_out(tmp_path, call):
+    put_point(tmp_path / "points" / "ranks_0001", 1, [1.0] * 10, END)
+    with open(tmp_path / "points" / "ranks_0001" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 101, "time": 1, "plan/step_time_s": "x"}\n')
+        file.write('{"step": 102, "time": 2, "perf/images_per_second": "?"}\n')
+    code, said, error = call("scaling", "report", tmp_path / "points")
+    assert (code, error) == (0, "")
+    assert said.splitlines()[1].split()[:3] == ["ranks_0001", "1", "100.0"]
+
+
 PARTS = ("compute_s", "communication_s", "data_wait_s", "checkpoint_s")
 
 

@@ -51,6 +51,17 @@ def test_each_job_has_the_figures_of_its_plan(submit, call, tmp_path):
         assert own[2] == f"  GPU hours  {found['gpu_hours']:,.0f}"
 
 
+def test_hours_are_of_the_images_that_the_recipe_takes(submit):
+    """A tenth of them have a tenth of the steps: 31 and 312 per epoch."""
+    hours = []
+    for fraction, images in (("0.1", "128,116"), ("null", "1,281,167")):
+        _, out, _ = submit(HUGE, "--nodes", 1, "--gpu", "h100", f"data.fraction={fraction}")
+        (line,) = [line for line in out.splitlines() if line.startswith("  hours ")]
+        assert f" for ImageNet-1K's {images} images, " in line
+        hours.append(float(line.split()[1]))
+    assert hours[0] / hours[1] == pytest.approx(31 / 312, rel=0.02)
+
+
 def test_a_setting_that_is_faster_is_named_and_then_is_not(submit, tmp_path):
     weights = f"classifier.weights={tmp_path}"
     _, out, _ = submit("finetune/vit_huge_448", "--nodes", 4, "--gpu", "h100", weights)

@@ -167,6 +167,7 @@ def test_what_is_no_tokeniser_is_refused(peer, tmp_path):
     save_file({"head.weight": torch.ones(2)}, tmp_path / "other.safetensors")
     save_file({k: v.clone() for k, v in state.items() if "group_3" not in k}, tmp_path / "part.safetensors")
     (tmp_path / "damaged.pkl").write_bytes(b"\x80\x02}q\x00.")
+    (tmp_path / "cut.pkl").write_bytes(b"\x80\x02garbage")
     with open(tmp_path / "numbers.pkl", "wb") as file:
         pickle.dump([1, 2], file)
     torch.save(nn.ReLU(), tmp_path / "empty.pkl")
@@ -174,6 +175,7 @@ def test_what_is_no_tokeniser_is_refused(peer, tmp_path):
         "other.safetensors": "has no tokeniser",
         "part.safetensors": r"missing \(18\): blocks.group_3",
         "damaged.pkl": "is not a whole torch file",
+        "cut.pkl": "is not a whole torch file",
         "numbers.pkl": "is not a whole torch file",
         "empty.pkl": "holds no torch module with weights",
         "none.pkl": "no file at",

@@ -41,8 +41,7 @@ class _StandIn:
     dump_patches = False
     """Asked for by torch, which compares a class with the source that old files have of it."""
 
-    def __init__(self, *arguments: object, **named: object):
-        self.state: dict[str, Any] = {}
+    state: dict[str, Any]
 
     def __new__(cls, *arguments: object, **named: object) -> _StandIn:
         made = super().__new__(cls)
@@ -51,6 +50,10 @@ class _StandIn:
 
     def __setstate__(self, state: object) -> None:
         self.state = state if isinstance(state, dict) else {}
+
+
+class _Refused(pickle.UnpicklingError):
+    """The file names what could run code."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -63,7 +66,7 @@ class _Unpickler(pickle.Unpickler):
             return _TAKEN[module, name]
         library = module.partition(".")[0]
         if (library in sys.stdlib_module_names or library == "torch") and not module.startswith(_MODULES):
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
+            raise _Refused(f"it names {module}.{name}")
         return _StandIn
 
 
@@ -84,7 +87,7 @@ def read_module(path: Path) -> StateDict:
         with warnings.catch_warnings():  # that the source of a class has changed
             warnings.simplefilter("ignore")
             module = torch.load(path, map_location="cpu", pickle_module=_PICKLE, weights_only=False)
-    except pickle.UnpicklingError as error:
+    except _Refused as error:
         raise UsageError(
             f"{path} was refused: {error}, which a module does not need and could run code when read; fetch it again, "
             "or have its author save the weights as safetensors"
