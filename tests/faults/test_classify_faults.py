@@ -183,7 +183,8 @@ def test_after_sigkill_one_rank_follows_the_uninterrupted_run(killed, start, who
     assert top1(out) == top1(whole(kind))
 
 
-@pytest.mark.parametrize("lost", [pytest.param(False, marks=pytest.mark.slow), True], ids=["kept", "lost"])
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [False, True], ids=["kept", "lost"])
 def test_after_sigterm_frozen_weights_are_those_of_the_start_also_when_their_file_is_lost(
     lost, stopped, start, whole, copied
 ):

@@ -116,7 +116,8 @@ def test_a_silent_owner_on_another_host_is_followed(tmp_path, digits, mae_scale,
     assert losses(tmp_path / "run") == whole
 
 
-@pytest.mark.parametrize("suspended", [pytest.param(False, marks=pytest.mark.slow), True], ids=["at work", "suspended"])
+@pytest.mark.slow
+@pytest.mark.parametrize("suspended", [False, True], ids=["at work", "suspended"])
 def test_a_lost_start_of_a_requeued_job_leaves_and_writes_nothing_beside_the_next(
     suspended, tmp_path, digits, mae_scale
 ):
