@@ -49,8 +49,17 @@ class DataSection(Section):
     val_root: Path | None = Field(None, description="validation images, in the same forms")
     index: Path | None = Field(None, description="index file; null: beside the data")
     augmentation: Literal[
-        "random_resized_crop", "random_resized_crop_color_jitter", "fixed_crop", "none", "rand_augment"
-    ] = Field("random_resized_crop", description="none: centre crop; rand_augment: fine-tuning's, rand-m9-mstd0.5-inc1")
+        "random_resized_crop",
+        "random_resized_crop_color_jitter",
+        "fixed_crop",
+        "none",
+        "rand_augment",
+        "moco_v3",
+    ] = Field(
+        "random_resized_crop",
+        description="none: centre crop; rand_augment: fine-tuning's, rand-m9-mstd0.5-inc1; moco_v3: crop from 8 % on, "
+        "colour jitter with hue, grey, blur",
+    )
     crop_scale: float | None = Field(
         None, gt=0, le=1, description="smallest crop as a share of the area; null: the augmentation's own"
     )
