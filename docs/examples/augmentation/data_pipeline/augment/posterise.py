@@ -1,4 +1,4 @@
-"""Posterisation, as one of AutoAugment's operations (Cubuk et al., arXiv 1805.09501): the levels' lower bits are cut."""
+"""Posterisation, one of AutoAugment's operations (Cubuk et al., arXiv 1805.09501): levels lose their lower bits."""
 
 from __future__ import annotations
 
