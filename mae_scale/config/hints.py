@@ -18,6 +18,10 @@ def contradiction(recipe: Recipe) -> str | None:
     if (recipe.task == "classification") != (classifier is not None):
         section = "no section classifier" if classifier is None else "a section classifier"
         return f"task: {recipe.task}, and {section}; task: classification and the section classifier belong together"
+    if recipe.tokeniser is not None and recipe.task == "classification":
+        return "the section tokeniser belongs to pre-training; task: classification does not have it"
+    if recipe.tokeniser is None and recipe.task == "dvae":
+        return "task: dvae trains a tokeniser, and there is no section tokeniser; add one, such as tokeniser.words=8192"
     if problem := _never_measured(recipe):
         return problem
     if classifier is None:
