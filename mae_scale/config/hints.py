@@ -18,6 +18,10 @@ def contradiction(recipe: Recipe) -> str | None:
     if (recipe.task == "classification") != (classifier is not None):
         section = "no section classifier" if classifier is None else "a section classifier"
         return f"task: {recipe.task}, and {section}; task: classification and the section classifier belong together"
+    if recipe.tokeniser is not None and recipe.task == "classification":
+        return "the section tokeniser belongs to pre-training; task: classification does not have it"
+    if recipe.tokeniser is None and recipe.task == "dvae":
+        return "task: dvae trains a tokeniser, and there is no section tokeniser; add one, such as tokeniser.words=8192"
     if problem := _of_beit(recipe) or _never_measured(recipe):
         return problem
     if classifier is None:
@@ -49,7 +53,7 @@ def _of_beit(recipe: Recipe) -> str | None:
         return f"model.layer_scale={model.layer_scale:g} belongs to model.encoder=beit"
     if model.target == "tokens" and recipe.task != "beit":
         return f"model.target=tokens belongs to task: beit; task: {recipe.task} does not have it"
-    if model.target != "tokens" and (words.weights or words.tokens):
+    if recipe.task == "beit" and model.target != "tokens" and words is not None:
         return f"the section tokeniser gives words, and model.target={model.target} predicts none; drop one of them"
     return None
 

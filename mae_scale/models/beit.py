@@ -163,9 +163,7 @@ class BeitEncoder(nn.Module):
         self.rel_pos_bias = RelativePositionBias(self.grid, size.heads) if shared_bias else None
         self.register_buffer("rows", relative_positions(self.grid), persistent=False)  # [N, N]
         own_rows = None if shared_bias else table_rows(self.grid)
-        self.blocks = nn.ModuleList(
-            BeitBlock(size.width, size.heads, layer_scale, own_rows) for _ in range(size.depth)
-        )
+        self.blocks = nn.ModuleList(BeitBlock(size.width, size.heads, layer_scale, own_rows) for _ in range(size.depth))
         self.norm = layer_norm(size.width) if final_norm else nn.Identity()
         self._initialise()
 
@@ -276,8 +274,8 @@ class Beit(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the loss [B, R] fp32 and the prediction [B, R, V] of each image's removed patches, in image order.
 
-        images [B, 3, S, S], normalised; mask bool [B, L], at most R = `removed` of an image; words int64 [B, L] where
-        words are predicted; branch_scales [B, depth, 2]. An image with fewer removed patches has losses of 0 at the end.
+        images [B, 3, S, S], normalised; mask bool [B, L], at most R = `removed` of an image; words int64 [B, L], where
+        words are predicted; branch_scales [B, depth, 2]. Where fewer are removed, the last losses are 0.
         Only removed patches are predicted, and no shape depends on the mask: the host waits for nothing.
         """
         features = self.features(images, mask, branch_scales)[:, 1:]  # [B, L, D]

@@ -2,8 +2,7 @@
 
 import math
 from functools import cache, cached_property
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from mae_scale.planning.workload import Stack, Workload
 from mae_scale.reports.style import pictures_of
 from mae_scale.tasks.beit.objective import PredictRemoved
 from mae_scale.tasks.beit.validation import removed_patch_loss
-from mae_scale.tasks.beit.words import WordSource, check_words, source_of, words_of
+from mae_scale.tasks.beit.words import TOKENISER, WordSource, check_words, refuse_other_tokeniser, source_of, words_of
 from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelled
 from mae_scale.tasks.mae.knn import KnnAccuracy
 from mae_scale.tracking.mlflow_models import ServedEncoder, keep_model
@@ -30,7 +29,7 @@ from mae_scale.training.context import RunContext
 from mae_scale.training.preflight import training_augmentation
 from mae_scale.training.self_check import Untrained
 from mae_scale.training.shown_images import shown_images, some_images
-from mae_scale.training.task import Evaluator, Origin, Task
+from mae_scale.training.task import FROM_SCRATCH, Evaluator, Origin, Task
 from mae_scale.training.workload import workload_of
 
 UNTRAINED_IMAGES = 64
@@ -41,27 +40,41 @@ class BeitPretraining(Task[PredictRemoved]):
 
     command: ClassVar[str] = "pretrain"
 
+    @property
+    def _predicts_words(self) -> bool:
+        return self.recipe.model.target == "tokens"
+
     @cached_property
     def _words(self) -> WordSource | None:
         """What gives the words; None where pixels are predicted."""
-        return source_of(self.recipe) if self.recipe.model.target == "tokens" else None
+        return source_of(self.recipe) if self._predicts_words else None
 
     def check(self, layout: BatchLayout) -> None:
         with torch.device("meta"):
             build_beit(self.recipe, 2)
-        check_words(self.recipe)
+        if self._predicts_words:
+            check_words(self.recipe)
 
     def check_fit(self, images: Index, validation: Index | None) -> None:
         if self.recipe.tracking.knn_images is not None and validation is not None:
             refuse_unlabelled(images)
             folder_set(validation, num_classes=len(images.classes), class_names=images.classes)
+        if self._predicts_words:
+            refuse_other_tokeniser(self.recipe, self.out)
 
     def build(self, index: Index) -> PredictRemoved:
         return self._objective(build_beit(self.recipe, self._words.words if self._words else 2))
 
     def initialise(self, objective: PredictRemoved, index: Index) -> Origin:
         """Return the tokeniser's digest and number of words for the checkpoints; all ranks begin with equal weights."""
-        return Origin([], {"tokeniser": tokeniser_facts(self.recipe, self._words)})
+        if self._words is None:
+            return FROM_SCRATCH
+        path = self.recipe.tokenisation.weights
+        assert path is not None  # check_words
+        return Origin(
+            [f"words by the tokeniser {path}"],
+            {TOKENISER: {"words": self._words.words, "sha256": digest_of(path)}},
+        )
 
     def training_flops(self) -> int:
         """Return the FLOPs per image: the model's, forward and backward, and the tokeniser's."""
