@@ -1,9 +1,9 @@
 """A training state in pieces, and the files that hold them: any number of ranks writes, any other number reads.
 
 A piece is a stretch of one flattened tensor of the state: elements [start, start + n) of PART/PARAMETER, for instance
-`exp_avg/model.encoder.norm.weight`; the parts are weight, ema, momentum, buffer and the optimiser's. An engine says which pieces
-its rank holds, so a checkpoint knows nothing of ZeRO stages, and a start on other ranks, or under another stage or
-library, reads the stretches that it now needs.
+`exp_avg/model.encoder.norm.weight`; the parts are weight, ema, momentum, buffer and the optimiser's. An engine says
+which pieces its rank holds, so a checkpoint knows nothing of ZeRO stages, and a start on other ranks, or under another
+stage or library, reads the stretches that it now needs.
 
 Each file is in the safetensors layout (https://github.com/huggingface/safetensors), with keys `NAME@START`.
 """

@@ -49,8 +49,17 @@ class DataSection(Section):
     val_root: Path | None = Field(None, description="validation images, in the same forms")
     index: Path | None = Field(None, description="index file; null: beside the data")
     augmentation: Literal[
-        "random_resized_crop", "random_resized_crop_color_jitter", "fixed_crop", "none", "rand_augment"
-    ] = Field("random_resized_crop", description="none: centre crop; rand_augment: fine-tuning's, rand-m9-mstd0.5-inc1")
+        "random_resized_crop",
+        "random_resized_crop_color_jitter",
+        "fixed_crop",
+        "none",
+        "rand_augment",
+        "moco_v3",
+    ] = Field(
+        "random_resized_crop",
+        description="none: centre crop; rand_augment: fine-tuning's, rand-m9-mstd0.5-inc1; moco_v3: crop from 8 % on, "
+        "colour jitter with hue, grey, blur",
+    )
     crop_scale: float | None = Field(
         None, gt=0, le=1, description="smallest crop as a share of the area; null: the augmentation's own"
     )
@@ -134,6 +143,32 @@ class MocoSection(Section):
     )
     hidden: int = Field(4096, gt=0, description="width of the hidden layers of projector and predictor")
     dim: int = Field(256, gt=0, description="width of queries and keys")
+
+
+class TokeniserSection(Section):
+    """The discrete VAE of the words of images: the one that a task takes its targets from, or that task dvae trains."""
+
+    weights: Path | None = Field(
+        None, description="tokeniser that a task takes its words from: a file, or the folder of a run of task dvae"
+    )
+    tokens: Path | None = Field(
+        None, description="words of the training images, by `mae-scale tokens`; null: computed while training"
+    )
+    width: int = Field(256, gt=0, multiple_of=4, description="channels of the first group, for task dvae")
+    words: int = Field(8192, gt=1, description="size of the vocabulary, for task dvae")
+    blocks_per_group: int = Field(2, gt=0, description="residual blocks in each of the four groups, for task dvae")
+    temperature: float = Field(
+        0.0625, gt=0, le=1, description="relaxation temperature of the Gumbel-softmax at its end; it begins at 1"
+    )
+    temperature_share: float = Field(
+        0.05, ge=0, le=1, description="share of the schedule over which the temperature falls by a cosine"
+    )
+    kl_weight: float = Field(
+        6.6, ge=0, description="weight of the divergence from the uniform prior, per word; it begins at 0"
+    )
+    kl_weight_share: float = Field(
+        1 / 600, ge=0, le=1, description="share of the schedule over which kl_weight is reached by a cosine"
+    )
 
 
 class EngineSection(Section):
@@ -241,7 +276,7 @@ class TrackingSection(Section):
 class Recipe(Section):
     """A complete training run."""
 
-    task: str = Field("mae", description="task: mae (masked autoencoder) or classification")
+    task: str = Field("mae", description="task: mae (masked autoencoder), dvae (discrete VAE) or classification")
     seed: int = Field(0, ge=0, description="seed of weights, order, augmentation, masks and mixing")
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
@@ -249,6 +284,7 @@ class Recipe(Section):
     schedule: ScheduleSection = ScheduleSection()
     classifier: ClassifierSection | None = None
     moco: MocoSection | None = None
+    tokeniser: TokeniserSection | None = None
     engine: EngineSection = EngineSection()
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
@@ -284,6 +320,13 @@ class Recipe(Section):
         return self.classifier
 
     @property
+    def tokenisation(self) -> TokeniserSection:
+        """The section tokeniser; TypeError where the task has none."""
+        if self.tokeniser is None:
+            raise TypeError(f"a recipe with task: {self.task} has no section tokeniser")
+        return self.tokeniser
+
+    @property
     def lr(self) -> float:
         """The peak learning rate: base_lr x global_batch / 256 (the paper's linear scaling)."""
         return self.optim.base_lr * self.data.global_batch / 256
@@ -302,7 +345,7 @@ class Recipe(Section):
 
 
 # What may differ between one start of a run and the next, for it does not change what is computed. Paths are among it:
-# images are known by their index's digest and starting weights by their own (training.inputs).
+# images are known by their index's digest, starting weights and tokenisers by their own (training.inputs).
 FREE_SECTIONS = ("engine.", "checkpoint.", "tracking.")
 FREE_KEYS = {
     "schedule.stop_after_steps",
@@ -310,6 +353,8 @@ FREE_KEYS = {
     "data.val_root",
     "data.index",
     "classifier.weights",
+    "tokeniser.weights",
+    "tokeniser.tokens",
     "data.threads",
     "data.device",
     "data.cache",

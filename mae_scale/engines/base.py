@@ -42,9 +42,9 @@ class Objective(nn.Module, ABC):
 
     @property
     def followers(self) -> Mapping[str, torch.Tensor]:
-        """Tensors that the engine fills before each step with a moving average of the trained parameters of these names.
+        """Tensors that the engine fills before each step, with a moving average of the parameters of these names.
 
-        They are none of the module's own parameters: a momentum encoder's.
+        They are not among the module's own parameters: a momentum encoder's.
         """
         return {}
 

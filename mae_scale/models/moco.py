@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,11 +71,12 @@ class _Linear(nn.Linear):
 
 
 def head(widths: list[int]) -> nn.Sequential:
-    """Return linear layers from each width to the next, without bias, each before a BatchNorm; all but the last BatchNorm
-    have affine terms and a ReLU. Names are those of the authors' release.
+    """Return linear layers without bias from each width to the next, each with a BatchNorm behind it.
+
+    All but the last BatchNorm have affine terms and a ReLU. Numbers are those of the authors' release.
     """
     layers: list[nn.Module] = []
-    for number, (inner, outer) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+    for number, (inner, outer) in enumerate(pairwise(widths), start=1):
         is_last = number == len(widths) - 1
         layers += [_Linear(inner, outer, bias=False), TrainedGlobalBatchNorm(outer, affine=not is_last)]
         layers += [] if is_last else [nn.ReLU()]
@@ -108,6 +110,7 @@ class Moco(ProjectedEncoder):
         _initialise(encoder)
         super().__init__(encoder, head([size.width, hidden, hidden, dim]))
         self.predictor = head([dim, hidden, dim])
+        self.image_size = image_size
 
     def queries(self, first: Tensor, second: Tensor) -> Tensor:
         """Return queries [2, B, C] float32 of two views [B, 3, S, S]."""

@@ -6,6 +6,7 @@ algorithm 1 on timm's Vision Transformer and torch's BatchNorm: one process, flo
 """
 
 import copy
+import itertools
 import json
 import math
 import sys
@@ -67,7 +68,7 @@ def tiny_objective(overrides: list[str], seed: int = 0):
 
 def plain_mlp(widths: list[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for inner, outer in zip(widths[:-2], widths[1:-1], strict=True):
+    for inner, outer in itertools.pairwise(widths[:-1]):
         layers += [nn.Linear(inner, outer, bias=False), nn.BatchNorm1d(outer), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(*widths[-2:], bias=False), nn.BatchNorm1d(widths[-1], affine=False))
 

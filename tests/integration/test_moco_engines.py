@@ -21,7 +21,7 @@ ENGINES = {
     "ZeRO 2, checkpointing all": ["engine.zero_stage=2", "engine.activation_checkpointing=all"],
     "ZeRO 3, checkpointing offload": ["engine.config={zero3}", "engine.activation_checkpointing=offload"],
 }
-BF16 = {name: [*ENGINES[name], "engine.precision=bf16"] for name in [*ENGINES][:5] + ["FairScale OSS"]}
+BF16 = {name: [*ENGINES[name], "engine.precision=bf16"] for name in [*[*ENGINES][:5], "FairScale OSS"]}
 
 
 @pytest.fixture(scope="module")
