@@ -50,8 +50,8 @@ def load_classifier(model: Classifier, state: StateDict) -> LoadReport:
 
     Layouts: the authors' releases (pre-trained, with or without decoder, and fine-tuned), timm's, Hugging Face's
     (ViTMAE and ViTForImageClassification), MoCo v3's checkpoints, and our own of a MaskedAutoencoder or a Classifier.
-    Our autoencoder's has no positions unless "encoder.pos_embed" [1 + L, D] is put beside its tensors; without it those of the model,
-    which begin as the fixed ones of its own grid, stay as they are and are reported as not set.
+    Our autoencoder's has no positions unless "encoder.pos_embed" [1 + L, D] is put beside its tensors; without it
+    those of the model, which begin as the fixed ones of its own grid, stay as they are and are reported as not set.
     In the report `unused` (release names) is a decoder, a target's buffers, an encoder's mask token, and the final
     norm of pre-trained weights when the classifier pools by mean (the release drops it too).
     Positions of another grid are resampled in float32, bicubic and without antialiasing, as the authors do at 448 px
