@@ -16,7 +16,7 @@ from data_pipeline.errors import UsageError
 from data_pipeline.index import Index, load_index
 from mae_scale.config.load import load_recipe
 from mae_scale.config.schema import Recipe
-from mae_scale.models.build import build_classifier_of, build_model, size_of
+from mae_scale.models.build import size_of
 from mae_scale.tasks.registry import task_of
 from mae_scale.tracking.metrics_log import read_metrics
 from mae_scale.training.inputs import IMAGES, RECIPE, VALIDATION
@@ -59,7 +59,7 @@ def _compute(run: Run) -> float:
 
 def _parameters(run: Run) -> float:
     with torch.device("meta"):
-        model = build_model(run.recipe) if run.recipe.task == "mae" else build_classifier_of(run.recipe, 2)
+        model = model_of(run.recipe, {"classes": [0, 1]})
     return sum(parameter.numel() for parameter in model.encoder.parameters())
 
 

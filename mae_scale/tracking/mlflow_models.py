@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from data_pipeline.files import write_json
 from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from mae_scale.models.beit import Beit
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.mae import MaskedAutoencoder
 from mae_scale.models.vit import patchify
@@ -77,7 +78,7 @@ class ServedEncoder(Served):
 
     name = "encoder"
 
-    def __init__(self, model: MaskedAutoencoder):
+    def __init__(self, model: MaskedAutoencoder | Beit):
         super().__init__(model.encoder)
         self.patch_size, self.outputs = model.patch_size, model.encoder.size.width
 

@@ -1,6 +1,7 @@
 """BEiT as a task: predict the words of removed patches, or their pixels, and export the weights."""
 
 import math
+from dataclasses import replace
 from functools import cache, cached_property
 from typing import ClassVar
 
@@ -15,12 +16,22 @@ from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.engines.base import Engine
 from mae_scale.models.beit import Beit
 from mae_scale.models.build import build_beit
+from mae_scale.models.tokeniser import STRIDE, Tokeniser
 from mae_scale.models.vit import patchify
 from mae_scale.planning.workload import Stack, Workload
 from mae_scale.reports.style import pictures_of
 from mae_scale.tasks.beit.objective import PredictRemoved
 from mae_scale.tasks.beit.validation import removed_patch_loss
-from mae_scale.tasks.beit.words import TOKENISER, WordSource, check_words, refuse_other_tokeniser, source_of, words_of
+from mae_scale.tasks.beit.words import (
+    TOKENISER,
+    WordSource,
+    bytes_of,
+    check_words,
+    products_of,
+    refuse_other_tokeniser,
+    size_of_tokeniser,
+    source_of,
+)
 from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelled
 from mae_scale.tasks.mae.knn import KnnAccuracy
 from mae_scale.tracking.mlflow_models import ServedEncoder, keep_model
@@ -77,23 +88,32 @@ class BeitPretraining(Task[PredictRemoved]):
         )
 
     def training_flops(self) -> int:
-        """Return the FLOPs per image: the model's, forward and backward, and the tokeniser's."""
+        """Return the FLOPs per image: the model's, forward and backward, and the tokeniser's, forward."""
         work = self.workload(0)
         return work.forward_flops + work.backward_flops
 
     def workload(self, classes: int) -> Workload:
         with torch.device("meta"):
-            model = build_beit(self.recipe, words_of(self.recipe))
+            tokeniser = Tokeniser(size_of_tokeniser(self.recipe)) if self._predicts_words else None
+            model = build_beit(self.recipe, tokeniser.size.words if tokeniser else 0)
         size = model.encoder.size
-        return workload_of(
-            self._objective(model),
+        work = workload_of(
+            PredictRemoved(model, None, seed=0, global_batch=1),
             self.recipe,
-            stacks=(Stack(1 + model.patches, size.width, size.heads, size.depth, size.depth),),
+            stacks=(Stack(1 + model.patches, size.width, size.heads, size.depth, size.depth, scaled=True),),
             products=(
                 (model.patches, 3 * size.patch_size**2, size.width, True),
                 (model.removed, size.width, model.target.dim, True),
             ),
             predicted=model.removed * model.target.dim,
+        )
+        if tokeniser is None:
+            return work
+        products = tuple((*product, False) for product in products_of(tokeniser, model.grid * STRIDE))
+        return replace(
+            work,
+            other_products=(*work.other_products, *products),
+            buffer_bytes=work.buffer_bytes + bytes_of(tokeniser, model.grid * STRIDE),
         )
 
     def describe(self, objective: PredictRemoved) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from data_pipeline.errors import UsageError
@@ -14,7 +16,7 @@ from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from mae_scale.checkpoints.shards import digest_of
 from mae_scale.config.schema import Recipe
 from mae_scale.models.build import size_of
-from mae_scale.models.tokeniser import STRIDE, Tokeniser, TokeniserSize
+from mae_scale.models.tokeniser import GROUPS, STRIDE, Tokeniser, TokeniserSize
 from mae_scale.models.vit import grid_of
 from mae_scale.models.weights.tokeniser import read_tokeniser
 from mae_scale.training.inputs import recorded
@@ -71,10 +73,33 @@ def source_of(recipe: Recipe) -> WordSource:
     return TokenisedWords(read_tokeniser(path), grid_of(recipe.model.image_size, size_of(recipe.model).patch_size))
 
 
-def words_of(recipe: Recipe) -> int:
-    """Return the number of words of the recipe's tokeniser; of the published one where its file is not there."""
+@cache
+def _size(path: Path) -> TokeniserSize:
+    return read_tokeniser(path).size
+
+
+def size_of_tokeniser(recipe: Recipe) -> TokeniserSize:
+    """Return the size of the recipe's tokeniser; of the published one where its file is not there, for planning."""
     path = recipe.tokeniser.weights if recipe.tokeniser else None
-    return read_tokeniser(path).size.words if path is not None and path.is_file() else TokeniserSize().words
+    return _size(path) if path is not None and path.is_file() else TokeniserSize()
+
+
+def products_of(tokeniser: Tokeniser, side: int) -> tuple[tuple[int, int, int], ...]:
+    """Return (positions per image, inner, outer) of the tokeniser's convolutions on views of `side` px."""
+    found = []
+    for name, layer in tokeniser.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            group = re.search(r"group_(\d)\.", name)
+            halvings = int(group[1]) - 1 if group else 0 if "input" in name else GROUPS - 1
+            inner = layer.in_channels * layer.kernel_size[0] ** 2
+            found.append(((side >> halvings) ** 2, inner, layer.out_channels))
+    return tuple(found)
+
+
+def bytes_of(tokeniser: Tokeniser, side: int) -> int:
+    """Return the bytes of the tokeniser's weights, and of what its first group holds for CHUNK views of `side` px."""
+    live = 4  # a block's input and sum, and what a convolution reads and writes
+    return 4 * (sum(p.numel() for p in tokeniser.parameters()) + CHUNK * live * tokeniser.size.width * side**2)
 
 
 def check_words(recipe: Recipe) -> None:
