@@ -14,6 +14,7 @@ import torch
 
 from data_pipeline.errors import UsageError
 from data_pipeline.index import Index, load_index
+from mae_scale.checkpoints.export import model_of
 from mae_scale.config.load import load_recipe
 from mae_scale.config.schema import Recipe
 from mae_scale.models.build import size_of
