@@ -22,18 +22,20 @@ from mae_scale.checkpoints.store import (
 from mae_scale.config.load import stored_recipe
 from mae_scale.config.schema import Recipe
 from mae_scale.models.beit import Beit
-from mae_scale.models.build import build_beit, build_classifier_of, build_model
+from mae_scale.models.build import build_beit, build_classifier_of, build_moco_of, build_model
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.mae import MaskedAutoencoder
+from mae_scale.models.moco import Moco
 from mae_scale.models.weights.autoencoder import to_hf, to_official, to_timm
 from mae_scale.models.weights.beit import beit_to_hf, beit_to_official, beit_to_timm
 from mae_scale.models.weights.classifier import classifier_to_hf, classifier_to_official, classifier_to_timm
 from mae_scale.models.weights.files import read_weights
+from mae_scale.models.weights.moco import moco_to_official
 
-Model = MaskedAutoencoder | Beit | Classifier
-"""What a run trains."""
 FORMATS = ("official", "timm", "hf", "safetensors")
 SUFFIXES = (".safetensors", ".pth")
+Model = MaskedAutoencoder | Beit | Moco | Classifier
+"""What a checkpoint holds."""
 
 
 def weights_in(model: Model, layout: str) -> dict[str, torch.Tensor]:
@@ -45,6 +47,9 @@ def weights_in(model: Model, layout: str) -> dict[str, torch.Tensor]:
     if isinstance(model, Classifier):
         to = {"official": classifier_to_official, "timm": classifier_to_timm, "hf": classifier_to_hf}
         return to[layout](model)
+    if isinstance(model, Moco):
+        encoder = {"timm": to_timm, "hf": to_hf}
+        return moco_to_official(model) if layout == "official" else encoder[layout](model.encoder)
     if layout == "timm":
         return to_timm(model)
     # An encoder that takes the mask tokens itself leaves its decoder without one, which those layouts require.
@@ -93,6 +98,8 @@ def model_of(recipe: Recipe, manifest: dict[str, Any]) -> Model:
         return build_model(recipe)
     if recipe.task == "beit":
         return build_beit(recipe, (manifest.get("tokeniser") or {}).get("words", 0))
+    if recipe.task == "moco":
+        return build_moco_of(recipe)
     return build_classifier_of(recipe, len(manifest["classes"]))
 
 
@@ -135,7 +142,9 @@ def weights_of(source: Path) -> dict[str, torch.Tensor]:
     # Our own names of an autoencoder have no positions, and those of another grid are to be resampled.
     if isinstance(model, Beit):
         return beit_to_official(model)
-    return dict(model.state_dict()) if isinstance(model, Classifier) else to_official(model, decoder=False)
+    if isinstance(model, Classifier):
+        return dict(model.state_dict())
+    return to_official(model.encoder if isinstance(model, Moco) else model, decoder=False)
 
 
 def export_weights(model: Model, path: Path, layout: str) -> None:
@@ -150,7 +159,7 @@ def export_weights(model: Model, path: Path, layout: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
             if path.suffix == ".pth":
-                torch.save({"model": state}, file)
+                torch.save({"state_dict" if isinstance(model, Moco) else "model": state}, file)
             else:
                 file.write(save(state, metadata={"format": "pt", "layout": layout}))
     except OSError as error:

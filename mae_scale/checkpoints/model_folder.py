@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from safetensors.torch import save
 from torch import Tensor
@@ -89,7 +89,7 @@ def _for_transformers(model: Model, classes: Sequence[str] | None) -> tuple[str,
         state = to_hf(model)
         architecture, kind, more = "ViTMAEForPreTraining", "vit_mae", _decoder(model)
     else:
-        state = to_hf(model, decoder=False)
+        state = to_hf(model.encoder)
         architecture, kind, more = "ViTMAEModel", "vit_mae", {"mask_ratio": 0.0}
     what = f"transformers' {architecture}"
     if architecture == "ViTMAEModel":
@@ -123,9 +123,9 @@ def _beit_for_transformers(
     return f"transformers' {architecture}", what, weights_in(model, "hf")
 
 
-def _has_their_decoder(model: MaskedAutoencoder) -> bool:
-    """Return whether the decoder has a mask token and predicts pixels, as transformers' does."""
-    return not model.encoder_mask_tokens and isinstance(model.target, Pixels)
+def _has_their_decoder(model: Model) -> TypeGuard[MaskedAutoencoder]:
+    """Return whether the model has a decoder with a mask token that predicts pixels, as transformers' does."""
+    return isinstance(model, MaskedAutoencoder) and not model.encoder_mask_tokens and isinstance(model.target, Pixels)
 
 
 def _decoder(model: MaskedAutoencoder) -> dict[str, Any]:

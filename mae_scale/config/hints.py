@@ -22,6 +22,8 @@ def contradiction(recipe: Recipe) -> str | None:
         return "the section tokeniser belongs to pre-training; task: classification does not have it"
     if recipe.tokeniser is None and recipe.task == "dvae":
         return "task: dvae trains a tokeniser, and there is no section tokeniser; add one, such as tokeniser.words=8192"
+    if (recipe.task == "moco") != (recipe.moco is not None):
+        return f"task: {recipe.task}, and a section moco; the section moco belongs to task: moco"
     if problem := _of_beit(recipe) or _never_measured(recipe):
         return problem
     if classifier is None:
@@ -67,6 +69,8 @@ def _never_measured(recipe: Recipe) -> str | None:
         return f"tracking.knn_images={knn} measures images of data.val_root; add data.val_root=/path/to/images"
     if best is None or not best.startswith("val/"):
         return None
+    if best == "val/loss" and recipe.task == "moco":
+        return "checkpoint.keep_best=val/loss is not measured by task: moco; use val/knn_top1 or train/loss"
     if recipe.data.val_root is None:
         return f"checkpoint.keep_best={best} is measured on data.val_root; add data.val_root=/path/to/images"
     if best == "val/knn_top1" and knn is None:

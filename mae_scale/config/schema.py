@@ -55,8 +55,17 @@ class DataSection(Section):
     val_root: Path | None = Field(None, description="validation images, in the same forms")
     index: Path | None = Field(None, description="index file; null: beside the data")
     augmentation: Literal[
-        "random_resized_crop", "random_resized_crop_color_jitter", "fixed_crop", "none", "rand_augment"
-    ] = Field("random_resized_crop", description="none: centre crop; rand_augment: fine-tuning's, rand-m9-mstd0.5-inc1")
+        "random_resized_crop",
+        "random_resized_crop_color_jitter",
+        "fixed_crop",
+        "none",
+        "rand_augment",
+        "moco_v3",
+    ] = Field(
+        "random_resized_crop",
+        description="none: centre crop; rand_augment: fine-tuning's, rand-m9-mstd0.5-inc1; moco_v3: crop from 8 % on, "
+        "colour jitter with hue, grey, blur",
+    )
     crop_scale: float | None = Field(
         None, gt=0, le=1, description="smallest crop as a share of the area; null: the augmentation's own"
     )
@@ -129,6 +138,17 @@ class ClassifierSection(Section):
         lt=1,
         description="decay of the moving average of the weights, which is what is evaluated; null: none",
     )
+
+
+class MocoSection(Section):
+    """MoCo v3's objective; its views are those of data.augmentation=moco_v3."""
+
+    temperature: float = Field(0.2, gt=0, description="by which similarities are divided")
+    momentum: float = Field(
+        0.99, ge=0, lt=1, description="decay of the momentum encoder's average at the start; rises to 1 by a cosine"
+    )
+    hidden: int = Field(4096, gt=0, description="width of the hidden layers of projector and predictor")
+    dim: int = Field(256, gt=0, description="width of queries and keys")
 
 
 class TokeniserSection(Section):
@@ -269,6 +289,7 @@ class Recipe(Section):
     optim: OptimSection = OptimSection()
     schedule: ScheduleSection = ScheduleSection()
     classifier: ClassifierSection | None = None
+    moco: MocoSection | None = None
     tokeniser: TokeniserSection | None = None
     engine: EngineSection = EngineSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -281,6 +302,21 @@ class Recipe(Section):
         if isinstance(tree, dict) and "task" not in tree and tree.get("classifier") is not None:
             return {**tree, "task": "classification"}
         return tree
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_of_moco(cls, tree: Any) -> Any:
+        """Add the section moco, with its defaults, to a recipe of that task without it."""
+        if isinstance(tree, dict) and tree.get("task") == "moco" and tree.get("moco") is None:
+            return {**tree, "moco": {}}
+        return tree
+
+    @property
+    def contrast(self) -> MocoSection:
+        """The section moco; TypeError where the task has none."""
+        if self.moco is None:
+            raise TypeError(f"a recipe with task: {self.task} has no section moco")
+        return self.moco
 
     @property
     def classification(self) -> ClassifierSection:

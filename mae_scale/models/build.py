@@ -4,6 +4,7 @@ from mae_scale.config.schema import ModelSection, Recipe
 from mae_scale.models.beit import Beit
 from mae_scale.models.classifier import Classifier, build_classifier
 from mae_scale.models.mae import MaskedAutoencoder, build_mae
+from mae_scale.models.moco import Moco, build_moco
 from mae_scale.models.vit import ViTSize, resolve_size
 
 
@@ -51,4 +52,19 @@ def build_classifier_of(recipe: Recipe, classes: int) -> Classifier:
         trained_blocks=section.trained_blocks,
         layer_scale=model.layer_scale,
         drop_path=model.drop_path,
+    )
+
+
+def build_moco_of(recipe: Recipe) -> Moco:
+    """Return the trained part of MoCo v3 of a recipe, initialised from torch's generator."""
+    model, section = recipe.model, recipe.contrast
+    return build_moco(
+        model.name,
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+        width=model.width,
+        depth=model.depth,
+        heads=model.heads,
+        hidden=section.hidden,
+        dim=section.dim,
     )

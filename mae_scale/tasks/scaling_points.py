@@ -154,6 +154,8 @@ def _kind(run: Run, y: str) -> dict[str, object]:
     kind: dict[str, object] = {"task": run.recipe.task}
     if y.endswith("loss") and run.recipe.task == "mae":
         kind |= {f"model.{key}": getattr(run.recipe.model, key) for key in LOSS_KEYS}
+    if y.endswith("loss") and run.recipe.moco is not None:  # it grows with the number of images to tell apart
+        kind |= {"moco": run.recipe.moco, "data.global_batch": run.recipe.data.global_batch}
     if y != "train/loss":
         kind["validation images"] = load_index(run.folder / VALIDATION).digest()[:12]
     return kind

@@ -35,6 +35,7 @@ from mae_scale.models.weights.layouts import (
     release_to_hf,
     to_release,
 )
+from mae_scale.models.weights.moco import encoder_of_moco
 
 _CLASSIFIER: Names = (  # ours, release
     *ENCODER,
@@ -50,10 +51,10 @@ def load_classifier(model: Classifier, state: StateDict) -> LoadReport:
     """Copy a file's tensors (`read_weights`) into the classifier; the keys tell the layout.
 
     Layouts: the authors' releases (pre-trained, with or without decoder, and fine-tuned), timm's, Hugging Face's
-    (ViTMAE and ViTForImageClassification), and our own of a MaskedAutoencoder or a Classifier; for a classifier on
-    BEiT's encoder BEiT's (weights/beit.py). Our autoencoder's
-    has no positions unless "encoder.pos_embed" [1 + L, D] is put beside its tensors; without it those of the model,
-    which begin as the fixed ones of its own grid, stay as they are and are reported as not set.
+    (ViTMAE and ViTForImageClassification), MoCo v3's checkpoints, and our own of a MaskedAutoencoder or a Classifier;
+    for a classifier on BEiT's encoder BEiT's (weights/beit.py). Our autoencoder's has no positions unless
+    "encoder.pos_embed" [1 + L, D] is put beside its tensors; without it those of the model, which begin as the fixed
+    ones of its own grid, stay as they are and are reported as not set.
     In the report `unused` (release names) is a decoder, a head of words, a target's buffers, an encoder's mask token,
     and the final norm of pre-trained weights when the classifier pools by mean (the release drops it too).
     Positions of another grid are resampled in float32, bicubic and without antialiasing, as the authors do at 448 px
@@ -143,6 +144,7 @@ def release_names(state: StateDict) -> tuple[StateDict, str]:
     """Return the tensors by the release's names, and their layout's name; keys without a name there keep theirs."""
     if is_beit(state):
         return beit_release_names(state), "BEiT"
+    state = encoder_of_moco(state)
     if _has(state, "encoder.cls_token", "encoder.patch_embed.", "encoder.blocks."):
         if _has(state, "decoder."):  # then "head." predicts pixels
             return to_release(state, AUTOENCODER), _OUR_AUTOENCODER

@@ -127,7 +127,10 @@ class MaskedAutoencoding(Task[Reconstruct]):
             keep_model(
                 tracker.mlflow,
                 context.out,
-                lambda: (ServedEncoder(trained()), np.rint(255 * pictures_of(shown_images(context, 1)))),
+                lambda: (
+                    ServedEncoder(trained().encoder, "mean"),
+                    np.rint(255 * pictures_of(shown_images(context, 1))),
+                ),
                 metadata={"features": "mean of the patches' normed tokens"},
             )
         return f"weights in {weights}"
