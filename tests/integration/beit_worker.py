@@ -29,9 +29,9 @@ from mae_scale.models.tokeniser import Tokeniser, TokeniserSize
 from mae_scale.tasks.beit.objective import PredictRemoved
 from mae_scale.tasks.beit.words import TokenisedWords
 
-GLOBAL_BATCH, WORDS, GRID = 24, 16, 4  # the batch divides by 1, 2 and 3 ranks, and by accumulation 2 on each
+GLOBAL_BATCH, WORDS, GRID = 24, 16, 8  # the batch divides by 1, 2 and 3 ranks, and by accumulation 2 on each
 TINY = [
-    "model.image_size=16",
+    "model.image_size=32",
     "model.patch_size=4",
     "model.width=32",
     "model.depth=3",
@@ -55,7 +55,7 @@ def tiny_objective(overrides: list[str]) -> tuple[PredictRemoved, Recipe]:
 def tensors(objective: PredictRemoved, step: int, positions: np.ndarray) -> tuple[torch.Tensor, ...]:
     """The arguments of the objective for some positions of a step's global batch."""
     random = torch.Generator().manual_seed(step)
-    images = torch.randn(GLOBAL_BATCH, 3, 16, 16, generator=random)[positions]
+    images = torch.randn(GLOBAL_BATCH, 3, 32, 32, generator=random)[positions]
     views = torch.rand(GLOBAL_BATCH, 3, 8 * GRID, 8 * GRID, generator=random)[positions]
     known = np.ones(len(positions), bool)
     batch = Batch(images, images, positions, positions, known, step, 0, drawn=objective.draw(step, positions))

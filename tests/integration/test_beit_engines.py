@@ -3,9 +3,10 @@
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.integration.beit_worker import plain_loop
+from tests.integration.beit_worker import GLOBAL_BATCH, plain_loop, tiny_objective
 from tests.integration.ranks import fully_sharded_configs, run_worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -73,6 +74,13 @@ def difference(a: list[float], b: list[float]) -> float:
 @pytest.mark.parametrize("case", CASES)
 def test_losses_are_the_means_over_the_removed_patches_of_the_global_batch(case, two_ranks):
     assert difference(two_ranks[case], plain(*WORDS)) < 1e-6
+
+
+def test_micro_batches_have_different_numbers_of_removed_patches():
+    objective, _ = tiny_objective(WORDS)
+    for step in range(LAST):
+        counts = objective.masks("mask", step, np.arange(GLOBAL_BATCH)).sum(axis=1)
+        assert len({int(part.sum()) for part in counts.reshape(-1, 4)}) > 1
 
 
 def test_the_plain_loop_learns():
