@@ -119,4 +119,5 @@ def _plan(
         positions=positions,
         image_size=decoding.image_size,
         sample_ids=sample_ids,
+        second=decoding.second,
     )

@@ -27,7 +27,7 @@ from data_pipeline.plan import BatchPlan
 from data_pipeline.read_ahead import ReadAhead
 
 if TYPE_CHECKING:
-    from data_pipeline.decoder import Decoded
+    from data_pipeline.decoder import Views
 
 Read = Callable[[int], tuple[Uint8Array, bool]]
 """Returns an image's encoded bytes, and whether they come from the cache."""
@@ -50,7 +50,8 @@ class Batch:
     same device, -1 without a label; `sample_ids` [n] the rows of the index, those of the replacements where images
     were bad; `positions` [n] in the global batch; `valid` [n], False for filled-up positions and bad images of an
     evaluation; `number` the number of the global batch; `replaced` the number of bad images; `cache_hits` the number
-    of images read from the cache; `drawn` the tensors of `Draw`, on the host (pinned when there is a GPU).
+    of images read from the cache; `drawn` the tensors of `Draw`, on the host (pinned when there is a GPU);
+    `second` the images' second view, float32 [n, 3, side, side], beside `images`, where one is asked for.
     """
 
     images: torch.Tensor
@@ -62,6 +63,7 @@ class Batch:
     replaced: int
     cache_hits: int = 0
     drawn: tuple[torch.Tensor, ...] = ()
+    second: torch.Tensor | None = None
 
 
 def draw_nothing(number: int, positions: Int64Array) -> tuple[torch.Tensor, ...]:
@@ -137,14 +139,15 @@ class Loading:
                 cache_hits += is_cached
             except BadImage as error:
                 self._replace(read, filling, row, error)
-        images = self._decode(read, filling)
+        views = self._decode(read, filling)
         plan = filling.plan
         labels = self.index.label[plan.sample_ids].astype(np.int64)
         patches = erasing_noise(plan.erase, plan.positions, seed=self.order.seed, number=number)
-        tensors = to_torch(images, labels, patches, self._copy_stream())
+        images, on_device, second = to_torch(views, labels, patches, self._copy_stream())
         self._name_damaged(filling.encoded, plan)
         return Batch(
-            *tensors,
+            images,
+            on_device,
             plan.sample_ids,
             plan.positions,
             plan.valid,
@@ -152,10 +155,11 @@ class Loading:
             replaced=len(filling.replaced),
             cache_hits=cache_hits,
             drawn=tuple(_pinned(tensor) for tensor in self.draw(number, plan.positions)),
+            second=second,
         )
 
-    def _decode(self, read: Read, filling: _Filling) -> Decoded:
-        """Return the decoded images, those that cannot be decoded replaced."""
+    def _decode(self, read: Read, filling: _Filling) -> Views:
+        """Return the views of the decoded images, those that cannot be decoded replaced."""
         try:
             return self.decoder.decode(filling.encoded, filling.plan)
         except BadImage as failure:  # DALI does not say which: decode one by one
@@ -233,23 +237,24 @@ def _no_image_is_bad(number: int, failure: BadImage) -> RunError:
 
 
 def to_torch(
-    images: Decoded, labels: Int64Array, patches: list[Patch], stream: torch.cuda.Stream | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return DALI's dense float32 tensor list, with `patches` (of `erasing_noise`) written over it, and int64 labels as
-    torch tensors, complete when this returns.
+    views: Views, labels: Int64Array, patches: list[Patch], stream: torch.cuda.Stream | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return DALI's dense float32 tensor list of the first view, with `patches` (of `erasing_noise`) written over it,
+    int64 labels, and the second view, if there is one, as torch tensors, complete when this returns.
 
     On the CPU nothing is copied: an output of DALI's default executor lives as long as something refers to it. On the
     GPU the copy is made and waited for on `stream`; `prefetch.Stream` records the consumer's stream.
     """
     if stream is None:
-        return _pinned(erase(from_dlpack(images.as_tensor()), patches)), _pinned(torch.from_numpy(labels))
+        first, *others = (from_dlpack(view.as_tensor()) for view in views)
+        erase(first, patches)
+        return _pinned(first), _pinned(torch.from_numpy(labels)), _pinned(others[0]) if others else None
     with torch.cuda.stream(stream):
-        tensors = (
-            erase(from_dlpack(images.as_tensor()).clone(), patches),
-            torch.from_numpy(labels).to(stream.device),
-        )
+        first, *others = (from_dlpack(view.as_tensor()).clone() for view in views)
+        erase(first, patches)
+        on_device = torch.from_numpy(labels).to(stream.device)
     stream.synchronize()
-    return tensors
+    return first, on_device, others[0] if others else None
 
 
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.augment.blur import blur_images
 from data_pipeline.augment.colour_jitter import jitter_colours
 from data_pipeline.augment.crop import resize_crop
 from data_pipeline.augment.flip import flip_images
-from data_pipeline.augment.kinds import Augmentation
+from data_pipeline.augment.kinds import Augmentation, SecondView
 from data_pipeline.augment.rand_augment import apply_operations
+from data_pipeline.augment.solarise import solarise_images
 from data_pipeline.errors import UsageError
 from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
@@ -32,13 +34,17 @@ if TYPE_CHECKING:
 MIXED_DECODER: dict[str, Any] = {"affine": False, "hw_decoder_load": 0.0, "jpeg_fancy_upsampling": True}
 
 
+PREFIXES = ("", "second_")
+"""What the names of a view's inputs begin with."""
+
+
 @dataclass(frozen=True)
 class Decoding:
     """The settings of decoding: augmentation, side of the square output in pixels, device and threads.
 
     `device` is auto (a GPU where DALI sees one), cpu or gpu, with the GPU's number `device_id`. With
     `exif_orientation` each image is turned by its EXIF orientation before it is cropped, and crops are in turned
-    coordinates.
+    coordinates. `second` asks for a second view of each image, from the same decoded part.
     """
 
     augmentation: Augmentation
@@ -47,6 +53,28 @@ class Decoding:
     device_id: int | None = None
     threads: int = 2
     exif_orientation: bool = False
+    second: SecondView | None = None
+
+    def __post_init__(self) -> None:
+        second = self.second
+        if second and second.augmentation and self.augmentation.erasing:
+            raise UsageError(
+                f"random erasing (probability {self.augmentation.erasing:g}) is not made in pairs of views; "
+                "use data.random_erasing=0"
+            )
+        if second and not second.augmentation and self.augmentation.rand_augment:
+            raise UsageError(
+                f"augmentation '{self.augmentation.name}' moves parts of an image by whole pixels, so it cannot make a "
+                "second view of another size; choose random_resized_crop"
+            )
+
+    @property
+    def views(self) -> list[tuple[Augmentation, int, bool]]:
+        """Augmentation, side in pixels, and whether it is normalised, of each view."""
+        first = (self.augmentation, self.image_size, True)
+        if self.second is None:
+            return [first]
+        return [first, (self.second.augmentation or self.augmentation, self.second.image_size, self.second.normalised)]
 
 
 def import_dali() -> ModuleType:
@@ -82,41 +110,19 @@ def decoding_device(device: str = "auto") -> str:
 def training_pipeline(decoding: Decoding, max_batch: int, *, device: str, device_id: int | None) -> Pipeline:
     """Return the built pipeline that decodes, crops, resizes, flips, augments and normalises up to `max_batch` images.
 
-    `device` is mixed or cpu. Its inputs are named as the columns of a plan, see `data_pipeline.decoder`; its output is
-    float32 [n, 3, image_size, image_size].
+    `device` is mixed or cpu. Its inputs are named as the columns of a plan, see `data_pipeline.decoder`; it has an
+    output per view, float32 [n, 3, side, side].
     """
     import_dali()
-    from nvidia.dali import fn
     from nvidia.dali.pipeline import pipeline_def
-    from nvidia.dali.types import DALIDataType
-
-    float32, int32 = DALIDataType.FLOAT, DALIDataType.INT32
 
     # With conditionals, an operation of RandAugment runs on the images for which it was drawn.
-    @pipeline_def(enable_conditionals=decoding.augmentation.rand_augment)
-    def graph() -> DataNode:
-        images = _decoded(decoding, device)
-        region_start = fn.external_source(name="region_start", dtype=float32, ndim=1)
-        region_end = fn.external_source(name="region_end", dtype=float32, ndim=1)
-        flip = fn.external_source(name="flip", dtype=int32, ndim=0)
-        images = resize_crop(images, region_start, region_end, decoding.image_size)
-        if decoding.augmentation.jitter:
-            levels = fn.external_source(name="levels", dtype=float32, ndim=2)
-            saturation = fn.external_source(name="saturation", dtype=float32, ndim=0)
-            images = jitter_colours(images, levels, saturation)
-        if decoding.augmentation.rand_augment:
-            operations = fn.external_source(name="operations", dtype=int32, ndim=1)
-            arguments = fn.external_source(name="arguments", dtype=float32, ndim=1)
-            matrices = fn.external_source(name="matrices", dtype=float32, ndim=3)
-            images = flip_images(images, flip)  # before the operations, as timm
-            images = apply_operations(images, operations, arguments, matrices)
-        return fn.crop_mirror_normalize(
-            images,
-            mirror=0 if decoding.augmentation.rand_augment else flip,
-            mean=[255 * value for value in IMAGENET_MEAN],
-            std=[255 * value for value in IMAGENET_STD],
-            dtype=float32,
-            output_layout="CHW",
+    @pipeline_def(enable_conditionals=any(kind.rand_augment for kind, _, _ in decoding.views))
+    def graph() -> tuple[DataNode, ...]:
+        part = _decoded(decoding, device)
+        return tuple(
+            _view(part, kind, side, PREFIXES[number], normalised=normalised)
+            for number, (kind, side, normalised) in enumerate(decoding.views)
         )
 
     # Affinity stays off: ranks that share a machine would all be tied to its first cores.
@@ -124,6 +130,38 @@ def training_pipeline(decoding: Decoding, max_batch: int, *, device: str, device
     pipeline = graph(**sizes, device_id=device_id, set_affinity=False)
     pipeline.build()
     return pipeline
+
+
+def _view(part: DataNode, kind: Augmentation, image_size: int, prefix: str, *, normalised: bool) -> DataNode:
+    """Return, in a graph, a view of each decoded part, its inputs' names beginning with `prefix`."""
+    from nvidia.dali import fn
+    from nvidia.dali.types import DALIDataType
+
+    def floats(name: str, ndim: int) -> DataNode:
+        return fn.external_source(name=prefix + name, dtype=DALIDataType.FLOAT, ndim=ndim)
+
+    def integers(name: str, ndim: int) -> DataNode:
+        return fn.external_source(name=prefix + name, dtype=DALIDataType.INT32, ndim=ndim)
+
+    flip = integers("flip", 0)
+    images = resize_crop(part, floats("region_start", 1), floats("region_end", 1), image_size)
+    if kind.colours:
+        images = jitter_colours(images, floats("levels", 2), floats("saturation", 0), floats("hue", 0))
+    if kind.blur:
+        images = blur_images(images, floats("sigma", 0))
+    if kind.solarised:
+        images = solarise_images(images, integers("thresholds", 0))
+    if kind.rand_augment:
+        images = flip_images(images, flip)  # before the operations, as timm
+        images = apply_operations(images, integers("operations", 1), floats("arguments", 1), floats("matrices", 3))
+    return fn.crop_mirror_normalize(
+        images,
+        mirror=0 if kind.rand_augment else flip,
+        mean=[255 * value for value in IMAGENET_MEAN] if normalised else [0.0],
+        std=[255 * value for value in IMAGENET_STD] if normalised else [255.0],
+        dtype=DALIDataType.FLOAT,
+        output_layout="CHW",
+    )
 
 
 def _decoded(decoding: Decoding, device: str) -> DataNode:

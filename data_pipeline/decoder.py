@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_pipeline.arrays import Uint8Array
+from data_pipeline.augment.blur import UNBLURRED
 from data_pipeline.augment.colour_jitter import jitter_slots
+from data_pipeline.augment.kinds import Augmentation
 from data_pipeline.augment.rand_augment import to_matrices
 from data_pipeline.dali_errors import CROP_OUTSIDE, control_image, machine_failure, names_an_image, reason_in
 from data_pipeline.dali_graph import (
+    PREFIXES,
     Decoding,
     decoding_device,
     import_dali,
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 
     Decoded = TensorListCPU | TensorListGPU
+    Views = tuple[Decoded, ...]
 
 
 class Decoder:
@@ -44,11 +48,10 @@ class Decoder:
         self.damage: list[str] = []
         self._pipeline: Pipeline | None = None
 
-    def decode(self, encoded: list[Uint8Array], plan: BatchPlan) -> Decoded:
-        """Return a DALI tensor list, float32 [n, 3, image_size, image_size], of `encoded` (uint8 arrays) cut by
-        `plan`.
+    def decode(self, encoded: list[Uint8Array], plan: BatchPlan) -> Views:
+        """Return a DALI tensor list per view, float32 [n, 3, side, side], of `encoded` (uint8 arrays) cut by `plan`.
 
-        The host's part is finished when this returns; the list stays valid while something refers to it. Raises
+        The host's part is finished when this returns; a list stays valid while something refers to it. Raises
         BadImage when an image (DALI does not say which) cannot be decoded, and RunError when no image is the cause, as
         for lack of memory.
         """
@@ -74,24 +77,19 @@ class Decoder:
             if CROP_OUTSIDE not in str(error):
                 raise machine_failure(error, 1, self.device_id, memory=names_an_image(error)) from error
 
-    def _run(self, encoded: list[Uint8Array], plan: BatchPlan) -> Decoded:
+    def _run(self, encoded: list[Uint8Array], plan: BatchPlan) -> Views:
         if self._pipeline is None:
             self._pipeline = self._build()
         inputs = {
             "encoded": encoded,
             "crop_start": np.ascontiguousarray(plan.crops[:, :2]),
             "crop_shape": np.ascontiguousarray(plan.crops[:, 2:]),
-            "region_start": np.ascontiguousarray(plan.regions[:, :2]),
-            "region_end": np.ascontiguousarray(plan.regions[:, 2:]),
-            "flip": plan.flips,
         }
-        if self.decoding.augmentation.jitter:
-            inputs["levels"], inputs["saturation"] = jitter_slots(plan.jitter, plan.jitter_order)
-        if self.decoding.augmentation.rand_augment:
-            inputs["operations"], inputs["arguments"] = plan.operations, plan.arguments
-            inputs["matrices"] = to_matrices(plan.operations, plan.arguments, self.decoding.image_size)
+        for prefix, (kind, side, _), view in zip(PREFIXES, self.decoding.views, (plan, plan.second), strict=False):
+            assert view is not None, "a plan for one view, and a decoding of two"
+            inputs |= {prefix + name: column for name, column in _view_inputs(kind, side, view).items()}
         with caught() as self.damage:
-            return self._pipeline.run(**inputs)[0]
+            return tuple(self._pipeline.run(**inputs))
 
     def close(self) -> None:
         """Release the pipeline, its threads and its memory."""
@@ -99,6 +97,26 @@ class Decoder:
 
     def _build(self) -> Pipeline:
         return training_pipeline(self.decoding, self.max_batch, device=self.device, device_id=self.device_id)
+
+
+def _view_inputs(kind: Augmentation, image_size: int, plan: BatchPlan) -> dict[str, np.ndarray]:
+    """Return the inputs of a view's graph, by their names without prefix."""
+    inputs: dict[str, np.ndarray] = {
+        "region_start": np.ascontiguousarray(plan.regions[:, :2]),
+        "region_end": np.ascontiguousarray(plan.regions[:, 2:]),
+        "flip": plan.flips,
+    }
+    if kind.colours:
+        inputs["levels"], inputs["saturation"] = jitter_slots(plan.jitter, plan.jitter_order)
+        inputs["hue"] = plan.hue
+    if kind.blur:
+        inputs["sigma"] = np.maximum(plan.blur * np.float32(image_size), np.float32(UNBLURRED))
+    if kind.solarised:
+        inputs["thresholds"] = plan.solarise
+    if kind.rand_augment:
+        inputs["operations"], inputs["arguments"] = plan.operations, plan.arguments
+        inputs["matrices"] = to_matrices(plan.operations, plan.arguments, image_size)
+    return inputs
 
 
 class WholeDecoder:

@@ -7,14 +7,16 @@ position in the global batch, image size) alone: not on ranks, micro-batches, th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from data_pipeline.arrays import BoolArray, Float32Array, Int32Array, Int64Array
-from data_pipeline.augment import colour_jitter, crop, flip, rand_augment, random_erasing
-from data_pipeline.augment.kinds import Augmentation
+from data_pipeline.augment import blur, colour_jitter, crop, flip, rand_augment, random_erasing, solarise
+from data_pipeline.augment.kinds import Augmentation, SecondView
 from data_pipeline.errors import UsageError
 from data_pipeline.index import Index
 from data_pipeline.rng import generator
@@ -24,6 +26,11 @@ _CROP = slice(0, crop.DRAWS)
 _FLIP = slice(_CROP.stop, _CROP.stop + flip.DRAWS)
 _JITTER = slice(_FLIP.stop, _FLIP.stop + colour_jitter.DRAWS)
 _DRAWS = 48
+# Those of augmentations that came later, drawn apart.
+_HUE = slice(0, colour_jitter.HUE_DRAWS)
+_BLUR = slice(_HUE.stop, _HUE.stop + blur.DRAWS)
+_SOLARISE = slice(_BLUR.stop, _BLUR.stop + solarise.DRAWS)
+_LATER_DRAWS = 8
 
 
 @dataclass(frozen=True)
@@ -33,10 +40,13 @@ class BatchPlan:
     `sample_ids` int64 [n] are rows of the index. `crops` int32 [n, 4] (y, x, height, width) is the part of
     the stored image that is decoded; `regions` float32 [n, 4] (y0, x0, y1, x1, in pixels of that part) is
     resized to the output: the whole part for a random resized crop. `flips` int32 [n] (1: mirrored). `jitter`
-    float32 [n, 3] (brightness, contrast, saturation factors) applied in the order `jitter_order` int32 [n,
-    3]. `operations` int32 [n, 2] of RandAugment (-1: none) have `arguments` float32 [n, 2]. `erase` int32 [n, 4]
-    (y, x, height, width) is the box of the output that is filled with noise, all 0 for none. `valid` bool [n] is
-    False for positions that only fill up the last batch of an evaluation, and in place of its bad images.
+    float32 [n, 3] (brightness, contrast, saturation factors; saturation 0: grey) applied in the order `jitter_order`
+    int32 [n, 3], with the hue turned by `hue` float32 [n] degrees. `blur` float32 [n] is the sigma of the blur as a
+    share of the output's side (0: none), `solarise` int32 [n] the level from which on levels become their negative.
+    `operations` int32 [n, 2] of RandAugment (-1: none) have `arguments` float32 [n, 2]. `erase` int32 [n, 4] (y, x,
+    height, width) is the box of the output that is filled with noise, all 0 for none. `valid` bool [n] is False for
+    positions that only fill up the last batch of an evaluation, and in place of its bad images. `second` is the plan of
+    a second view, cut from the same decoded part; None without one.
     """
 
     positions: Int64Array
@@ -46,23 +56,34 @@ class BatchPlan:
     flips: Int32Array
     jitter: Float32Array
     jitter_order: Int32Array
+    hue: Float32Array
+    blur: Float32Array
+    solarise: Int32Array
     operations: Int32Array
     arguments: Float32Array
     erase: Int32Array
     valid: BoolArray
+    second: BatchPlan | None = None
 
     def __len__(self) -> int:
         return len(self.sample_ids)
 
     def __getitem__(self, rows: slice | Int64Array) -> BatchPlan:
-        return BatchPlan(**{name: column[rows] for name, column in vars(self).items()})
+        second = None if self.second is None else self.second[rows]
+        return BatchPlan(**{name: column[rows] for name, column in self._columns().items()}, second=second)
 
     def with_row(self, row: int, other: BatchPlan) -> BatchPlan:
         """Return this plan with another image, the only one of `other`, in row `row`."""
-        columns = {name: column.copy() for name, column in vars(self).items()}
+        columns = {name: column.copy() for name, column in self._columns().items()}
         for name, column in columns.items():
             column[row] = getattr(other, name)[0]
-        return BatchPlan(**columns)
+        second = None
+        if self.second is not None and other.second is not None:
+            second = self.second.with_row(row, other.second)
+        return BatchPlan(**columns, second=second)
+
+    def _columns(self) -> dict[str, Any]:
+        return {name: column for name, column in vars(self).items() if name != "second"}
 
 
 def steps_per_epoch(num_images: int, global_batch: int) -> int:
@@ -102,29 +123,83 @@ def plan_batch(
     positions: slice | Int64Array = slice(None),
     image_size: int = 224,
     sample_ids: Int64Array | None = None,
+    second: SecondView | None = None,
 ) -> BatchPlan:
     """Return the plan of `positions` of global batch `number` (from 0; of epoch number // steps_per_epoch).
 
-    `sample_ids` [len(positions)] puts other images in their places, with the same random numbers.
+    `sample_ids` [len(positions)] puts other images in their places, with the same random numbers. `second` asks for a
+    second view of each image.
     """
     positions = np.arange(global_batch)[positions]
     if sample_ids is None:
         epoch, within = divmod(number, steps_per_epoch(len(index), global_batch))
         sample_ids = epoch_permutation(seed, epoch, len(index))[within * global_batch + positions]
-    draws = generator(seed, "augmentation", number).random((global_batch, _DRAWS))[positions]
+    sample_ids = np.asarray(sample_ids, np.int64)
+
+    def view(kind: Augmentation, side: int, prefix: str = "") -> BatchPlan:
+        def random(stream: str) -> np.random.Generator:
+            return generator(seed, prefix + stream, number)
+
+        return _plan_view(
+            index,
+            kind,
+            random,
+            global_batch=global_batch,
+            positions=positions,
+            image_size=side,
+            sample_ids=sample_ids,
+        )
+
+    first = view(augmentation, image_size)
+    if second is None:
+        return first
+    if second.augmentation is None:
+        return replace(first, second=first)
+    return _in_one_part(first, view(second.augmentation, second.image_size, "second_view/"))
+
+
+def _in_one_part(first: BatchPlan, second: BatchPlan) -> BatchPlan:
+    """Return the plan of two views, whose regions lie in one part of the stored image that holds both crops."""
+    ends = [plan.crops[:, :2] + plan.crops[:, 2:] for plan in (first, second)]
+    start = np.minimum(first.crops[:, :2], second.crops[:, :2])
+    crops = np.concatenate([start, np.maximum(*ends) - start], axis=1)
+    first, second = (
+        replace(plan, crops=crops, regions=plan.regions + np.tile(plan.crops[:, :2] - start, 2).astype(np.float32))
+        for plan in (first, second)
+    )
+    return replace(first, second=second)
+
+
+def _plan_view(
+    index: Index,
+    augmentation: Augmentation,
+    random: Callable[[str], np.random.Generator],
+    *,
+    global_batch: int,
+    positions: Int64Array,
+    image_size: int,
+    sample_ids: Int64Array,
+) -> BatchPlan:
+    """Return the plan of one view; random(stream) is the generator of the global batch."""
+    draws = random("augmentation").random((global_batch, _DRAWS))[positions]
+    later = random("later_augmentations").random((global_batch, _LATER_DRAWS))[positions]
     heights, widths = index.height[sample_ids], index.width[sample_ids]
     crops, regions = crop.draw_crops(augmentation, draws[:, _CROP], heights, widths, image_size)
-    jitter, jitter_order = colour_jitter.draw_jitter(augmentation.jitter, draws[:, _JITTER])
-    operations, arguments = _operations(augmentation, generator(seed, "rand_augment", number), global_batch, positions)
-    erase = _boxes_to_erase(augmentation, generator(seed, "erasing_box", number), global_batch, positions, image_size)
+    jitter, jitter_order = colour_jitter.draw_jitter(augmentation, draws[:, _JITTER])
+    jitter, hue = colour_jitter.draw_hue(augmentation, jitter, later[:, _HUE])
+    operations, arguments = _operations(augmentation, random("rand_augment"), global_batch, positions)
+    erase = _boxes_to_erase(augmentation, random("erasing_box"), global_batch, positions, image_size)
     return BatchPlan(
         positions=positions,
-        sample_ids=np.asarray(sample_ids, np.int64),
+        sample_ids=sample_ids,
         crops=crops,
         regions=regions,
         flips=flip.draw_flips(augmentation.flip, draws[:, _FLIP]),
         jitter=jitter,
         jitter_order=jitter_order,
+        hue=hue,
+        blur=blur.draw_blur(augmentation, later[:, _BLUR]),
+        solarise=solarise.draw_thresholds(augmentation, later[:, _SOLARISE]),
         operations=operations,
         arguments=arguments,
         erase=erase,

@@ -49,8 +49,9 @@ class Stream:
             if isinstance(item, BaseException):
                 raise item
             if item.images.is_cuda:
-                item.images.record_stream(torch.cuda.current_stream(item.images.device))
-                item.labels.record_stream(torch.cuda.current_stream(item.labels.device))
+                for tensor in (item.images, item.labels, item.second):
+                    if tensor is not None:
+                        tensor.record_stream(torch.cuda.current_stream(tensor.device))
             yield item
 
     def close(self) -> None:

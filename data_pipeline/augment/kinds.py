@@ -16,9 +16,12 @@ class Augmentation:
     by height). crop `random` and `centre`: the shorter side is resized to int(image_size / 0.875), then a
     square of image_size is cut out at random or at the centre (torchvision's Resize with RandomCrop or
     CenterCrop). crop `whole`: the whole image is resized to the square. `flip` is the probability of a
-    horizontal flip. `jitter` is the strength of brightness, contrast and saturation, as in torchvision's
-    ColorJitter, applied in random order; 0 for none. `rand_augment`: the flipped image goes through RandAugment.
-    `erasing` is the probability that a box of the normalised image is filled with noise.
+    horizontal flip. `jitter` are the strengths of brightness, contrast and saturation, as in torchvision's
+    ColorJitter, applied in random order, and of hue, in turns; 0 for none. `jittered` is the probability of jitter,
+    `grey` that of a grey image instead of a coloured one, `blur` that of a Gaussian blur of `sigma` (px of a 224 px
+    image, in proportion for other sizes), `solarised` that of turning levels from 128 on into their negative.
+    `rand_augment`: the flipped image goes through RandAugment. `erasing` is the probability that a box of the
+    normalised image is filled with noise.
     """
 
     name: str
@@ -26,20 +29,48 @@ class Augmentation:
     flip: float = 0.5
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    jitter: float = 0.0
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    jittered: float = 1.0
+    grey: float = 0.0
+    blur: float = 0.0
+    sigma: tuple[float, float] = (0.1, 2.0)
+    solarised: float = 0.0
     rand_augment: bool = False
     erasing: float = 0.0
 
+    @property
+    def colours(self) -> bool:
+        """Whether brightness, contrast, saturation or hue may change."""
+        return any(self.jitter) or self.grey > 0
 
+
+@dataclass(frozen=True)
+class SecondView:
+    """A second view of each image: its augmentation, and the side of the square in pixels.
+
+    Without an augmentation it has the crop, flip and colours of the first view. `normalised`: by ImageNet's mean and
+    std as the first view; otherwise values are from 0 to 1.
+    """
+
+    augmentation: Augmentation | None
+    image_size: int
+    normalised: bool = True
+
+
+_MOCO_V3 = Augmentation(
+    "moco_v3", "random_resized", scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), jittered=0.8, grey=0.2, blur=1.0
+)
 _KNOWN = {
     kind.name: kind
     for kind in (
         Augmentation("random_resized_crop", "random_resized"),
         # The paper gives no strengths; 0.4 without hue is usual in supervised ImageNet training.
-        Augmentation("random_resized_crop_color_jitter", "random_resized", jitter=0.4),
+        Augmentation("random_resized_crop_color_jitter", "random_resized", jitter=(0.4, 0.4, 0.4, 0.0)),
         Augmentation("fixed_crop", "random"),
         Augmentation("none", "centre", flip=0.0),
         Augmentation("rand_augment", "random_resized", scale=(0.08, 1.0), rand_augment=True),
+        _MOCO_V3,
+        replace(_MOCO_V3, name="moco_v3_second", blur=0.1, solarised=0.2),
         Augmentation("evaluation", "centre", flip=0.0),
         Augmentation("evaluation_whole", "whole", flip=0.0),
     )
@@ -50,8 +81,8 @@ def augmentation(
     name: str, *, crop_scale: float | None = None, flip: float | None = None, erasing: float = 0.0
 ) -> Augmentation:
     """Return the augmentation called `name`: random_resized_crop, random_resized_crop_color_jitter, fixed_crop, none
-    (centre crop, no flip), rand_augment (fine-tuning's), evaluation (as none) or evaluation_whole (no crop either,
-    for images that are cropped already).
+    (centre crop, no flip), rand_augment (fine-tuning's), moco_v3 and moco_v3_second (of a pair of views, Chen et al.,
+    arXiv 2104.02057), evaluation (as none) or evaluation_whole (no crop either, for images that are cropped already).
 
     `crop_scale` replaces the smallest share of the area that a random resized crop takes, `flip` the probability
     of a flip; `erasing` is the probability of random erasing. Raises UsageError for an

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from safetensors.torch import save
 from torch import Tensor
@@ -22,6 +22,7 @@ from data_pipeline.files import write_atomically, write_json
 from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.mae import MaskedAutoencoder
+from mae_scale.models.moco import Moco
 from mae_scale.models.targets import NormalisedPixels, Pixels
 from mae_scale.models.vit import SIZES
 from mae_scale.models.weights.autoencoder import to_hf, to_timm
@@ -33,7 +34,7 @@ BICUBIC = 3  # Pillow's number
 
 
 def export_folder(
-    model: MaskedAutoencoder | Classifier, classes: Sequence[str] | None, folder: Path, layout: str
+    model: MaskedAutoencoder | Classifier | Moco, classes: Sequence[str] | None, folder: Path, layout: str
 ) -> str:
     """Write a model's folder for "hf" or "timm"; return its human-readable kind.
 
@@ -66,7 +67,7 @@ def export_folder(
 
 
 def _for_transformers(
-    model: MaskedAutoencoder | Classifier, classes: Sequence[str] | None
+    model: MaskedAutoencoder | Classifier | Moco, classes: Sequence[str] | None
 ) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """Return the kind, config.json and weights for transformers' from_pretrained."""
     size = model.encoder.size
@@ -89,7 +90,7 @@ def _for_transformers(
         state = to_hf(model)
         architecture, kind, more = "ViTMAEForPreTraining", "vit_mae", _decoder(model)
     else:
-        state = to_hf(model, decoder=False)
+        state = to_hf(model.encoder)
         architecture, kind, more = "ViTMAEModel", "vit_mae", {"mask_ratio": 0.0}
     what = f"transformers' {architecture}"
     if architecture == "ViTMAEModel":
@@ -97,9 +98,9 @@ def _for_transformers(
     return what, {"architectures": [architecture], "model_type": kind, **config, **more}, state
 
 
-def _has_their_decoder(model: MaskedAutoencoder) -> bool:
-    """Return whether the decoder has a mask token and predicts pixels, as transformers' does."""
-    return not model.encoder_mask_tokens and isinstance(model.target, Pixels)
+def _has_their_decoder(model: MaskedAutoencoder | Moco) -> TypeGuard[MaskedAutoencoder]:
+    """Return whether the model has a decoder with a mask token that predicts pixels, as transformers' does."""
+    return isinstance(model, MaskedAutoencoder) and not model.encoder_mask_tokens and isinstance(model.target, Pixels)
 
 
 def _decoder(model: MaskedAutoencoder) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def _preprocessor(image_size: int) -> dict[str, Any]:
 
 
 def _for_timm(
-    model: MaskedAutoencoder | Classifier, classes: Sequence[str] | None
+    model: MaskedAutoencoder | Classifier | Moco, classes: Sequence[str] | None
 ) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """Return the kind, config.json and weights for timm.create_model; of an autoencoder the encoder alone."""
     size, side = model.encoder.size, model.image_size
@@ -152,7 +153,7 @@ def _for_timm(
         if classes:
             labels = {"label_names": list(classes)}
     else:
-        state, count, pool = to_timm(model), 0, "token"
+        state, count, pool = to_timm(model.encoder), 0, "token"
     # Sizes without a name are vit_base_patch16_224 with other model_args; every size is given in them.
     name = next((known for known, found in SIZES.items() if found == size), "vit_base_patch16") + "_224"
     config = {

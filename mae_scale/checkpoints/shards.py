@@ -1,9 +1,9 @@
 """A training state in pieces, and the files that hold them: any number of ranks writes, any other number reads.
 
 A piece is a stretch of one flattened tensor of the state: elements [start, start + n) of PART/PARAMETER, for instance
-`exp_avg/model.encoder.norm.weight`; the parts are weight, ema, buffer and the optimiser's. An engine says which pieces
-its rank holds, so a checkpoint knows nothing of ZeRO stages, and a start on other ranks, or under another stage or
-library, reads the stretches that it now needs.
+`exp_avg/model.encoder.norm.weight`; the parts are weight, ema, momentum, buffer and the optimiser's. An engine says
+which pieces its rank holds, so a checkpoint knows nothing of ZeRO stages, and a start on other ranks, or under another
+stage or library, reads the stretches that it now needs.
 
 Each file is in the safetensors layout (https://github.com/huggingface/safetensors), with keys `NAME@START`.
 """
@@ -37,6 +37,8 @@ DTYPES = {
 CHUNK_BYTES = 2**24
 EMA = "ema"
 """Part of the state that holds the average of the weights, where one is kept."""
+MOMENTUM = "momentum"
+"""Part of the state that holds the average that a momentum encoder computes with, where one is kept."""
 
 
 @dataclass(frozen=True)

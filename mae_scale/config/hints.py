@@ -22,7 +22,9 @@ def contradiction(recipe: Recipe) -> str | None:
         return "the section tokeniser belongs to pre-training; task: classification does not have it"
     if recipe.tokeniser is None and recipe.task == "dvae":
         return "task: dvae trains a tokeniser, and there is no section tokeniser; add one, such as tokeniser.words=8192"
-    if problem := _never_measured(recipe):
+    if (recipe.task == "moco") != (recipe.moco is not None):
+        return f"task: {recipe.task}, and a section moco; the section moco belongs to task: moco"
+    if problem := _of_beit(recipe) or _never_measured(recipe):
         return problem
     if classifier is None:
         for key, found in (
@@ -42,6 +44,22 @@ def contradiction(recipe: Recipe) -> str | None:
     return None
 
 
+def _of_beit(recipe: Recipe) -> str | None:
+    """Return which of BEiT's keys the recipe has in vain or lacks; else None."""
+    model, words = recipe.model, recipe.tokeniser
+    if (recipe.task == "beit" and model.encoder != "beit") or (recipe.task == "mae" and model.encoder != "vit"):
+        return f"task: {recipe.task} does not train model.encoder={model.encoder}; task: beit and it belong together"
+    if model.encoder == "beit" and model.layer_scale is None:
+        return "model.encoder=beit needs model.layer_scale, the initial scale of its branches: 0.1 for B, 1e-5 for L"
+    if model.encoder != "beit" and model.layer_scale is not None:
+        return f"model.layer_scale={model.layer_scale:g} belongs to model.encoder=beit"
+    if model.target == "tokens" and recipe.task != "beit":
+        return f"model.target=tokens belongs to task: beit; task: {recipe.task} does not have it"
+    if recipe.task == "beit" and model.target != "tokens" and words is not None:
+        return f"the section tokeniser gives words, and model.target={model.target} predicts none; drop one of them"
+    return None
+
+
 def _never_measured(recipe: Recipe) -> str | None:
     """Return which metric that the recipe asks for is never measured, and what to do; else None."""
     best, knn = recipe.checkpoint.keep_best, recipe.tracking.knn_images
@@ -51,6 +69,8 @@ def _never_measured(recipe: Recipe) -> str | None:
         return f"tracking.knn_images={knn} measures images of data.val_root; add data.val_root=/path/to/images"
     if best is None or not best.startswith("val/"):
         return None
+    if best == "val/loss" and recipe.task == "moco":
+        return "checkpoint.keep_best=val/loss is not measured by task: moco; use val/knn_top1 or train/loss"
     if recipe.data.val_root is None:
         return f"checkpoint.keep_best={best} is measured on data.val_root; add data.val_root=/path/to/images"
     if best == "val/knn_top1" and knn is None:

@@ -25,6 +25,9 @@ class ModelSection(Section):
     name: str | None = Field(
         "vit_large_patch16", description="vit_base_patch16, vit_large_patch16, vit_huge_patch14; null: the sizes below"
     )
+    encoder: Literal["vit", "beit"] = Field(
+        "vit", description="beit: attention biased by relative position, LayerScale"
+    )
     image_size: int = Field(224, gt=0, description="pixels per side")
     patch_size: int | None = Field(None, gt=0, description="pixels per side; null: the model's")
     width: int | None = Field(None, gt=0, description="size of a token; null: the model's")
@@ -34,11 +37,14 @@ class ModelSection(Section):
     masking: Literal["random", "block", "grid"] = Field("random", description="how patches are chosen for removal")
     encoder_mask_tokens: bool = Field(False, description="encode mask tokens too, as the paper's ablation does")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth: rate at the encoder's last block")
+    layer_scale: float | None = Field(
+        None, gt=0, description="encoder: beit's initial scale of each branch: 0.1 for B, 1e-5 for L"
+    )
     decoder_depth: int = Field(8, gt=0, description="number of decoder blocks")
     decoder_width: int = Field(512, gt=0, description="size of a token in the decoder")
     decoder_heads: int = Field(16, gt=0, description="attention heads per decoder block")
-    target: Literal["pixels", "normalised_pixels", "pca"] = Field(
-        "normalised_pixels", description="what is predicted for each removed patch"
+    target: Literal["pixels", "normalised_pixels", "pca", "tokens"] = Field(
+        "normalised_pixels", description="what is predicted for each removed patch; tokens: a tokeniser's words"
     )
 
 
@@ -49,8 +55,17 @@ class DataSection(Section):
     val_root: Path | None = Field(None, description="validation images, in the same forms")
     index: Path | None = Field(None, description="index file; null: beside the data")
     augmentation: Literal[
-        "random_resized_crop", "random_resized_crop_color_jitter", "fixed_crop", "none", "rand_augment"
-    ] = Field("random_resized_crop", description="none: centre crop; rand_augment: fine-tuning's, rand-m9-mstd0.5-inc1")
+        "random_resized_crop",
+        "random_resized_crop_color_jitter",
+        "fixed_crop",
+        "none",
+        "rand_augment",
+        "moco_v3",
+    ] = Field(
+        "random_resized_crop",
+        description="none: centre crop; rand_augment: fine-tuning's, rand-m9-mstd0.5-inc1; moco_v3: crop from 8 % on, "
+        "colour jitter with hue, grey, blur",
+    )
     crop_scale: float | None = Field(
         None, gt=0, le=1, description="smallest crop as a share of the area; null: the augmentation's own"
     )
@@ -123,6 +138,17 @@ class ClassifierSection(Section):
         lt=1,
         description="decay of the moving average of the weights, which is what is evaluated; null: none",
     )
+
+
+class MocoSection(Section):
+    """MoCo v3's objective; its views are those of data.augmentation=moco_v3."""
+
+    temperature: float = Field(0.2, gt=0, description="by which similarities are divided")
+    momentum: float = Field(
+        0.99, ge=0, lt=1, description="decay of the momentum encoder's average at the start; rises to 1 by a cosine"
+    )
+    hidden: int = Field(4096, gt=0, description="width of the hidden layers of projector and predictor")
+    dim: int = Field(256, gt=0, description="width of queries and keys")
 
 
 class TokeniserSection(Section):
@@ -256,13 +282,14 @@ class TrackingSection(Section):
 class Recipe(Section):
     """A complete training run."""
 
-    task: str = Field("mae", description="task: mae (masked autoencoder), dvae (discrete VAE) or classification")
+    task: str = Field("mae", description="task: mae (masked autoencoder), beit, dvae (discrete VAE) or classification")
     seed: int = Field(0, ge=0, description="seed of weights, order, augmentation, masks and mixing")
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     optim: OptimSection = OptimSection()
     schedule: ScheduleSection = ScheduleSection()
     classifier: ClassifierSection | None = None
+    moco: MocoSection | None = None
     tokeniser: TokeniserSection | None = None
     engine: EngineSection = EngineSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -275,6 +302,21 @@ class Recipe(Section):
         if isinstance(tree, dict) and "task" not in tree and tree.get("classifier") is not None:
             return {**tree, "task": "classification"}
         return tree
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_of_moco(cls, tree: Any) -> Any:
+        """Add the section moco, with its defaults, to a recipe of that task without it."""
+        if isinstance(tree, dict) and tree.get("task") == "moco" and tree.get("moco") is None:
+            return {**tree, "moco": {}}
+        return tree
+
+    @property
+    def contrast(self) -> MocoSection:
+        """The section moco; TypeError where the task has none."""
+        if self.moco is None:
+            raise TypeError(f"a recipe with task: {self.task} has no section moco")
+        return self.moco
 
     @property
     def classification(self) -> ClassifierSection:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -40,6 +40,19 @@ class Objective(nn.Module, ABC):
         """Return the layer, from 0, of a parameter."""
         raise NotImplementedError
 
+    @property
+    def followers(self) -> Mapping[str, torch.Tensor]:
+        """Tensors that the engine fills before each step, with a moving average of the parameters of these names.
+
+        They are not among the module's own parameters: a momentum encoder's.
+        """
+        return {}
+
+    @property
+    def untrained_blocks(self) -> Sequence[nn.Module]:
+        """Transformer blocks without gradients, which are compiled only."""
+        return ()
+
     @abstractmethod
     def draw(self, step: int, positions: np.ndarray) -> tuple[torch.Tensor, ...]:
         """Return what is drawn at random for `positions` int [B] of a step's global batch, on the host.
@@ -73,8 +86,13 @@ class Engine(Protocol):
     config: dict[str, Any]
     """All settings in use."""
 
-    def train_step(self, micro_batches: Iterable[tuple[torch.Tensor, ...]], lr: float) -> StepResult:
-        """Do one update from `accumulation` micro-batches at learning rate lr."""
+    def train_step(
+        self, micro_batches: Iterable[tuple[torch.Tensor, ...]], lr: float, decay: float | None = None
+    ) -> StepResult:
+        """Do one update from `accumulation` micro-batches at learning rate lr.
+
+        decay: of the average in the objective's `followers`, which is moved first; None: it stays as it is.
+        """
 
     def predict(self, *tensors: torch.Tensor) -> Any:
         """Return the objective's output in evaluation mode. All ranks call it, equally often."""

@@ -46,12 +46,16 @@ class DeepSpeedEngine:
         self._optimizer, self._clip = optimizer, recipe.optim.clip_grad_norm
         self._checks = checks_gradients(config)
         self._ema = recipe.classifier.ema if recipe.classifier else None
-        self._state = DeepSpeedState(self._engine, optimizer, ema=self._ema is not None)
+        self._state = DeepSpeedState(self._engine, optimizer, ema=self._ema is not None, followers=objective.followers)
 
-    def train_step(self, micro_batches: Iterable[tuple[torch.Tensor, ...]], lr: float) -> StepResult:
-        """Do one update from `accumulation` micro-batches at learning rate lr."""
+    def train_step(
+        self, micro_batches: Iterable[tuple[torch.Tensor, ...]], lr: float, decay: float | None = None
+    ) -> StepResult:
+        """Do one update from `accumulation` micro-batches at learning rate lr, after the followers' average's."""
         engine, losses = self._engine, []
         engine.train()
+        if decay is not None:
+            self._state.follow(decay)
         set_learning_rate(self._optimizer, lr)
         norm: Callable[[], float] = engine.get_global_grad_norm
         skipped: Callable[[], bool | float] = self._overflowed

@@ -7,13 +7,14 @@ them.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from mae_scale.checkpoints.shards import EMA, EngineState, Piece, share_of
+from mae_scale.checkpoints.shards import EMA, MOMENTUM, EngineState, Piece, share_of
+from mae_scale.engines.momentum import Followers, move_averages
 from mae_scale.engines.optimizers import fresh_state, moments
 
 LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -37,9 +38,17 @@ class Fragment:
 class DeepSpeedState:
     """View of a DeepSpeed engine's training state; it owns no tensors."""
 
-    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, *, ema: bool):
+    def __init__(
+        self,
+        engine: Any,
+        optimizer: torch.optim.Optimizer,
+        *,
+        ema: bool,
+        followers: Mapping[str, torch.Tensor] | None = None,
+    ):
         """engine: DeepSpeed's, which has no types; optimizer: torch's, which the engine has wrapped; its state is made
-        here, with moments and step count 0; ema: an average of the weights is kept beside them.
+        here, with moments and step count 0; ema: an average of the weights is kept beside them; followers: tensors
+        that are to follow another average of the parameters of their names.
 
         DeepSpeed's bf16 and fp16 optimiser without ZeRO makes an empty first step, which would put the bias
         correction one step ahead.
@@ -49,7 +58,10 @@ class DeepSpeedState:
         self._fragments = list(self._find_fragments())
         self._masters = list({id(f.master): f.master for f in self._fragments}.values())
         for master in self._masters:
-            optimizer.state[master] = fresh_state(optimizer, master, ema=ema)
+            optimizer.state[master] = fresh_state(optimizer, master, ema=ema, momentum=bool(followers))
+        if followers:
+            held = [Piece(f.name, f.start, f.of(optimizer.state[f.master][MOMENTUM])) for f in self._fragments]
+            self._followers = Followers(held, followers, replicated=self._stage == 0)
 
     def state(self) -> EngineState:
         """Return this rank's pieces and scalars."""
@@ -89,6 +101,12 @@ class DeepSpeedState:
         """Move the average of the weights towards them: ema += weight x (weights - ema)."""
         for master in self._masters:
             self._optimizer.state[master][EMA].lerp_(master, weight)
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        """Move the momentum encoder's average towards the weights, and the followers with it. All ranks call it."""
+        move_averages([self._optimizer.state[master][MOMENTUM] for master in self._masters], self._masters, decay)
+        self._followers.fill()
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from data_pipeline.batch_layout import BatchLayout
-from mae_scale.checkpoints.shards import EngineState, Piece, share_of
+from mae_scale.checkpoints.shards import MOMENTUM, EngineState, Piece, share_of
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.base import Objective, StepResult
 from mae_scale.engines.deepspeed_state import buffer_pieces
 from mae_scale.engines.host_copy import HostCopy
+from mae_scale.engines.momentum import Followers, move_averages
 from mae_scale.engines.optimizers import (
     fresh_state,
     moments,
@@ -68,11 +69,20 @@ class FairScaleEngine:
         optimizer = self._own_optimizer()
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                optimizer.state[parameter] = fresh_state(optimizer, parameter, ema=False)
+                momentum = bool(objective.followers)
+                optimizer.state[parameter] = fresh_state(optimizer, parameter, ema=False, momentum=momentum)
+        if objective.followers:
+            own = [(name, optimizer.state[p]) for name, p in self._parameters.items() if p in optimizer.state]
+            held = [Piece(name, 0, state[MOMENTUM].view(-1)) for name, state in own]
+            self._followers = Followers(held, objective.followers, replicated=False)
 
-    def train_step(self, micro_batches: Iterable[tuple[torch.Tensor, ...]], lr: float) -> StepResult:
-        """Do one update from `accumulation` micro-batches at learning rate lr."""
+    def train_step(
+        self, micro_batches: Iterable[tuple[torch.Tensor, ...]], lr: float, decay: float | None = None
+    ) -> StepResult:
+        """Do one update from `accumulation` micro-batches at learning rate lr, after the followers' average's."""
         self._model.train()
+        if decay is not None:
+            self._follow(decay)
         self._optimizer.zero_grad(set_to_none=True)
         set_learning_rate(self._optimizer, lr)
         losses = []
@@ -130,6 +140,13 @@ class FairScaleEngine:
 
     def close(self) -> None:
         """Do nothing: only memory is held."""
+
+    @torch.no_grad()
+    def _follow(self, decay: float) -> None:
+        """Move the momentum encoder's average towards the weights, and the followers with it."""
+        states = self._own_optimizer().state
+        move_averages([state[MOMENTUM] for state in states.values()], [p.detach() for p in states], decay)
+        self._followers.fill()
 
     def _place(self, parameter: nn.Parameter) -> tuple[int, int]:
         """Return (start, n): this rank has elements [start, start + n) of a parameter, all unless fully sharded."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from timm.optim.lars import Lars as TimmLars
 
-from mae_scale.checkpoints.shards import EMA
+from mae_scale.checkpoints.shards import EMA, MOMENTUM
 from mae_scale.engines.base import Objective
 
 if TYPE_CHECKING:
@@ -75,8 +75,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def fresh_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, *, ema: bool) -> dict[str, torch.Tensor]:
-    """Return the state that the optimiser gives a parameter before the first step; with ema its average too."""
+def fresh_state(
+    optimizer: torch.optim.Optimizer, parameter: torch.Tensor, *, ema: bool, momentum: bool = False
+) -> dict[str, torch.Tensor]:
+    """Return the state that the optimiser gives a parameter before the first step; with ema its average too.
+
+    momentum: also the average of a momentum encoder.
+    """
     adam = isinstance(optimizer, torch.optim.AdamW)
     keys = ("exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
     state = {key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in keys}
@@ -84,6 +89,8 @@ def fresh_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, *, em
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
     if ema:
         state[EMA] = parameter.detach().clone()
+    if momentum:
+        state[MOMENTUM] = parameter.detach().clone()
     return state
 
 

@@ -118,4 +118,9 @@ def _of_fairscale(recipe: Recipe, gpu: bool) -> Refusals:
             recipe.classifier is not None and recipe.classifier.ema is not None,
             "classifier.ema with engine.backend=fairscale is not supported; use backend=deepspeed",
         ),
+        (
+            stage == 3 and recipe.moco is not None,
+            "task: moco with FairScale's fully sharded engine has not been shown to be right; use zero_stage=1, or "
+            "backend=deepspeed",
+        ),
     ]

@@ -17,7 +17,7 @@ def scale_out(objective: Objective, recipe: Recipe, layout: BatchLayout, device:
     gpu = device.type == "cuda"
     stage = zero_stage_of(recipe)
     if compiles(recipe, stage, gpu):
-        compile_blocks(objective.blocks)
+        compile_blocks([*objective.blocks, *objective.untrained_blocks])
     checkpoint_activations(objective.blocks, recipe.engine.activation_checkpointing)
     if recipe.engine.backend == "fairscale":
         from mae_scale.engines.fairscale import FairScaleEngine

@@ -6,7 +6,7 @@ import torch
 
 from data_pipeline.errors import UsageError
 from mae_scale.config.schema import Recipe
-from mae_scale.models.build import build_classifier_of, build_model
+from mae_scale.models.build import build_classifier_of, build_moco_of, build_model
 from mae_scale.models.weights.autoencoder import to_official
 from mae_scale.models.weights.classifier import load_classifier
 
@@ -24,6 +24,8 @@ def refuse_other_model(name: str, start: Recipe, recipe: Recipe) -> None:
         with torch.device("meta"):
             if start.task == "mae":
                 left = to_official(build_model(start), decoder=False)
+            elif start.task == "moco":
+                left = to_official(build_moco_of(start).encoder)
             else:
                 left = build_classifier_of(start, classes).state_dict()
             load_classifier(build_classifier_of(recipe, classes), left)

@@ -203,7 +203,7 @@ def _choices(recipe: Recipe, setting: Setting) -> Choices:
     """
     share, section = setting.micro_batch * setting.accumulation, recipe.classifier
     micro_batches = [n for n in range(1, share + 1) if share % n == 0]
-    if section is not None and section.batch_norm:
+    if recipe.moco is not None or (section is not None and section.batch_norm):
         micro_batches = [share]
     elif section is not None and (section.mixup or section.cutmix):  # they mix neighbours
         micro_batches = [n for n in micro_batches if n % 2 == 0]

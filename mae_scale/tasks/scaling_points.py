@@ -11,12 +11,13 @@ from math import isfinite
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from data_pipeline.errors import UsageError
 from data_pipeline.index import Index, load_index
 from mae_scale.config.load import load_recipe
 from mae_scale.config.schema import Recipe
-from mae_scale.models.build import build_classifier_of, build_model, size_of
+from mae_scale.models.build import build_classifier_of, build_moco_of, build_model, size_of
 from mae_scale.tasks.registry import task_of
 from mae_scale.tracking.metrics_log import read_metrics
 from mae_scale.training.inputs import IMAGES, RECIPE, VALIDATION
@@ -59,8 +60,15 @@ def _compute(run: Run) -> float:
 
 def _parameters(run: Run) -> float:
     with torch.device("meta"):
-        model = build_model(run.recipe) if run.recipe.task == "mae" else build_classifier_of(run.recipe, 2)
-    return sum(parameter.numel() for parameter in model.encoder.parameters())
+        encoder = _ENCODERS[run.recipe.task](run.recipe)
+    return sum(parameter.numel() for parameter in encoder.parameters())
+
+
+_ENCODERS: dict[str, Callable[[Recipe], nn.Module]] = {
+    "mae": lambda recipe: build_model(recipe).encoder,
+    "moco": lambda recipe: build_moco_of(recipe).encoder,
+    "classification": lambda recipe: build_classifier_of(recipe, 2).encoder,
+}
 
 
 AXES: dict[str, tuple[str, Callable[[Run], float]]] = {
@@ -153,6 +161,8 @@ def _kind(run: Run, y: str) -> dict[str, object]:
     kind: dict[str, object] = {"task": run.recipe.task}
     if y.endswith("loss") and run.recipe.task == "mae":
         kind |= {f"model.{key}": getattr(run.recipe.model, key) for key in LOSS_KEYS}
+    if y.endswith("loss") and run.recipe.moco is not None:  # it grows with the number of images to tell apart
+        kind |= {"moco": run.recipe.moco, "data.global_batch": run.recipe.data.global_batch}
     if y != "train/loss":
         kind["validation images"] = load_index(run.folder / VALIDATION).digest()[:12]
     return kind

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from data_pipeline.files import write_json
 from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from mae_scale.models.classifier import Classifier
-from mae_scale.models.mae import MaskedAutoencoder
-from mae_scale.models.vit import patchify
+from mae_scale.models.vit import Encoder, patchify
 from mae_scale.passwords import redacted, without_password
 from mae_scale.tracking.metrics_log import read_metrics
 from mae_scale.tracking.mlflow_environment import ENVIRONMENT, reason
@@ -77,13 +76,15 @@ class ServedEncoder(Served):
 
     name = "encoder"
 
-    def __init__(self, model: MaskedAutoencoder):
-        super().__init__(model.encoder)
-        self.patch_size, self.outputs = model.patch_size, model.encoder.size.width
+    def __init__(self, encoder: Encoder, pool: Literal["mean", "cls"]):
+        """pool: features are the mean of the patches' normed tokens, or the normed cls token."""
+        super().__init__(encoder)
+        self.patch_size, self.outputs, self.pool = encoder.size.patch_size, encoder.size.width, pool
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return features float32 [N, D] of pixels [N, S, S, 3], 0 to 255: the mean of the patches' normed tokens."""
-        return self.model(patchify(self.images(pixels), self.patch_size))[:, 1:].float().mean(dim=1)
+        """Return features float32 [N, D] of pixels [N, S, S, 3], 0 to 255."""
+        tokens = self.model(patchify(self.images(pixels), self.patch_size)).float()
+        return tokens[:, 1:].mean(dim=1) if self.pool == "mean" else tokens[:, 0]
 
 
 def keep_model(

@@ -13,7 +13,7 @@ from mae_scale.config.schema import Recipe
 from mae_scale.distributed.heartbeat import Control
 from mae_scale.distributed.ranks import Ranks
 from mae_scale.training.event_log import Events
-from mae_scale.training.schedule import Steps, learning_rate, steps_of
+from mae_scale.training.schedule import Steps, learning_rate, momentum, steps_of
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,8 @@ class RunContext:
             epochs=schedule.epochs,
             warmup_epochs=schedule.warmup_epochs,
         )
+
+    def momentum(self, step: int) -> float | None:
+        """Return the momentum encoder's decay at update number `step`, from 0; None where the task has none."""
+        section = self.recipe.moco
+        return None if section is None else momentum(step, start=section.momentum, total=self.steps.total)

@@ -77,7 +77,8 @@ class Loop:
         clock, skips, batches = StepClock(context.layout.global_batch), SkippedSteps(context), iter(loader)
         owed, self._losses = False, []
         for done in range(start + 1, last + 1):
-            result = self.engine.train_step(self._inputs(batches, clock), context.learning_rate(done - 1))
+            lr, decay = context.learning_rate(done - 1), context.momentum(done - 1)
+            result = self.engine.train_step(self._inputs(batches, clock), lr, decay)
             stop, retry = self._agree()
             skips.settle()  # of the step before; the device is at work on this one
             skips.check()

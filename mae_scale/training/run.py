@@ -210,7 +210,7 @@ def _train(
         self_check=SelfCheck(context, tracker, _course(task, context, objective)),
         system=SystemMetrics(context.ranks, context.device),
     )
-    return loop.train(start, lambda step: _open_loader(context, objective, step))
+    return loop.train(start, lambda step: _open_loader(task, context, objective, step))
 
 
 def _course(task: Task[Any], context: RunContext, objective: Objective) -> Course:
@@ -233,7 +233,7 @@ def _course(task: Task[Any], context: RunContext, objective: Objective) -> Cours
     )
 
 
-def _open_loader(context: RunContext, objective: Objective, start: int) -> ImageLoader:
+def _open_loader(task: Task[Any], context: RunContext, objective: Objective, start: int) -> ImageLoader:
     """Return this rank's batches from update `start` on, with what the objective draws for them."""
     recipe, data = context.recipe, context.recipe.data
     order = TrainingOrder(
@@ -247,7 +247,7 @@ def _open_loader(context: RunContext, objective: Objective, start: int) -> Image
     return ImageLoader(
         context.index,
         order,
-        decoding_of(recipe, training_augmentation(recipe), context.ranks),
+        decoding_of(recipe, training_augmentation(recipe), context.ranks, task.second_view()),
         draw=objective.draw,
         bad_images=bad_image_policy(recipe),
         cache=None if data.cache is None else ImageCache(data.cache, context.index, limit_gib=data.cache_gib),

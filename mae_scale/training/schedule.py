@@ -34,3 +34,11 @@ def learning_rate(step: int, *, peak_lr: float, steps_per_epoch: int, epochs: in
     if epoch < warmup_epochs:
         return peak_lr * epoch / warmup_epochs
     return peak_lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
+
+
+def momentum(step: int, *, start: float, total: int) -> float:
+    """Return the momentum encoder's decay at update `step` (from 0) of `total`: from `start` to 1 by half a cosine.
+
+    1 - (1 - start) * (1 + cos(pi * step / total)) / 2, as in the authors' release of MoCo v3.
+    """
+    return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / total))

@@ -2,9 +2,10 @@
 
 import torch
 
-from data_pipeline.augment.kinds import Augmentation, augmentation
+from data_pipeline.augment.kinds import Augmentation, SecondView, augmentation
 from data_pipeline.batch_layout import batch_layout
 from data_pipeline.batch_order import TrainingOrder
+from data_pipeline.batches import Batch
 from data_pipeline.index import Index, load_index
 from data_pipeline.loader import ImageLoader
 from mae_scale.config.schema import Recipe
@@ -22,7 +23,12 @@ def shown_images(context: RunContext, count: int) -> torch.Tensor:
 
 def some_images(index: Index, count: int, recipe: Recipe, kind: Augmentation) -> torch.Tensor:
     """Return up to `count` images [N, 3, S, S] float32 drawn by the recipe's seed, decoded on the CPU."""
+    return some_batch(index, count, recipe, kind).images
+
+
+def some_batch(index: Index, count: int, recipe: Recipe, kind: Augmentation, second: SecondView | None = None) -> Batch:
+    """Return those images as a batch, with a second view where one is given."""
     count = min(count, len(index))
     order = TrainingOrder(batch_layout(count), seed=recipe.seed, stop_step=1)
-    with ImageLoader(index, order, decoding_on_cpu(recipe, kind)) as loader:
-        return next(iter(loader)).images
+    with ImageLoader(index, order, decoding_on_cpu(recipe, kind, second)) as loader:
+        return next(iter(loader))

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
+from data_pipeline.augment.kinds import SecondView
 from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.index import Index
 from mae_scale.config.schema import Recipe
@@ -68,6 +69,10 @@ class Task(Protocol[ObjectiveT]):
 
     def check_fit(self, images: Index, validation: Index | None) -> None:
         """Raise UsageError if validation images or starting weights do not fit the training images and the recipe."""
+
+    def second_view(self) -> SecondView | None:
+        """Return the second view that is made of each training image, in Batch.second; None without one."""
+        return None
 
     def build(self, index: Index) -> ObjectiveT:
         """Return the objective on the host, initialised from torch's generator: the same on every rank."""

@@ -57,7 +57,7 @@ def decoded(index, kind, device, size=224, micro_batch=None, order=1):
     found = []
     for first in range(0, len(index), micro_batch):
         rows = ids[::order][first : first + micro_batch]
-        images = decoder.decode([reader.read(i) for i in rows], plan[rows])
+        (images,) = decoder.decode([reader.read(i) for i in rows], plan[rows])
         images = images.as_cpu() if device == "mixed" else images
         found.append(levels(torch.from_numpy(np.array(images.as_array()))))
     return np.concatenate(found)[::order]
@@ -164,7 +164,7 @@ def test_other_image_types_and_turned_images_are_the_cpus(tmp_path, exif_orienta
     for device in ("cpu", "mixed"):
         decoding = Decoding(kind, 64, device=device, device_id=0, exif_orientation=exif_orientation)
         decoder = Decoder(decoding, len(ids))
-        images = decoder.decode([ByteReader(index).read(i) for i in ids], plan)
+        (images,) = decoder.decode([ByteReader(index).read(i) for i in ids], plan)
         images = images.as_cpu() if device == "mixed" else images
         found.append(levels(torch.from_numpy(np.array(images.as_array()))))
     close(*found)

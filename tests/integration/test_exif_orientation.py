@@ -69,7 +69,7 @@ def test_crops_are_pillows_of_the_image_turned_or_as_stored(folder, exif_orienta
     )
     decoder = Decoder(Decoding(kind, SIDE, device="cpu", exif_orientation=exif_orientation), len(index))
     reader = ByteReader(index)
-    ours = pixels(decoder.decode([reader.read(i) for i in range(len(index))], plan).as_array())
+    ours = pixels(decoder.decode([reader.read(i) for i in range(len(index))], plan)[0].as_array())
     for i, image in enumerate(ours):
         y, x, height, width = plan.crops[i].tolist()
         theirs = (

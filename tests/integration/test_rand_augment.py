@@ -171,7 +171,7 @@ def decoded(index, **changes) -> np.ndarray:
         "arguments": np.zeros((1, 2), np.float32),
     }
     decoder = Decoder(Decoding(kind, SIZE, device="cpu"), 1)
-    images = decoder.decode([ByteReader(index).read(0)], replace(plan, **columns | changes)).as_array()
+    images = decoder.decode([ByteReader(index).read(0)], replace(plan, **columns | changes))[0].as_array()
     return (images[0].transpose(1, 2, 0) * np.array(IMAGENET_STD) + np.array(IMAGENET_MEAN)) * 255
 
 

@@ -21,7 +21,7 @@ EXAMPLES = ROOT / "docs" / "examples"
 PROJECT = ("mae_scale", "data_pipeline", "ds_configs", "slurm")
 WORDS = {
     "task": ["rotation.yaml"],
-    "augmentation": ["demo", "data.augmentation=solarise"],
+    "augmentation": ["demo", "data.augmentation=posterise"],
     "engine": ["demo", "engine.backend=ddp", "engine.zero_stage=0"],
 }
 SHORT = ["schedule.epochs=1", "schedule.warmup_epochs=0", "tracking.uri=off"]
@@ -90,9 +90,9 @@ def test_an_example_stops_early_and_goes_on_bit_for_bit(name, copy_of):
 @pytest.mark.parametrize("name", WORDS)
 def test_an_example_stops_early_and_goes_on_with_two_ranks_to_the_losses_of_an_uninterrupted_run(name, copy_of):
     copy = copy_of(name)
-    copy.start("run", f"schedule.stop_after_steps={MIDDLE}")
-    assert f"going on from step {MIDDLE}" in copy.start("run", nproc=2)
-    assert losses(copy.folder / "run") == pytest.approx(copy.whole, abs=1e-6)
+    copy.start("two ranks", f"schedule.stop_after_steps={MIDDLE}")
+    assert f"going on from step {MIDDLE}" in copy.start("two ranks", nproc=2)
+    assert losses(copy.folder / "two ranks") == pytest.approx(copy.whole, abs=1e-6)
 
 
 def test_the_task_learns_and_leaves_weights_that_fine_tuning_takes(copy_of, digits, mae_scale, tmp_path):

@@ -16,10 +16,12 @@ from torch import Tensor
 from data_pipeline.errors import UsageError
 
 StateDict = dict[str, Tensor]
+WRAPPERS = ("model", "state_dict")
 
 
 def read_weights(path: str | Path) -> StateDict:
-    """Return the tensors of a .safetensors or torch (.pth) file by name; unwraps the release's {"model": ...}.
+    """Return the tensors of a .safetensors or torch (.pth) file by name; unwraps the releases' {"model": ...} (MAE) and
+    {"state_dict": ...} (MoCo v3).
 
     Torch files are read with `weights_only=True`: code hidden in a file is refused, never run.
     Raises UsageError when the file is missing, damaged, refused, or holds anything but named tensors.
@@ -46,9 +48,9 @@ def read_weights(path: str | Path) -> StateDict:
         ) from error
     except Exception as error:  # of a file of another kind torch takes any byte for an instruction
         raise UsageError(f"{path} is not a whole torch file ({error}): fetch it again") from error
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        content = content["model"]
+    if isinstance(content, dict):
+        content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()) or not content:
         found = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__
-        raise UsageError(f'{path} holds {found}: expected tensors by name, alone or under "model"')
+        raise UsageError(f'{path} holds {found}: expected tensors by name, alone or under "model" or "state_dict"')
     return content

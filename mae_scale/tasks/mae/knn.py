@@ -1,4 +1,4 @@
-"""The k-NN accuracy of the encoder's features on data.val_root while a masked autoencoder is trained."""
+"""The k-NN accuracy of the encoder's features on data.val_root in pre-training."""
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ class KnnAccuracy:
     """An evaluator: val/knn_top1, percent, when val/loss is measured.
 
     Of the validation images by tracking.knn_images training images, drawn by the recipe's seed, all cut as in
-    evaluation; features are the mean of the patches' tokens. The vote is that of `mae-scale knn`.
+    evaluation; features are what the objective gives of an image in evaluation mode. The vote is that of
+    `mae-scale knn`.
     """
 
     def __init__(self, context: RunContext, engine: Engine):

@@ -40,8 +40,10 @@ class DataParallelEngine:
             self._optimizer.state[parameter] = fresh_state(self._optimizer, parameter, ema=False)
         self._model = nn.parallel.DistributedDataParallel(objective)
 
-    def train_step(self, micro_batches: Iterable[tuple[torch.Tensor, ...]], lr: float) -> StepResult:
-        """Do one update from `accumulation` micro-batches at learning rate lr."""
+    def train_step(
+        self, micro_batches: Iterable[tuple[torch.Tensor, ...]], lr: float, decay: float | None = None
+    ) -> StepResult:
+        """Do one update from `accumulation` micro-batches at learning rate lr; decay is of tasks that it refuses."""
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
         set_learning_rate(self._optimizer, lr)

@@ -1,0 +1,61 @@
+"""BatchNorm over the whole global batch, forward and backward: the same on any number of ranks, to rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def from_all_ranks(value: Tensor) -> Tensor:
+    """Return every rank's value, [ranks, ...], without gradient; of equal shapes. [1, ...] outside a process group."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value[None]
+    gathered = value.new_empty((torch.distributed.get_world_size(), *value.shape))
+    torch.distributed.all_gather_into_tensor(gathered.view(-1), value.contiguous().view(-1))
+    return gathered
+
+
+class TrainedGlobalBatchNorm(nn.Module):
+    """BatchNorm1d with the statistics of all ranks' batch, which gradients flow through; float32 in any precision.
+
+    Equal to `nn.BatchNorm1d(width, affine=affine)` in training mode on the whole batch. There are no running
+    statistics: what is normalised here (MoCo's projections) is not computed outside of training.
+    """
+
+    def __init__(self, width: int, *, affine: bool, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x [V, B, C] normalised over the B of all ranks, for each of V by itself; float32. Equal B on all."""
+        x = _Normalised.apply(x.float(), self.eps)
+        if self.weight is None or self.bias is None:
+            return x
+        return x * self.weight.float() + self.bias.float()
+
+
+class _Normalised(torch.autograd.Function):
+    """x [V, B, C] less its mean, over its standard deviation; one collective forward, one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        var, mean = torch.var_mean(x, dim=1, correction=0)  # [V, C], of this rank
+        means, variances = from_all_ranks(torch.stack([mean, var])).unbind(1)  # [ranks, V, C]
+        mean = means.mean(0)
+        var = variances.mean(0) + (means - mean).square().mean(0)
+        scale = torch.rsqrt(var + eps)[:, None]  # [V, 1, C]
+        normal = (x - mean[:, None]) * scale
+        ctx.save_for_backward(normal, scale)
+        return normal
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Return the gradient of the sum of all ranks' losses, of which `grad` is this rank's part."""
+        normal, scale = ctx.saved_tensors
+        means = torch.stack([grad.mean(1), (grad * normal).mean(1)])  # [2, V, C]
+        first, second = from_all_ranks(means).mean(0)[:, :, None]  # [V, 1, C] each
+        return scale * (grad - first - normal * second), None

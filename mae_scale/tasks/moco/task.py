@@ -1,0 +1,142 @@
+"""MoCo v3 as a task: train an encoder by contrasting two views of each image, measure k-NN, export the encoder."""
+
+import math
+from dataclasses import replace
+from functools import cache
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from data_pipeline.augment.kinds import SecondView, augmentation
+from data_pipeline.batch_layout import BatchLayout
+from data_pipeline.errors import UsageError
+from data_pipeline.index import Index
+from mae_scale.checkpoints.export import checkpoint_model, export_weights
+from mae_scale.checkpoints.store import list_checkpoints
+from mae_scale.engines.base import Engine
+from mae_scale.models.build import build_moco_of, size_of
+from mae_scale.models.moco import Moco
+from mae_scale.planning.flops import vit_forward_macs
+from mae_scale.planning.workload import Stack, Workload
+from mae_scale.reports.style import pictures_of
+from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelled
+from mae_scale.tasks.mae.knn import KnnAccuracy
+from mae_scale.tasks.moco.objective import Contrast
+from mae_scale.tracking.mlflow_models import ServedEncoder, keep_model
+from mae_scale.tracking.tracker import Tracker
+from mae_scale.training.context import RunContext
+from mae_scale.training.self_check import Untrained
+from mae_scale.training.shown_images import shown_images
+from mae_scale.training.task import Evaluator, Task
+from mae_scale.training.workload import workload_of
+
+VIEWS, AUGMENTATION = 2, "moco_v3"
+
+
+class MomentumContrast(Task[Contrast]):
+    """Train an encoder to tell the two views of each image from all others (Chen et al., arXiv 2104.02057)."""
+
+    command: ClassVar[str] = "pretrain"
+
+    def check(self, layout: BatchLayout) -> None:
+        data, model = self.recipe.data, self.recipe.model
+        with torch.device("meta"):
+            build_moco_of(self.recipe)
+        if data.augmentation != AUGMENTATION:
+            raise UsageError(
+                f"data.augmentation={data.augmentation} makes one view of an image, and task: moco compares two; "
+                f"use data.augmentation={AUGMENTATION}"
+            )
+        if data.random_erasing:
+            raise UsageError(f"data.random_erasing={data.random_erasing:g} is not done to views of task: moco; drop it")
+        if model.drop_path:
+            raise UsageError(f"model.drop_path={model.drop_path:g}: task: moco does not drop paths; use 0")
+        if layout.accumulation > 1:
+            raise UsageError(
+                f"task: moco compares each image with all others of the global batch, and takes BatchNorm's statistics "
+                f"from it; this layout cuts it into {layout.accumulation} steps. Drop engine.micro_batch, and use more "
+                "ranks or engine.activation_checkpointing=all if a rank's whole share does not fit"
+            )
+        if data.global_batch < 2:
+            raise UsageError(f"data.global_batch={data.global_batch}: task: moco needs other images to compare with")
+
+    def check_fit(self, images: Index, validation: Index | None) -> None:
+        if self.recipe.tracking.knn_images is not None and validation is not None:
+            refuse_unlabelled(images)
+            folder_set(validation, num_classes=len(images.classes), class_names=images.classes)
+
+    def second_view(self) -> SecondView:
+        data = self.recipe.data
+        kind = augmentation(f"{AUGMENTATION}_second", crop_scale=data.crop_scale, flip=data.flip)
+        return SecondView(kind, self.recipe.model.image_size)
+
+    def build(self, index: Index) -> Contrast:
+        return self._objective()
+
+    def _objective(self) -> Contrast:
+        return Contrast(build_moco_of(self.recipe), temperature=self.recipe.contrast.temperature)
+
+    def training_flops(self) -> int:
+        """Return the FLOPs per image of both views: forward and backward, and forward in the momentum encoder.
+
+        The frozen patch projection has no backward pass. Similarities of queries and keys are not counted.
+        """
+        model, section = self.recipe.model, self.recipe.contrast
+        sizes = {"image_size": model.image_size, "patch_size": model.patch_size, "width": model.width}
+        encoder = vit_forward_macs(model.name, depth=model.depth, **sizes)
+        projection = vit_forward_macs(model.name, depth=0, **sizes)
+        width = size_of(model).width
+        projector = section.hidden * (width + section.hidden + section.dim)
+        predictor = 2 * section.hidden * section.dim
+        macs = 3 * (encoder - projection + projector + predictor) + projection + encoder + projector
+        return 2 * VIEWS * macs
+
+    def workload(self, classes: int) -> Workload:
+        with torch.device("meta"):
+            objective = self._objective()
+        section, size, patches = self.recipe.contrast, objective.model.encoder.size, objective.model.encoder.grid**2
+        width, hidden, dim = size.width, section.hidden, section.dim
+        stack = Stack(1 + patches, width, size.heads, size.depth, 0)
+        projector = ((1, width, hidden), (1, hidden, hidden), (1, hidden, dim))
+        predictor = ((1, dim, hidden), (1, hidden, dim))
+        work = workload_of(
+            objective,
+            self.recipe,
+            stacks=(*VIEWS * [stack], *VIEWS * [replace(stack, trained=size.depth)]),
+            products=(
+                (2 * VIEWS * patches, 3 * size.patch_size**2, width, False),
+                *((VIEWS * m, k, n, False) for m, k, n in projector),
+                *((VIEWS * m, k, n, True) for m, k, n in (*projector, *predictor)),
+            ),
+            predicted=VIEWS * dim,
+        )
+        return replace(work, frozen=sum(t.numel() for t in objective.followers.values()), ema=True)
+
+    def evaluators(self, context: RunContext, engine: Engine, tracker: Tracker) -> list[Evaluator]:
+        return [] if self.recipe.tracking.knn_images is None else [KnnAccuracy(context, engine)]
+
+    def untrained_loss(self, context: RunContext, objective: Contrast) -> Untrained | None:
+        """Return 4 T ln(N), the loss when all similarities are the same, of N images in the global batch."""
+        temperature, images = self.recipe.contrast.temperature, self.recipe.data.global_batch
+        return Untrained(4 * temperature * math.log(images), f"4 x {temperature:g} x ln({images})", tolerance=0.01)
+
+    def finish(self, context: RunContext, tracker: Tracker) -> str:
+        weights = context.out / "export" / "model.safetensors"
+        trained = cache(lambda: _trained(context))
+        if not weights.exists():
+            export_weights(trained(), weights, "timm")
+        if tracker.mlflow is not None:
+            keep_model(
+                tracker.mlflow,
+                context.out,
+                lambda: (ServedEncoder(trained().encoder, "cls"), np.rint(255 * pictures_of(shown_images(context, 1)))),
+                metadata={"features": "the normed cls token"},
+            )
+        return f"weights of the encoder in {weights}"
+
+
+def _trained(context: RunContext) -> Moco:
+    model, _ = checkpoint_model(list_checkpoints(context.checkpoints)[-1][1])
+    assert isinstance(model, Moco)
+    return model
