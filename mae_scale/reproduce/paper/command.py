@@ -34,7 +34,9 @@ def scale_of(data: Path | None, out: Path, *, epochs: int, labels: int, override
         data = write_digits(out / "digits")
     for part in ("train", "val"):
         if not (data / part).is_dir():
-            raise UsageError(f"--data {data} has no folder {part}; expected train/ and val/, each with a folder per class")
+            raise UsageError(
+                f"--data {data} has no folder {part}; expected train/ and val/, each with a folder per class"
+            )
     index = open_index(data / "train")
     if len(index.classes) < 2:
         raise UsageError(f"--data {data}/train has {len(index.classes)} classes; expected a folder per class")
@@ -107,7 +109,9 @@ def write_page(scale: Scale, seeds: int, mlflow: MlflowSweep, console: Console) 
     console.print(table)
     console.print(f"{scale.out / PAGE}, {JSON}, {FIGURE}")
     cells = {column: [row[number] for row in rows] for number, column in enumerate(columns)}
-    mlflow.publish(SweepResults(text, [scale.out / FIGURE], {"paper_table.json": cells}, "FINISHED", [scale.out / FIGURE]))
+    mlflow.publish(
+        SweepResults(text, [scale.out / FIGURE], {"paper_table.json": cells}, "FINISHED", [scale.out / FIGURE])
+    )
 
 
 def _bars(found: Sequence[Found]) -> list[ClaimBar]:

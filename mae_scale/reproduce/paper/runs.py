@@ -197,9 +197,7 @@ def _transfer(scale: Scale, seed: int, pretraining: str, name: str) -> Run:
     return _run(scale, seed, transfer_name(pretraining, name), recipe, overrides, needs=needs)
 
 
-def _run(
-    scale: Scale, seed: int, name: str, recipe: str, overrides: Sequence[str], needs: tuple[str, ...] = ()
-) -> Run:
+def _run(scale: Scale, seed: int, name: str, recipe: str, overrides: Sequence[str], needs: tuple[str, ...] = ()) -> Run:
     folder = folder_of(scale, seed, name)
     common = [
         f"data.root={scale.data / 'train'}",
