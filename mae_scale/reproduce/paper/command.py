@@ -29,7 +29,7 @@ HOLDS = {SAME: True, OPPOSITE: False, UNDECIDED: None}
 
 
 def scale_of(data: Path | None, out: Path, *, epochs: int, labels: int, overrides: tuple[str, ...]) -> Scale:
-    """Return the scale of the comparison on a folder's images, or on the digits. Raises UsageError for other folders."""
+    """Return the scale of the comparison on a folder's images, or on the digits; raise UsageError for other folders."""
     if data is None:
         data = write_digits(out / "digits")
     for part in ("train", "val"):
@@ -51,7 +51,7 @@ def run_paper(scale: Scale, *, seeds: int, jobs: int) -> None:
     """
     began, console = time.monotonic(), Console(highlight=False, soft_wrap=True)
     for seed in range(seeds):
-        check_runs(runs_of(scale, seed), scale)
+        check_runs(runs_of(scale, seed))
     tracking = load_recipe("paper/mae", list(scale.overrides)).tracking
     mlflow = MlflowSweep.of(tracking, scale.runs, SWEEP, None)
     scale.runs.mkdir(parents=True, exist_ok=True)
