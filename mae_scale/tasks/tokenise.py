@@ -21,11 +21,8 @@ from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others, from_all, from_first
 from mae_scale.distributed.ranks import Ranks
-from mae_scale.models.build import size_of
 from mae_scale.models.tokeniser import STRIDE, Tokeniser
-from mae_scale.models.vit import grid_of
-from mae_scale.models.weights.tokeniser import tokeniser_digest
-from mae_scale.tasks.beit.words import TokenisedWords
+from mae_scale.tasks.beit.words import TokenisedWords, view_of
 from mae_scale.tasks.classification.evaluate import all_ranks
 from mae_scale.tasks.tokens import MANIFEST, UNFINISHED, Heading, damage, read_heading, shard_name
 from mae_scale.training.evaluation_loader import BATCH_SIZE, evaluation_loader
@@ -44,15 +41,10 @@ def check(recipe: Recipe, tokeniser: Path | None, out: Path) -> Path:
         raise UsageError(f"--tokeniser {path} does not exist; give a file, or the folder of a run of task dvae")
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file, expected a folder (or a name for a new one)")
-    grid_of_words(recipe)
-    return path
-
-
-def grid_of_words(recipe: Recipe) -> int:
-    """Return the words per side of an image: one per patch, or with task dvae one per 8 pixels. Raises UsageError."""
     if recipe.task == "dvae":
-        return grid_of(recipe.model.image_size, STRIDE)
-    return grid_of(recipe.model.image_size, size_of(recipe.model).patch_size)
+        raise UsageError("task: dvae reads no words; give the recipe that is to be trained on them")
+    view_of(recipe)
+    return path
 
 
 def write_tokens(recipe: Recipe, tokeniser: Path, out: Path, shard_images: int = SHARD_IMAGES) -> Heading | None:
@@ -66,19 +58,19 @@ def write_tokens(recipe: Recipe, tokeniser: Path, out: Path, shard_images: int =
     """
     with all_ranks(recipe) as (ranks, device):
         model, index = first_then_others(lambda: _opened(recipe, tokeniser))
+        source = TokenisedWords(model)
         heading = Heading(
             index=index.digest(),
             images=len(index),
-            tokeniser=tokeniser_digest(model),
+            tokeniser=source.digest,
             words=model.size.words,
-            grid=grid_of_words(recipe),
+            grid=view_of(recipe).image_size // STRIDE,
             image_size=recipe.model.image_size,
             exif_orientation=recipe.data.exif_orientation,
             shard_images=shard_images,
         )
         from_first(lambda: _begin(out, heading))
         mine = range(ranks.rank, len(heading.shards), ranks.world_size)
-        source = TokenisedWords(model, heading.grid)
         parts = from_all(
             lambda: [_shard(recipe, index, source, out, heading, number, ranks, device) for number in mine]
         )
@@ -131,10 +123,10 @@ def _shard(
     words = np.zeros((len(rows), heading.grid**2), heading.dtype)
     readable = np.zeros(len(rows), bool)
     alone = Ranks(0, 1, ranks.local_rank)
-    loading = evaluation_loader(recipe, index.take(rows), alone, batch_size=BATCH_SIZE)
+    loading = evaluation_loader(recipe, index.take(rows), alone, batch_size=BATCH_SIZE, second=view_of(recipe))
     with loading as loader, torch.inference_mode():
         for batch in loader:
-            found = source.of(batch, batch.images.to(device)).cpu().numpy()
+            found = source.of(batch, device).cpu().numpy()
             words[batch.sample_ids[batch.valid]] = found[batch.valid]
             readable[batch.sample_ids[batch.valid]] = True
     content = io.BytesIO()
