@@ -18,12 +18,14 @@ from mae_scale.cli.demo import demo_app
 from mae_scale.cli.doctor import doctor_app
 from mae_scale.cli.help import common, run
 from mae_scale.cli.measure import measure_app
+from mae_scale.cli.paper import paper_app
 from mae_scale.cli.plan import plan_app
 from mae_scale.cli.recipes import recipes_app
 from mae_scale.cli.report import report_app
 from mae_scale.cli.scaling import scaling_app
 from mae_scale.cli.slurm import slurm_app
 from mae_scale.cli.sweep import sweep_app
+from mae_scale.cli.tokens import tokens_app
 from mae_scale.cli.train import train_app
 from mae_scale.distributed.ranks import leave, say_error, this_rank
 from mae_scale.distributed.stop_requests import INTERRUPTED
@@ -41,9 +43,11 @@ app = typer.Typer(
 apps = (
     doctor_app,
     demo_app,
+    paper_app,
     train_app,
     plan_app,
     measure_app,
+    tokens_app,
     compare_app,
     report_app,
     sweep_app,
