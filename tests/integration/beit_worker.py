@@ -27,7 +27,7 @@ from mae_scale.engines.select import scale_out
 from mae_scale.models.build import build_beit
 from mae_scale.models.tokeniser import Tokeniser, TokeniserSize
 from mae_scale.tasks.beit.objective import PredictRemoved
-from mae_scale.tasks.beit.words import TokenisedWords
+from mae_scale.tasks.words import TokenisedWords
 
 GLOBAL_BATCH, WORDS, GRID = 24, 16, 8  # the batch divides by 1, 2 and 3 ranks, and by accumulation 2 on each
 TINY = [
