@@ -30,13 +30,13 @@ def load_encoder(path: str | Path, *, heads: int | None = None) -> PretrainedEnc
 
 
 def load_tokeniser(path: str | Path) -> Tokeniser:
-    """Return the tokeniser of BEiT, frozen: weights of transformers' FlavaImageCodebook, or DALL-E's encoder.pkl.
+    """Return a tokeniser, frozen: of transformers' FlavaImageCodebook, DALL-E's encoder.pkl, or a run of task dvae.
 
     Its tokens() takes images [B, 3, 112, 112] from 0 to 1 and gives [B, 196]. A module that was pickled whole is read
     without running what else is in the file; see mae_scale.models.weights.whole_module.
     """
     from pathlib import Path
 
-    from mae_scale.models.weights.tokeniser import read_tokeniser
+    from mae_scale.checkpoints.tokeniser import open_tokeniser
 
-    return read_tokeniser(Path(path))
+    return open_tokeniser(Path(path))

@@ -19,10 +19,11 @@ from mae_scale.config.load import stored_recipe
 from mae_scale.models.build import size_of
 from mae_scale.models.classifier import Classifier, build_classifier
 from mae_scale.models.vit import SIZES, ViTSize, patchify
+from mae_scale.models.weights.beit import grid_in, is_beit
 from mae_scale.models.weights.classifier import load_classifier, release_names
 from mae_scale.models.weights.files import StateDict
 
-HEAD = ("head.", "batch_norm.")
+HEAD = ("head.", "lm_head.", "batch_norm.")
 
 
 class PretrainedEncoder(nn.Module):
@@ -65,8 +66,8 @@ class PretrainedEncoder(nn.Module):
 def load_encoder(path: str | Path, *, heads: int | None = None) -> PretrainedEncoder:
     """Return the encoder of a run's folder, a checkpoint, or a file of weights in any known layout, on the host.
 
-    Layouts: ours, the authors' release, timm's, Hugging Face's; pre-trained or fine-tuned. A file does not hold its
-    number of attention heads: `heads` gives it for a model other than ViT-B/16, L/16 and H/14.
+    Layouts: ours, the authors' release, timm's, Hugging Face's; pre-trained or fine-tuned; also of a BEiT. A file does
+    not hold its number of attention heads: `heads` gives it for a model other than ViT-B/16, L/16 and H/14.
     Raises UsageError when there is nothing usable at that place, RunError when a checkpoint is damaged.
     """
     source = starting_point(Path(path))
@@ -79,6 +80,7 @@ def load_encoder(path: str | Path, *, heads: int | None = None) -> PretrainedEnc
         image_size=grid * patch_size,
         **vars(size),
         pool="mean" if any(key.startswith("fc_norm.") for key in given) else "cls",
+        layer_scale=1.0 if is_beit(given) else None,  # its values are in the file
     )
     load_classifier(model, given)
     return PretrainedEncoder(model.requires_grad_(False))
@@ -88,9 +90,10 @@ def _shape(given: StateDict, source: Path) -> tuple[int, int, int, int]:
     """Return patch size, width, depth and grid of the weights, which have the release's names."""
     projection, positions = given.get("patch_embed.proj.weight"), given.get("pos_embed")
     blocks = [int(found[1]) for key in given if (found := re.match(r"blocks\.(\d+)\.", key))]
-    if projection is None or projection.ndim != 4 or positions is None or not blocks:
+    grid = grid_in(given) if positions is None else round((positions.shape[1] - 1) ** 0.5)
+    if projection is None or projection.ndim != 4 or not grid or not blocks:
         raise UsageError(f"{source} does not hold the weights of a Vision Transformer with its positions")
-    return projection.shape[-1], projection.shape[0], max(blocks) + 1, round((positions.shape[1] - 1) ** 0.5)
+    return projection.shape[-1], projection.shape[0], max(blocks) + 1, grid
 
 
 def _heads(source: Path, patch_size: int, width: int, depth: int) -> int:

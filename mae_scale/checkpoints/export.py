@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -20,18 +21,20 @@ from mae_scale.checkpoints.store import (
 )
 from mae_scale.config.load import stored_recipe
 from mae_scale.config.schema import Recipe
-from mae_scale.models.build import build_classifier_of, build_moco_of, build_model
+from mae_scale.models.beit import Beit
+from mae_scale.models.build import build_beit, build_classifier_of, build_moco_of, build_model
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.mae import MaskedAutoencoder
 from mae_scale.models.moco import Moco
 from mae_scale.models.weights.autoencoder import to_hf, to_official, to_timm
+from mae_scale.models.weights.beit import beit_to_hf, beit_to_official, beit_to_timm
 from mae_scale.models.weights.classifier import classifier_to_hf, classifier_to_official, classifier_to_timm
 from mae_scale.models.weights.files import read_weights
 from mae_scale.models.weights.moco import moco_to_official
 
 FORMATS = ("official", "timm", "hf", "safetensors")
 SUFFIXES = (".safetensors", ".pth")
-Model = MaskedAutoencoder | Classifier | Moco
+Model = MaskedAutoencoder | Beit | Moco | Classifier
 """What a checkpoint holds."""
 
 
@@ -39,6 +42,8 @@ def weights_in(model: Model, layout: str) -> dict[str, torch.Tensor]:
     """Return a model's weights by the names of a layout, one of FORMATS; safetensors: our own names."""
     if layout == "safetensors":
         return dict(model.state_dict())
+    if isinstance(model, Beit):
+        return {"official": beit_to_official, "timm": beit_to_timm, "hf": beit_to_hf}[layout](model)
     if isinstance(model, Classifier):
         to = {"official": classifier_to_official, "timm": classifier_to_timm, "hf": classifier_to_hf}
         return to[layout](model)
@@ -76,13 +81,7 @@ def checkpoint_model(checkpoint: Path) -> tuple[Model, Recipe]:
     """
     manifest = read_manifest(checkpoint)
     recipe = stored_recipe(manifest["recipe"], str(checkpoint))
-    model: Model
-    if recipe.task == "mae":
-        model = build_model(recipe)
-    elif recipe.task == "moco":
-        model = build_moco_of(recipe)
-    else:
-        model = build_classifier_of(recipe, len(manifest["classes"]))
+    model = model_of(recipe, manifest)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state = _frozen_weights(checkpoint, manifest["frozen"]) if manifest.get("frozen") else {}
     with ShardReader(checkpoint / name for name in manifest["files"]) as reader:
@@ -91,6 +90,17 @@ def checkpoint_model(checkpoint: Path) -> tuple[Model, Recipe]:
             state[key] = values.view(shapes[key])
     model.load_state_dict(state)
     return model.eval(), recipe
+
+
+def model_of(recipe: Recipe, manifest: dict[str, Any]) -> Model:
+    """Return the model of a run's recipe, with fresh weights; a checkpoint's manifest tells what the data decided."""
+    if recipe.task == "mae":
+        return build_model(recipe)
+    if recipe.task == "beit":
+        return build_beit(recipe, (manifest.get("tokeniser") or {}).get("words", 0))
+    if recipe.task == "moco":
+        return build_moco_of(recipe)
+    return build_classifier_of(recipe, len(manifest["classes"]))
 
 
 def _frozen_weights(checkpoint: Path, digest: str) -> dict[str, torch.Tensor]:
@@ -130,6 +140,8 @@ def weights_of(source: Path) -> dict[str, torch.Tensor]:
         return read_weights(source)
     model, _ = checkpoint_model(source)
     # Our own names of an autoencoder have no positions, and those of another grid are to be resampled.
+    if isinstance(model, Beit):
+        return beit_to_official(model)
     if isinstance(model, Classifier):
         return dict(model.state_dict())
     return to_official(model.encoder if isinstance(model, Moco) else model, decoder=False)

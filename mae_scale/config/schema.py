@@ -25,6 +25,9 @@ class ModelSection(Section):
     name: str | None = Field(
         "vit_large_patch16", description="vit_base_patch16, vit_large_patch16, vit_huge_patch14; null: the sizes below"
     )
+    encoder: Literal["vit", "beit"] = Field(
+        "vit", description="beit: attention biased by relative position, LayerScale"
+    )
     image_size: int = Field(224, gt=0, description="pixels per side")
     patch_size: int | None = Field(None, gt=0, description="pixels per side; null: the model's")
     width: int | None = Field(None, gt=0, description="size of a token; null: the model's")
@@ -34,11 +37,14 @@ class ModelSection(Section):
     masking: Literal["random", "block", "grid"] = Field("random", description="how patches are chosen for removal")
     encoder_mask_tokens: bool = Field(False, description="encode mask tokens too, as the paper's ablation does")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth: rate at the encoder's last block")
+    layer_scale: float | None = Field(
+        None, gt=0, description="encoder: beit's initial scale of each branch: 0.1 for B, 1e-5 for L"
+    )
     decoder_depth: int = Field(8, gt=0, description="number of decoder blocks")
     decoder_width: int = Field(512, gt=0, description="size of a token in the decoder")
     decoder_heads: int = Field(16, gt=0, description="attention heads per decoder block")
-    target: Literal["pixels", "normalised_pixels", "pca"] = Field(
-        "normalised_pixels", description="what is predicted for each removed patch"
+    target: Literal["pixels", "normalised_pixels", "pca", "tokens"] = Field(
+        "normalised_pixels", description="what is predicted for each removed patch; tokens: a tokeniser's words"
     )
 
 
@@ -276,7 +282,7 @@ class TrackingSection(Section):
 class Recipe(Section):
     """A complete training run."""
 
-    task: str = Field("mae", description="task: mae (masked autoencoder), dvae (discrete VAE) or classification")
+    task: str = Field("mae", description="task: mae (masked autoencoder), beit, dvae (discrete VAE) or classification")
     seed: int = Field(0, ge=0, description="seed of weights, order, augmentation, masks and mixing")
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()

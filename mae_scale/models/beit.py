@@ -1,10 +1,11 @@
-"""BEiT (Bao et al., arXiv 2106.08254): a ViT with mask tokens in place of removed patches, whose words it predicts.
+"""BEiT (Bao et al., arXiv 2106.08254): a ViT with mask tokens in place of removed patches, of which it predicts words.
 
-What differs from the autoencoder's encoder: attention has a bias by relative position, shared by all blocks, and there
-are no absolute positions; keys have no bias; each residual branch has a learned scale (LayerScale). Blocks have timm's
-names.
+What differs from the autoencoder's encoder: attention has a bias by relative position, and there are no absolute
+positions; keys have no bias; each residual branch has a learned scale (LayerScale). Pre-training shares one table of
+biases over all blocks, fine-tuning gives each block a copy of its own, as the authors do. Parameters have timm's names.
 
-Letters in shapes: B images, L patches of an image, N = 1 + L tokens, D the width, H heads, V words.
+Letters in shapes: B images, L patches of an image, R the most that are removed, N = 1 + L tokens, D the width, H heads,
+V words.
 """
 
 from __future__ import annotations
@@ -15,9 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data_pipeline.errors import UsageError
-from mae_scale.models.vit import ViTSize, grid_of, layer_norm, patchify
+from mae_scale.models.drop_path import drop_path_rates
+from mae_scale.models.masking import check_masking, kept_patches
+from mae_scale.models.targets import Target, make_target
+from mae_scale.models.vit import ViTSize, gather_tokens, grid_of, layer_norm, patchify
 
 INIT_STD = 0.02
+TABLE = "relative_position_bias_table"
+WORDS = "tokens"
+"""The recipe's name of the target that is a tokeniser's word."""
 
 
 def relative_positions(grid: int) -> Tensor:
@@ -34,121 +41,248 @@ def relative_positions(grid: int) -> Tensor:
     return rows
 
 
+def table_rows(grid: int) -> int:
+    """Return the number of rows of a bias table."""
+    return (2 * grid - 1) ** 2 + 3
+
+
+def _bias(table: Tensor, rows: Tensor) -> Tensor:
+    """Return the bias [1, H, N, N] of a table [rows, H] and rows int64 [N, N]."""
+    return table[rows].permute(2, 0, 1).unsqueeze(0)
+
+
 class RelativePositionBias(nn.Module):
     """The attention's bias by relative position, shared by all blocks."""
 
-    rows: Tensor
-
     def __init__(self, grid: int, heads: int):
         super().__init__()
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * grid - 1) ** 2 + 3, heads))
-        self.register_buffer("rows", relative_positions(grid), persistent=False)  # [N, N]
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(table_rows(grid), heads))
 
-    def forward(self) -> Tensor:
-        """Return the bias [1, H, N, N]."""
-        return self.relative_position_bias_table[self.rows].permute(2, 0, 1).unsqueeze(0)
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return the bias [1, H, N, N] of rows int64 [N, N]."""
+        return _bias(self.relative_position_bias_table, rows)
+
+
+class _Projection(nn.Linear):
+    """Queries, keys and values by one matrix; their bias is given, for keys have none."""
+
+    def __init__(self, width: int):
+        super().__init__(width, 3 * width, bias=False)
+
+    # A module's forward, so that a sharding engine sees the use of the weight.
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        """x [B, N, D], bias [3 D] -> [B, N, 3 D]."""
+        return functional.linear(x, self.weight, bias)
 
 
 class BeitAttention(nn.Module):
     """Self-attention with a bias on its scores; queries and values have a bias of their own, keys none."""
 
-    def __init__(self, width: int, heads: int):
+    relative_position_bias_table: nn.Parameter | None
+
+    def __init__(self, width: int, heads: int, own_rows: int | None = None):
+        """own_rows: rows of a bias table of its own; None where the table is shared."""
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.num_heads, self.head_dim = heads, width // heads
+        self.scale = self.head_dim**-0.5
+        self.qkv = _Projection(width)
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        if own_rows is None:
+            self.relative_position_bias_table = None
+        else:
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(own_rows, heads))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x [B, N, D], bias [1, H, N, N] -> [B, N, D]."""
+    def bias(self, position: Tensor) -> Tensor:
+        """Return the bias [1, H, N, N]: `position` itself, or of its own table for `position` int64 [N, N]."""
+        own = self.relative_position_bias_table
+        return position if own is None else _bias(own, position)
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        """x [B, N, D] -> [B, N, D]; position: the shared bias [1, H, N, N], or rows int64 [N, N] of its own table."""
         batch, tokens, width = x.shape
         biases = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = functional.linear(x, self.qkv.weight, biases)  # [B, N, 3 D]
-        q, k, v = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))  # [B, H, N, D / H]
+        qkv = self.qkv(x, biases)  # [B, N, 3 D]
+        q, k, v = qkv.reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        bias = self.bias(position).to(q.dtype)
+        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # [B, H, N, D / H]
         return self.proj(attended.transpose(1, 2).reshape(batch, tokens, width))
 
 
 class BeitBlock(nn.Module):
     """Pre-norm block whose branches have a learned scale per channel."""
 
-    def __init__(self, width: int, heads: int, layer_scale: float):
+    def __init__(self, width: int, heads: int, layer_scale: float, own_rows: int | None = None):
         super().__init__()
         self.norm1, self.norm2 = layer_norm(width), layer_norm(width)
-        self.attn = BeitAttention(width, heads)
+        self.attn = BeitAttention(width, heads, own_rows)
         self.mlp = Mlp(width, 4 * width)
         self.gamma_1 = nn.Parameter(torch.full((width,), layer_scale))
         self.gamma_2 = nn.Parameter(torch.full((width,), layer_scale))
 
-    def forward(self, x: Tensor, bias: Tensor, scales: Tensor | None = None) -> Tensor:
-        """x [B, N, D], bias [1, H, N, N]; scales [B, 2] multiply the branches (stochastic depth)."""
-        first, second = (None, None) if scales is None else scales.to(x.dtype)[:, :, None, None].unbind(1)
-        x = x + _scaled(self.gamma_1 * self.attn(self.norm1(x), bias), first)
+    def forward(self, x: Tensor, position: Tensor, scales: Tensor | None = None) -> Tensor:
+        """x [B, N, D], position as in BeitAttention; scales [B, 2] multiply the branches (stochastic depth)."""
+        first, second = (None, None) if scales is None else scales[:, :, None, None].unbind(1)
+        x = x + _scaled(self.gamma_1 * self.attn(self.norm1(x), position), first)
         return x + _scaled(self.gamma_2 * self.mlp(self.norm2(x)), second)
 
 
 def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
-    return branch if scale is None else branch * scale
+    return branch if scale is None else branch * scale.to(branch.dtype)
 
 
-class Beit(nn.Module):
-    """BEiT with a head for the words of removed patches."""
+class BeitEncoder(nn.Module):
+    """BEiT's encoder: all patches, those removed as mask tokens; it is called as `mae_scale.models.vit.Encoder` is.
 
-    def __init__(self, size: ViTSize, *, image_size: int, words: int, layer_scale: float):
+    `shared_bias`: one table of biases for all blocks, and a mask token (pre-training); else a table per block
+    (fine-tuning). Without `final_norm` features leave the last block as they are. `drop_path` is the last block's rate
+    of stochastic depth; forward() draws nothing, its caller gives the drops.
+    """
+
+    rows: Tensor
+
+    def __init__(
+        self,
+        size: ViTSize,
+        *,
+        image_size: int,
+        layer_scale: float,
+        drop_path: float = 0.0,
+        shared_bias: bool = True,
+        final_norm: bool = True,
+    ):
         super().__init__()
         if size.width % size.heads:
             raise UsageError(f"width {size.width} is not a multiple of heads {size.heads}")
-        self.size, self.image_size, self.words = size, image_size, words
+        self.size, self.image_size = size, image_size
+        self.drop_path_rates = drop_path_rates(drop_path, size.depth)
         self.grid = grid_of(image_size, size.patch_size)
-        self.patches = self.grid**2
         self.patch_embed = nn.Linear(3 * size.patch_size**2, size.width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, size.width))
-        self.mask_token = nn.Parameter(torch.empty(1, 1, size.width))
-        self.rel_pos_bias = RelativePositionBias(self.grid, size.heads)
-        self.blocks = nn.ModuleList(BeitBlock(size.width, size.heads, layer_scale) for _ in range(size.depth))
-        self.norm = layer_norm(size.width)
-        self.head = nn.Linear(size.width, words)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, size.width)) if shared_bias else None
+        self.rel_pos_bias = RelativePositionBias(self.grid, size.heads) if shared_bias else None
+        self.register_buffer("rows", relative_positions(self.grid), persistent=False)  # [N, N]
+        own_rows = None if shared_bias else table_rows(self.grid)
+        self.blocks = nn.ModuleList(BeitBlock(size.width, size.heads, layer_scale, own_rows) for _ in range(size.depth))
+        self.norm = layer_norm(size.width) if final_norm else nn.Identity()
         self._initialise()
 
     def _initialise(self) -> None:
         """Initialise as the authors: truncated normals; block n's last layers are divided by sqrt(2 n)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(init_weights)
         for token in (self.cls_token, self.mask_token):
-            nn.init.trunc_normal_(token, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
+            if token is not None:
+                nn.init.trunc_normal_(token, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
         with torch.no_grad():
             for number, block in enumerate(self.blocks, start=1):
                 assert isinstance(block, BeitBlock)
                 block.attn.proj.weight.div_((2.0 * number) ** 0.5)
                 block.mlp.fc2.weight.div_((2.0 * number) ** 0.5)
 
-    def features(self, images: Tensor, mask: Tensor | None = None, branch_scales: Tensor | None = None) -> Tensor:
-        """Return normed features [B, N, D] of normalised images [B, 3, S, S], cls first.
+    def forward(self, patches: Tensor, mask: Tensor | None = None, branch_scales: Tensor | None = None) -> Tensor:
+        """Return features [B, N, D] of patches [B, L, p*p*3], cls first, in the parameters' dtype.
 
-        mask bool [B, L]: patches of which the mask token is seen. branch_scales [B, depth, 2]: stochastic depth.
+        mask bool [B, L]: patches of which the mask token is seen. In training mode branch_scales [B, depth, 2] multiply
+        the blocks' residual branches; without them, and in evaluation mode, nothing is dropped.
+        Raises UsageError when branch_scales have another shape.
         """
-        side, dtype = self.image_size, self.cls_token.dtype
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
-            raise UsageError(f"images have shape {tuple(images.shape)}, this model takes [B, 3, {side}, {side}]")
-        x = self.patch_embed(patchify(images, self.size.patch_size).to(dtype))  # [B, L, D]
-        if mask is not None:
-            x = torch.where(mask[..., None], self.mask_token.to(dtype), x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # [B, N, D]
-        bias = self.rel_pos_bias()
-        for number, block in enumerate(self.blocks):
-            x = block(x, bias, None if branch_scales is None else branch_scales[:, number])
+        if branch_scales is not None and tuple(branch_scales.shape) != (len(patches), len(self.blocks), 2):
+            raise UsageError(
+                f"branch_scales have shape {tuple(branch_scales.shape)}, "
+                f"expected [{len(patches)}, {len(self.blocks)}, 2]: one number per residual branch"
+            )
+        x = self.patch_embed(patches.to(self.cls_token.dtype))  # [B, L, D]
+        if mask is not None and self.mask_token is not None:
+            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
+        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)  # [B, N, D]
+        position = self.rows if self.rel_pos_bias is None else self.rel_pos_bias(self.rows)
+        if branch_scales is None or not self.training:
+            for block in self.blocks:
+                x = block(x, position)
+        else:
+            # Contiguous [B, 2] for each block: a compiled block would copy parts that are not aligned.
+            for block, scales in zip(self.blocks, branch_scales.transpose(0, 1).contiguous(), strict=True):
+                x = block(x, position, scales)
         return self.norm(x)
 
-    def forward(
-        self, images: Tensor, mask: Tensor, tokens: Tensor, branch_scales: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the loss [M] fp32 and the logits [M, V] of the M masked patches of all images, in the mask's order.
 
-        images [B, 3, S, S], normalised; mask bool [B, L]; tokens int64 [B, L], the patches' words.
+def init_weights(module: nn.Module) -> None:
+    """Initialise a module as `Module.apply` visits it: linear weights from a normal of 0.02 cut at 1 std, no biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class Words(Target):
+    """The word that a tokeniser has for the patch, one of `dim`; the loss is the cross-entropy."""
+
+    def __init__(self, words: int):
+        super().__init__()
+        self.dim = words
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the cross-entropy [...] fp32 of logits [..., V] and words int64 [...]."""
+        flat = functional.cross_entropy(prediction.float().flatten(0, -2), target.flatten(), reduction="none")
+        return flat.view(target.shape)
+
+
+class Beit(nn.Module):
+    """BEiT in pre-training: the encoder, and a head that predicts the targets of removed patches.
+
+    target: "tokens" (the words of a tokeniser with `words` of them), or a target of `mae_scale.models.targets`.
+    mask_ratio and masking say which patches are removed, at most `removed` of an image; forward() is given the mask.
+    """
+
+    def __init__(
+        self,
+        size: ViTSize,
+        *,
+        image_size: int,
+        layer_scale: float,
+        mask_ratio: float = 0.38,
+        masking: str = "block",
+        target: str | Target = WORDS,
+        words: int = 8192,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        self.image_size, self.patch_size = image_size, size.patch_size
+        self.masking, self.mask_ratio = masking, mask_ratio
+        self.encoder = BeitEncoder(size, image_size=image_size, layer_scale=layer_scale, drop_path=drop_path)
+        self.grid, self.patches = self.encoder.grid, self.encoder.grid**2
+        check_masking(masking, grid_size=self.grid, mask_ratio=mask_ratio)
+        self.removed = self.patches - kept_patches(self.patches, mask_ratio)
+        self.target = Words(words) if target == WORDS else make_target(target, size.patch_size)
+        self.head = nn.Linear(size.width, self.target.dim)
+        init_weights(self.head)
+
+    @property
+    def predicts_words(self) -> bool:
+        """Whether the targets are words, which forward() is given, and not values of pixels."""
+        return isinstance(self.target, Words)
+
+    def features(self, images: Tensor, mask: Tensor | None = None, branch_scales: Tensor | None = None) -> Tensor:
+        """Return normed features [B, N, D] of normalised images [B, 3, S, S]; mask, branch_scales as the encoder's."""
+        side = self.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
+            raise UsageError(f"images have shape {tuple(images.shape)}, this model takes [B, 3, {side}, {side}]")
+        return self.encoder(patchify(images, self.patch_size), mask, branch_scales)
+
+    def forward(
+        self, images: Tensor, mask: Tensor, words: Tensor | None = None, branch_scales: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss [B, R] fp32 and the prediction [B, R, V] of each image's removed patches, in image order.
+
+        images [B, 3, S, S], normalised; mask bool [B, L], at most R = `removed` of an image; words int64 [B, L], where
+        words are predicted; branch_scales [B, depth, 2]. Where fewer are removed, the last losses are 0.
+        Only removed patches are predicted, and no shape depends on the mask: the host waits for nothing.
         """
-        masked = self.features(images, mask, branch_scales)[:, 1:][mask]  # [M, D]
-        logits = self.head(masked)  # [M, V]
-        return functional.cross_entropy(logits.float(), tokens[mask], reduction="none"), logits
+        features = self.features(images, mask, branch_scales)[:, 1:]  # [B, L, D]
+        first = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : self.removed]  # [B, R]
+        prediction = self.head(gather_tokens(features, first))  # [B, R, V]
+        if words is None:
+            target = self.target.of_removed(patchify(images, self.patch_size), first)
+        else:
+            target = words.gather(1, first)
+        return self.target.loss(prediction, target) * mask.gather(1, first), prediction

@@ -1,6 +1,7 @@
 """From a recipe to its model, with initial weights."""
 
 from mae_scale.config.schema import ModelSection, Recipe
+from mae_scale.models.beit import Beit
 from mae_scale.models.classifier import Classifier, build_classifier
 from mae_scale.models.mae import MaskedAutoencoder, build_mae
 from mae_scale.models.moco import Moco, build_moco
@@ -16,7 +17,23 @@ def size_of(model: ModelSection) -> ViTSize:
 
 def build_model(recipe: Recipe) -> MaskedAutoencoder:
     """Return the autoencoder of a recipe, initialised from torch's generator."""
-    return build_mae(**recipe.model.model_dump())
+    return build_mae(**recipe.model.model_dump(exclude={"encoder", "layer_scale"}))
+
+
+def build_beit(recipe: Recipe, words: int) -> Beit:
+    """Return the BEiT of a recipe, initialised from torch's generator; words: of its tokeniser, where it has one."""
+    model = recipe.model
+    assert model.layer_scale is not None  # config.hints
+    return Beit(
+        size_of(model),
+        image_size=model.image_size,
+        layer_scale=model.layer_scale,
+        mask_ratio=model.mask_ratio,
+        masking=model.masking,
+        target=model.target,
+        words=words,
+        drop_path=model.drop_path,
+    )
 
 
 def build_classifier_of(recipe: Recipe, classes: int) -> Classifier:
@@ -33,6 +50,7 @@ def build_classifier_of(recipe: Recipe, classes: int) -> Classifier:
         pool=section.pool,
         batch_norm=section.batch_norm,
         trained_blocks=section.trained_blocks,
+        layer_scale=model.layer_scale,
         drop_path=model.drop_path,
     )
 

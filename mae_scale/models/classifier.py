@@ -13,6 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from data_pipeline.errors import UsageError
+from mae_scale.models.beit import BeitEncoder
 from mae_scale.models.vit import Encoder, ViTSize, layer_norm, patchify, resolve_size
 
 if TYPE_CHECKING:
@@ -32,14 +33,26 @@ class Classifier(nn.Module):
         batch_norm: bool,
         trained_blocks: float | None,
         drop_path: float,
+        layer_scale: float | None,
     ):
         super().__init__()
         self.image_size, self.patch_size, self.classes, self.pool = image_size, size.patch_size, classes, pool
         self.trained_blocks = trained_blocks
         mean = pool == "mean"
-        self.encoder = Encoder(
-            size, image_size=image_size, drop_path=drop_path, learned_positions=True, final_norm=not mean
-        )
+        self.encoder: Encoder | BeitEncoder
+        if layer_scale is None:
+            self.encoder = Encoder(
+                size, image_size=image_size, drop_path=drop_path, learned_positions=True, final_norm=not mean
+            )
+        else:
+            self.encoder = BeitEncoder(
+                size,
+                image_size=image_size,
+                layer_scale=layer_scale,
+                drop_path=drop_path,
+                shared_bias=False,
+                final_norm=not mean,
+            )
         # Mean-pooled features are normed after pooling, by a norm that starts fresh, as in the authors' release.
         self.fc_norm = layer_norm(size.width) if mean else nn.Identity()
         self.batch_norm = GlobalBatchNorm(size.width) if batch_norm else nn.Identity()
@@ -154,6 +167,7 @@ def build_classifier(
     batch_norm: bool = False,
     trained_blocks: float | None = None,
     drop_path: float = 0.0,
+    layer_scale: float | None = None,
 ) -> Classifier:
     """Return a classifier with fresh weights (drawn from torch's generator).
 
@@ -162,6 +176,8 @@ def build_classifier(
     batch_norm: an affine-free BatchNorm in front of the head; only with a frozen encoder.
     trained_blocks: None trains everything; k the last k blocks, the norm after them and the head; 0.5 (1.5, ...) also
         the MLP of the block before; 0 the head alone. The rest has requires_grad False.
+    layer_scale: with it the encoder is BEiT's, with a table of relative position biases per block; it is the initial
+        scale of each branch.
     Raises UsageError naming what does not fit.
     """
     size = resolve_size(name, patch_size=patch_size, width=width, depth=depth, heads=heads)
@@ -186,6 +202,7 @@ def build_classifier(
         batch_norm=batch_norm,
         trained_blocks=trained_blocks,
         drop_path=drop_path,
+        layer_scale=layer_scale,
     )
 
 

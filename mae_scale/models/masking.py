@@ -19,6 +19,9 @@ KINDS = ("random", "block", "grid")
 # 0.3 to 1 / 0.3.
 _SMALLEST_BLOCK = 16 / 14**2
 _LOG_ASPECT = math.log(1 / 0.3)
+_FAILURES = 10  # attempts in a row that place no block, after which the authors' generator leaves a mask as it is
+_ATTEMPTS = 32  # drawn at once
+_POSITIONS_PER_GENERATOR = 64  # making a generator takes as long as drawing for about as many
 
 
 def kept_patches(patches: int, mask_ratio: float) -> int:
@@ -110,3 +113,46 @@ def _block_scores(generator: np.random.Generator, grid_size: int, removed: int) 
         block[rows[:missing], columns[:missing]] = 1
         missing -= min(missing, len(rows))
     return scores.reshape(-1)
+
+
+def block_masks(
+    *, grid_size: int, removed: int, generator_of: Callable[[int], np.random.Generator], positions: np.ndarray
+) -> np.ndarray:
+    """Return BEiT's block-wise masks, bool [len(positions), L]: at most `removed` patches of each image, often fewer.
+
+    The authors' generator (their masking_generator.py; Bao et al., algorithm 1): blocks of at least 16 of 14 x 14
+    patches (as large a share of another grid) and of at most what is missing, of aspect ratio 0.3 to 1 / 0.3, placed
+    at random. A block that fills a side, adds nothing, or too much, is drawn again; after ten of them in a row the mask
+    stays as it is. `mask_noise` of kind "block" differs: it removes exactly as many, which MAE needs.
+    generator_of(group) is the generator of 64 neighbouring positions int [n] in the global batch: a mask is a function
+    of its generator and its position alone.
+    """
+    groups, rows = np.divmod(np.asarray(positions), _POSITIONS_PER_GENERATOR)
+    places = np.arange(grid_size)
+    masks = np.zeros((len(rows), grid_size, grid_size), dtype=bool)
+    missing, failures = np.full(len(rows), removed), np.zeros(len(rows), dtype=np.int64)
+    smallest = max(1, round(_SMALLEST_BLOCK * grid_size**2))
+    generators = {int(group): generator_of(int(group)) for group in np.unique(groups)}
+    going = np.arange(len(rows))
+    attempt, drawn = 0, np.empty((len(rows), _ATTEMPTS, 4))
+    while len(going):
+        if attempt % _ATTEMPTS == 0:
+            for group, draws in generators.items():
+                chunk = draws.random((_POSITIONS_PER_GENERATOR, _ATTEMPTS, 4))
+                drawn[groups == group] = chunk[rows[groups == group]]
+        share, aspect, top, left = drawn[going, attempt % _ATTEMPTS].T  # each [n]
+        attempt += 1
+        area = smallest + share * (missing[going] - smallest)
+        aspect = np.exp((2 * aspect - 1) * _LOG_ASPECT)
+        height, width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+        top, left = np.floor(top * (grid_size - height + 1)), np.floor(left * (grid_size - width + 1))
+        inside = (places >= top[:, None]) & (places < (top + height)[:, None])  # [n, rows]
+        across = (places >= left[:, None]) & (places < (left + width)[:, None])  # [n, columns]
+        added = inside[:, :, None] & across[:, None, :] & ~masks[going]
+        count = added.sum(axis=(1, 2))
+        placed = (height < grid_size) & (width < grid_size) & (count > 0) & (count <= missing[going])
+        masks[going] |= added & placed[:, None, None]
+        missing[going] -= count * placed
+        failures[going] = np.where(placed, 0, failures[going] + 1)
+        going = going[(missing[going] > 0) & (failures[going] < _FAILURES)]
+    return masks.reshape(len(rows), -1)

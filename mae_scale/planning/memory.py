@@ -133,6 +133,9 @@ def activations_of(work: Workload, setting: Setting) -> tuple[float, float]:
     and part of the prediction is gone by then.
     """
     kept = _image_bytes(work) + 10 * work.predicted  # prediction in two precisions, and target
+    kept += setting.value_bytes * work.kept_values + work.kept_bytes
+    if not work.stacks:
+        return setting.micro_batch * kept, setting.micro_batch * max(16 * work.predicted, work.kept_bytes)
     frozen = 0.0
     for stack, checkpointed in checkpointed_blocks(work, setting):
         block = _block_bytes(stack, setting)
@@ -151,6 +154,8 @@ def activations_of(work: Workload, setting: Setting) -> tuple[float, float]:
 
 def first_block_of(work: Workload, setting: Setting) -> tuple[float, float]:
     """Return the bytes kept, and of temporaries, while the first trained block runs backward."""
+    if not work.stacks:
+        return 0.0, 0.0
     first = next((stack for stack in work.stacks if stack.trained), work.stacks[0])
     block, values = _block_bytes(first, setting), setting.value_bytes * first.tokens * first.width
     return setting.micro_batch * (_image_bytes(work) + block), setting.micro_batch * 3 * values
@@ -182,7 +187,9 @@ def _block_bytes(stack: Stack, setting: Setting) -> float:
 
 
 def _image_bytes(work: Workload) -> float:
-    """Return the bytes of an image in float32 and of its patches."""
+    """Return the bytes of an image in float32, and of its patches where there are blocks that take them."""
+    if not work.stacks:
+        return 3 * work.image_size**2 * 4
     rows, inner, _, _ = work.other_products[0]
     return 3 * work.image_size**2 * 4 + 2 * rows * inner
 
@@ -214,7 +221,7 @@ def _weights(work: Workload, setting: Setting) -> float:
     if setting.zero_stage < 3 or setting.ranks == 1:
         return _resting_weights(work, setting)
     resting = 0 if setting.offload else _own(work, setting)
-    block = max(stack.parameters for stack in work.stacks)
+    block = max((stack.parameters for stack in work.stacks), default=0)
     gathered = min(work.trained, max(setting.live, block))
     return setting.value_bytes * (resting + gathered + work.frozen) + work.buffer_bytes
 

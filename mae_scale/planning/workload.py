@@ -51,6 +51,10 @@ class Workload:
     buffer_bytes: int
     ema: bool = False
     """Whether an average of the weights is kept."""
+    kept_values: int = 0
+    """Values per image, in the step's precision, that what is no transformer block keeps for the backward pass."""
+    kept_bytes: int = 0
+    """Bytes per image that it keeps beside them, in any precision."""
 
     @property
     def trained(self) -> int:

@@ -40,25 +40,38 @@ def reconstruction_figure(
     predicted = pictures_of(unpatchify(torch.from_numpy(prediction), patch_size))
     masked = torch.from_numpy(mask)[:, :, None].expand(-1, -1, patch_size**2)  # [N, L, p*p]
     removed = unpatchify(masked, patch_size).numpy().transpose(0, 2, 3, 1) > 0.5  # [N, S, S, 1]
-    factor = math.ceil(SMALLEST_SIDE / side)
-    bands = (original, np.where(removed, REMOVED, original), np.where(removed, predicted, original))
-    _draw_bands([band.repeat(factor, axis=1).repeat(factor, axis=2) for band in bands], path, title)
+    rows = (original, np.where(removed, REMOVED, original), np.where(removed, predicted, original))
+    _draw_bands(dict(zip(ROWS, rows, strict=True)), path, title)
 
 
-def _draw_bands(pictures: Sequence[np.ndarray], path: Path, title: str | None) -> None:
-    """Draw up to eight images side by side in three rows, the next eight below; one figure pixel per image pixel."""
+def words_figure(images: Array, pictures: Array, path: Path, *, title: str | None = None) -> None:
+    """Write a PNG of N images, each original and as decoded from its words; a title above them.
+
+    `images` [N, 3, S, S] float, normalised by ImageNet's mean and standard deviation; `pictures` [N, 3, S, S] from 0
+    to 1. NumPy arrays or torch tensors, on any device.
+    """
+    _draw_bands({"original": pictures_of(images), "from words": as_array(pictures).transpose(0, 2, 3, 1)}, path, title)
+
+
+def _draw_bands(rows: Mapping[str, np.ndarray], path: Path, title: str | None) -> None:
+    """Draw up to eight images [N, S, S, 3] side by side in named rows, the next eight below.
+
+    One figure pixel per image pixel, or a square of them for a small image.
+    """
+    factor = math.ceil(SMALLEST_SIDE / next(iter(rows.values())).shape[1])
+    pictures = [row.repeat(factor, axis=1).repeat(factor, axis=2) for row in rows.values()]
     count, height, width, _ = pictures[0].shape
     columns = min(count, IMAGES_A_BAND)
     bands = math.ceil(count / columns)
     gap, band_gap, label_width, dpi = max(4, height // 32), max(12, height // 8), 150, 100
     head = TITLE_HEIGHT if title else gap
-    canvas_height = head + bands * (len(ROWS) * (height + gap) + band_gap) - band_gap
+    canvas_height = head + bands * (len(rows) * (height + gap) + band_gap) - band_gap
     canvas_width = label_width + columns * (width + gap)
     canvas = np.ones((canvas_height, canvas_width, 3), dtype=np.float32)
     labels = []
     for band in range(bands):
-        for row, name in enumerate(ROWS):
-            top = head + band * (len(ROWS) * (height + gap) + band_gap) + row * (height + gap)
+        for row, name in enumerate(rows):
+            top = head + band * (len(rows) * (height + gap) + band_gap) + row * (height + gap)
             labels.append((top + height / 2, name))
             for column, picture in enumerate(pictures[row][band * columns : (band + 1) * columns]):
                 left = label_width + column * (width + gap)

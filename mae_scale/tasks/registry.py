@@ -5,14 +5,18 @@ from typing import Any
 
 from data_pipeline.errors import UsageError
 from mae_scale.config.schema import Recipe
+from mae_scale.tasks.beit.task import BeitPretraining
 from mae_scale.tasks.classification.task import Classification
+from mae_scale.tasks.dvae.task import DiscreteVaeTraining
 from mae_scale.tasks.mae.task import MaskedAutoencoding
 from mae_scale.tasks.moco.task import MomentumContrast
 from mae_scale.training.task import Task
 
 TASKS: dict[str, type[Task[Any]]] = {
     "mae": MaskedAutoencoding,
+    "beit": BeitPretraining,
     "moco": MomentumContrast,
+    "dvae": DiscreteVaeTraining,
     "classification": Classification,
 }
 

@@ -107,7 +107,7 @@ def _kept_index(file: Path) -> Index | None:
 def _refuse_other_order(file: Path, index: Index) -> None:
     """Warn that a run's own index is built again; raise UsageError when its checkpoints were trained on another one."""
     problem = "is damaged" if file.exists() else "is missing"
-    known = _recorded(file.parent, "index") if file.name == IMAGES else None
+    known = recorded(file.parent, "index") if file.name == IMAGES else None
     if known not in (None, index.digest()):
         raise UsageError(
             f"{file} {problem}, and {index.root} does not give the index that the run's checkpoints were trained on; "
@@ -147,7 +147,7 @@ def started_from(out: Path, source: Path | None) -> dict[str, Any] | None:
     source: the file or checkpoint that this start has read; None where it goes on from a checkpoint of its own.
     """
     if source is None or has_checkpoint(out):
-        return _recorded(out, "started_from")
+        return recorded(out, "started_from")
     if source.is_dir():
         manifest = read_manifest(source)
         known = {"manifest_sha256": manifest["manifest_sha256"], "mlflow_run_id": manifest.get("mlflow_run_id")}
@@ -161,7 +161,7 @@ def refuse_other_weights(path: Path, out: Path) -> None:
 
     They are not needed any more, so that they may be gone; and the checkpoints of another run's folder may be newer.
     """
-    known = (_recorded(out, "started_from") or {}).get("sha256")
+    known = (recorded(out, "started_from") or {}).get("sha256")
     if known is None or not path.is_file():
         return
     found = digest_of(path)
@@ -172,7 +172,7 @@ def refuse_other_weights(path: Path, out: Path) -> None:
         )
 
 
-def _recorded(out: Path, fact: str) -> Any:
+def recorded(out: Path, fact: str) -> Any:
     """Return a fact of the newest readable manifest of a run; None when there is none."""
     for _, folder in reversed(list_checkpoints(out / "checkpoints")):
         with contextlib.suppress(Damaged):

@@ -5,7 +5,6 @@ import sys
 from typing import Any
 
 from data_pipeline.index import Index, load_index
-from mae_scale.models.build import size_of
 from mae_scale.tracking.mlflow_page import Images, RunPage
 from mae_scale.training.context import RunContext
 from mae_scale.training.inputs import VALIDATION
@@ -14,16 +13,14 @@ from mae_scale.training.task import Task
 
 def run_page(task: Task[Any], context: RunContext) -> RunPage:
     """Return the page of a run; on rank 0, whose command line it names."""
-    recipe, model = task.recipe, task.recipe.model
-    size = size_of(model)
-    encoder = model.name or f"{size.width}x{size.depth}"
+    recipe = task.recipe
+    encoder, sizes = task.model_in_words()
     images = [_images(context.index, "training")]
     if recipe.data.val_root is not None:
         images.append(_images(load_index(context.out / VALIDATION, recipe.data.val_root), "validation"))
     lines = [
-        f"**{task.kind}** of {encoder} (width {size.width}, {size.depth} blocks, patches of {size.patch_size} px) at "
-        f"{model.image_size} px: {recipe.schedule.epochs} epochs of {len(context.index):,} images, global batch "
-        f"{recipe.data.global_batch}, seed {recipe.seed}.",
+        f"**{task.kind}** of {encoder} ({sizes}) at {recipe.model.image_size} px: {recipe.schedule.epochs} epochs of "
+        f"{len(context.index):,} images, global batch {recipe.data.global_batch}, seed {recipe.seed}.",
         # In backticks it wraps: a block would be one long line, and push MLflow's column of tags out of the window.
         f"``{shlex.join(['mae-scale', *sys.argv[1:]])}``",
         "The same command goes on with this run, on any number of ranks, from the newest checkpoint in "

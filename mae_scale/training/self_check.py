@@ -19,7 +19,7 @@ log = logging.getLogger("mae_scale")
 
 Row = Mapping[str, Any]
 
-RISING_WINDOWS, RISING_HISTORY, RISING_ROWS, RISING_FACTOR = 5, 20, 10, 1.05
+RISING_WINDOWS, RISING_HISTORY, RISING_ROWS, RISING_SHARE = 5, 20, 10, 0.05
 NORM_FACTOR, NORM_ROWS, NORM_HISTORY = 10.0, 3, (30, 200)
 WAIT_SHARE, WAIT_ROWS, WAIT_STEPS = 0.10, 20, 100
 TAG = "mae_scale.warning."
@@ -58,7 +58,7 @@ def untrained_loss(rows: Sequence[Row], course: Course) -> str | None:
     if not epoch or untrained is None:
         return None
     loss = statistics.fmean(epoch)
-    if loss < untrained.loss * (1 - untrained.tolerance):
+    if loss < untrained.loss - untrained.tolerance * abs(untrained.loss):
         return None
     how = "above" if loss > untrained.loss else "close to"
     return (
@@ -77,7 +77,7 @@ def rising_loss(rows: Sequence[Row], course: Course) -> str | None:
     while len(means) < RISING_HISTORY and (values := _last(rows, window, len(means), after=course.warmup_steps)):
         means.append(statistics.fmean(values))
     newest, before = means[:RISING_WINDOWS], means[RISING_WINDOWS:]
-    if not before or min(newest) < RISING_FACTOR * min(before):
+    if not before or min(newest) < min(before) + RISING_SHARE * abs(min(before)):  # a likelihood's may be negative
         return None
     return (
         f"train/loss has been higher for {RISING_WINDOWS * window / course.steps_per_epoch:.3g} epochs than it was "

@@ -8,6 +8,7 @@ from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.index import Index
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.base import Engine, Objective
+from mae_scale.models.build import size_of
 from mae_scale.planning.workload import Workload
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
@@ -88,6 +89,12 @@ class Task(Protocol[ObjectiveT]):
     def workload(self, classes: int) -> Workload:
         """Return the task's model in numbers, for planning; classes: of the data set, where it has any."""
         ...
+
+    def model_in_words(self) -> tuple[str, str]:
+        """Return the model's short name and its sizes, for a run's page."""
+        name, size = self.recipe.model.name, size_of(self.recipe.model)
+        sizes = f"width {size.width}, {size.depth} blocks, patches of {size.patch_size} px"
+        return name or f"{size.width}x{size.depth}", sizes
 
     def describe(self, objective: ObjectiveT) -> list[str]:
         """Return lines about what is trained, printed at the start."""

@@ -13,6 +13,8 @@ def workload_of(
     stacks: tuple[Stack, ...],
     products: tuple[tuple[int, int, int, bool], ...],
     predicted: int,
+    kept_values: int = 0,
+    kept_bytes: int = 0,
 ) -> Workload:
     """Return the workload of an objective, which may lie on the device "meta"."""
     groups = parameter_groups(objective, recipe.optim)
@@ -21,6 +23,8 @@ def workload_of(
         stacks=stacks,
         other_products=products,
         predicted=predicted,
+        kept_values=kept_values,
+        kept_bytes=kept_bytes,
         groups=tuple(sum(p.numel() for p in group["params"]) for group in groups),
         frozen=sum(p.numel() for p in objective.parameters() if not p.requires_grad),
         parameters=tuple(p.numel() for p in objective.parameters() if p.requires_grad),

@@ -19,7 +19,9 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from data_pipeline.errors import UsageError
+from mae_scale.models.beit import BeitEncoder
 from mae_scale.models.classifier import Classifier, GlobalBatchNorm
+from mae_scale.models.weights.beit import beit_release_names, is_beit, own_tables, release_to_beit_hf
 from mae_scale.models.weights.checked_copy import LoadReport, check_same, check_size, copy_weights
 from mae_scale.models.weights.files import StateDict
 from mae_scale.models.weights.layouts import (
@@ -49,19 +51,21 @@ def load_classifier(model: Classifier, state: StateDict) -> LoadReport:
     """Copy a file's tensors (`read_weights`) into the classifier; the keys tell the layout.
 
     Layouts: the authors' releases (pre-trained, with or without decoder, and fine-tuned), timm's, Hugging Face's
-    (ViTMAE and ViTForImageClassification), MoCo v3's checkpoints, and our own of a MaskedAutoencoder or a Classifier.
-    Our autoencoder's has no positions unless "encoder.pos_embed" [1 + L, D] is put beside its tensors; without it
-    those of the model, which begin as the fixed ones of its own grid, stay as they are and are reported as not set.
-    In the report `unused` (release names) is a decoder, a target's buffers, an encoder's mask token, and the final
-    norm of pre-trained weights when the classifier pools by mean (the release drops it too).
+    (ViTMAE and ViTForImageClassification), MoCo v3's checkpoints, and our own of a MaskedAutoencoder or a Classifier;
+    for a classifier on BEiT's encoder BEiT's (weights/beit.py). Our autoencoder's has no positions unless
+    "encoder.pos_embed" [1 + L, D] is put beside its tensors; without it those of the model, which begin as the fixed
+    ones of its own grid, stay as they are and are reported as not set.
+    In the report `unused` (release names) is a decoder, a head of words, a target's buffers, an encoder's mask token,
+    and the final norm of pre-trained weights when the classifier pools by mean (the release drops it too).
     Positions of another grid are resampled in float32, bicubic and without antialiasing, as the authors do at 448 px
     (their `interpolate_pos_embed`).
     Raises UsageError, with nothing copied: a file of another size, of a classifier of another kind (pooling,
     BatchNorm, number of classes); keys that are missing or unexpected, shapes that do not fit.
     """
     given, layout = release_names(state)
+    _check_encoder(model, given)
     check_size(given, model.encoder.size)
-    unused_kinds: tuple[str, ...] = (*UNNAMED, *DECODER)
+    unused_kinds: tuple[str, ...] = (*UNNAMED, *DECODER, "lm_head.")
     if _has(given, "fc_norm.") or _has(given, "head."):
         _check_kind(model, given)
     elif model.pool == "mean":
@@ -70,6 +74,8 @@ def load_classifier(model: Classifier, state: StateDict) -> LoadReport:
     given = {key: value for key, value in given.items() if not key.startswith(unused_kinds)}
     if "pos_embed" in given:
         given["pos_embed"] = _on_grid(given["pos_embed"], model.encoder.grid)
+    if isinstance(model.encoder, BeitEncoder):
+        given = own_tables(given, depth=model.encoder.size.depth, grid=model.encoder.grid)
 
     fresh = tuple(kind for kind in _MAY_STAY_FRESH if not _has(given, kind))
     if layout == _OUR_AUTOENCODER and "pos_embed" not in given:
@@ -118,11 +124,13 @@ def classifier_to_timm(model: Classifier) -> StateDict:
 
 
 def classifier_to_hf(model: Classifier) -> StateDict:
-    """Return the weights by the names of Hugging Face's ViTForImageClassification files.
+    """Return the weights by the names of Hugging Face's ViTForImageClassification (BeitForImageClassification) files.
 
     For `from_pretrained` with layer_norm_eps=1e-6 in its config; otherwise as `classifier_to_official`.
-    Raises UsageError for a classifier that pools by mean.
+    Raises UsageError for a ViT's classifier that pools by mean.
     """
+    if isinstance(model.encoder, BeitEncoder):
+        return release_to_beit_hf(classifier_to_official(model))
     if model.pool == "mean":
         raise UsageError(
             "this classifier pools the mean of the patch tokens, Hugging Face's ViTForImageClassification only the "
@@ -134,6 +142,8 @@ def classifier_to_hf(model: Classifier) -> StateDict:
 
 def release_names(state: StateDict) -> tuple[StateDict, str]:
     """Return the tensors by the release's names, and their layout's name; keys without a name there keep theirs."""
+    if is_beit(state):
+        return beit_release_names(state), "BEiT"
     state = encoder_of_moco(state)
     if _has(state, "encoder.cls_token", "encoder.patch_embed.", "encoder.blocks."):
         if _has(state, "decoder."):  # then "head." predicts pixels
@@ -146,6 +156,21 @@ def release_names(state: StateDict) -> tuple[StateDict, str]:
 
 def _has(state: StateDict, *beginnings: str) -> bool:
     return any(key.startswith(beginnings) for key in state)
+
+
+def _check_encoder(model: Classifier, given: StateDict) -> None:
+    """Raise UsageError when the file has the other kind of encoder, ViT or BEiT."""
+    takes = isinstance(model.encoder, BeitEncoder)
+    if takes and not is_beit(given):
+        raise UsageError(
+            "these are no weights of a BEiT (which has blocks.0.gamma_1), and the recipe has model.encoder=beit: give "
+            "those of a BEiT, or set model.encoder=vit and model.layer_scale=null"
+        )
+    if not takes and is_beit(given):
+        raise UsageError(
+            "these are weights of a BEiT, and the recipe has model.encoder=vit: set model.encoder=beit and "
+            "model.layer_scale, or give weights of a plain ViT"
+        )
 
 
 def _check_kind(model: Classifier, given: StateDict) -> None:

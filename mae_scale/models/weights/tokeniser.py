@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -35,6 +36,15 @@ def read_tokeniser(path: Path) -> Tokeniser:
     model = model.to_empty(device="cpu")
     copy_weights(dict(model.state_dict()), weights)
     return model.requires_grad_(False).eval()
+
+
+def tokeniser_digest(model: Tokeniser) -> str:
+    """Return 64 hex digits that change with any weight, and not with the layout or place of the file they came from."""
+    state = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        state.update(f"{name} {tuple(value.shape)}".encode())
+        state.update(value.detach().cpu().float().contiguous().numpy().data)
+    return state.hexdigest()
 
 
 def _own(given: StateDict) -> StateDict:

@@ -22,7 +22,7 @@ from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelle
 from mae_scale.tasks.mae.knn import KnnAccuracy
 from mae_scale.tasks.mae.objective import Reconstruct
 from mae_scale.tasks.mae.reconstruct import Reconstructions
-from mae_scale.tasks.mae.validation import ValidationLoss
+from mae_scale.tasks.mae.validation import reconstruction_loss
 from mae_scale.tracking.mlflow_models import ServedEncoder, keep_model
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
@@ -104,7 +104,7 @@ class MaskedAutoencoding(Task[Reconstruct]):
             objective = Reconstruct(build_model(self.recipe), seed=self.recipe.seed)
         found: list[Evaluator] = [Reconstructions(context, engine, tracker, objective)]
         if self.recipe.data.val_root is not None:
-            found.append(ValidationLoss(context, engine, objective))
+            found.append(reconstruction_loss(context, engine, objective))
         if self.recipe.tracking.knn_images is not None:
             found.append(KnnAccuracy(context, engine))
         return found

@@ -1,0 +1,343 @@
+"""The paper's findings, each with the small runs that ask whether it holds here, and the paper's own numbers.
+
+The numbers are top-1 on ImageNet-1K, in percent: of ViT-L after 800 epochs unless a label says otherwise (He et al.,
+tables 1 to 3, figures 5, 7 and 9). Everything that decides a verdict is in this file and in verdict.py, and was fixed
+before the seeds were run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+FINETUNE, PROBE, SPEED = "finetune", "probe", "speed"
+"""What is measured of a pre-training: top-1 after a transfer, percent; images per second while it is trained."""
+PARTIAL = ("partial-0.5", "partial-1", "partial-2")
+FEW, MORE, ALL = "finetune", "finetune-4x", "finetune-all"
+"""Fine-tuning on few labels, on four times as many, on all."""
+
+Values = Callable[[str, str], float]
+"""(pre-training, what is measured) to its value under one seed."""
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """A pre-training: its recipe, what it changes of it, and the length of its schedule as a share of the base's."""
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    share: float = 1
+    words: bool = False
+    """Whether its targets are the words of the tokeniser that was trained on the same images."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A training on labels: its recipe, and how many labels per class, as a multiple; None: all."""
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    labels: int | None = 1
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of a finding's table: a pre-training (None: from scratch), and the paper's numbers."""
+
+    label: str
+    pretraining: str
+    paper: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the paper, and the difference, under one seed, that is above 0 where it holds."""
+
+    text: str
+    paper: str
+    difference: Callable[[Values], float]
+    unit: str = "points"
+    """Of the difference: points of top-1, or % of a rate."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A comparison of the paper: its arms, what is measured of each, and what is claimed of them."""
+
+    title: str
+    measures: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    claims: tuple[Claim, ...]
+
+
+SCRATCH, TOKENISER = "scratch", "tokeniser"
+MAE, BEIT, MOCO = "paper/mae", "paper/beit", "paper/moco"
+
+PRETRAININGS: dict[str, Pretraining] = {
+    "mae": Pretraining(MAE),
+    **{f"mask-ratio-{ratio}": Pretraining(MAE, (f"model.mask_ratio={ratio}",)) for ratio in (0.25, 0.5, 0.9)},
+    "encoder-mask-tokens": Pretraining(MAE, ("model.encoder_mask_tokens=true",)),
+    **{f"decoder-depth-{depth}": Pretraining(MAE, (f"model.decoder_depth={depth}",)) for depth in (1, 4)},
+    **{f"decoder-width-{width}": Pretraining(MAE, (f"model.decoder_width={width}",)) for width in (16, 96)},
+    "pixels": Pretraining(MAE, ("model.target=pixels",)),
+    "pca": Pretraining(MAE, ("model.target=pca",)),
+    "tokens": Pretraining(MAE, ("model.target=tokens",), words=True),
+    "no-augmentation": Pretraining(MAE, ("data.augmentation=none",)),
+    "fixed-crop": Pretraining(MAE, ("data.augmentation=fixed_crop",)),
+    "flip": Pretraining(MAE, ("data.flip=0.5",)),
+    "colour-jitter": Pretraining(MAE, ("data.augmentation=random_resized_crop_color_jitter",)),
+    "block-50": Pretraining(MAE, ("model.masking=block", "model.mask_ratio=0.5")),
+    "block-75": Pretraining(MAE, ("model.masking=block",)),
+    "grid-75": Pretraining(MAE, ("model.masking=grid",)),
+    **{f"schedule-{share}": Pretraining(MAE, share=share) for share in (0.25, 0.5, 2)},
+    "small": Pretraining(MAE, ("model.width=48",)),
+    "large": Pretraining(MAE, ("model.width=144", "model.depth=6")),
+    "moco": Pretraining(MOCO),
+    "moco-schedule-0.5": Pretraining(MOCO, share=0.5),
+    "beit": Pretraining(BEIT, words=True),
+    "beit-pixels": Pretraining(BEIT, ("model.target=normalised_pixels",)),
+}
+TRANSFERS: dict[str, Transfer] = {
+    FINETUNE: Transfer("paper/finetune"),
+    PROBE: Transfer("paper/probe"),
+    **{name: Transfer("paper/partial", (f"classifier.trained_blocks={name[8:]}",)) for name in PARTIAL},
+    MORE: Transfer("paper/finetune", labels=4),
+    ALL: Transfer("paper/finetune", labels=None),
+}
+
+
+def _more(measure: str, better: str, worse: str) -> Callable[[Values], float]:
+    """Return the difference of a measure between two pre-trainings."""
+    return lambda value: value(better, measure) - value(worse, measure)
+
+
+def _faster(better: str, worse: str) -> Callable[[Values], float]:
+    """Return by how many per cent the rate of a pre-training exceeds another's."""
+    return lambda value: 100 * (value(better, SPEED) / value(worse, SPEED) - 1)
+
+
+def _range(value: Values, measure: str, pretrainings: tuple[str, ...]) -> float:
+    found = [value(name, measure) for name in pretrainings]
+    return max(found) - min(found)
+
+
+_RATIOS = ("mask-ratio-0.25", "mask-ratio-0.5", "mae", "mask-ratio-0.9")
+_DEPTHS = ("decoder-depth-1", "mae", "decoder-depth-4")
+
+FINDINGS: tuple[Finding, ...] = (
+    Finding(
+        "Mask ratio",
+        (FINETUNE, PROBE),
+        (
+            Arm("25 %", _RATIOS[0]),
+            Arm("50 %", _RATIOS[1]),
+            Arm("75 %", _RATIOS[2], {FINETUNE: 84.9, PROBE: 73.5}),
+            Arm("90 %", _RATIOS[3]),
+        ),
+        (
+            Claim(
+                "probing is better at 75 % than at 25 %",
+                "rises steadily, by up to 20 points, until 75 %",
+                _more(PROBE, "mae", "mask-ratio-0.25"),
+            ),
+            Claim(
+                "probing is better at 75 % than at 90 %", "falls after 75 %", _more(PROBE, "mae", "mask-ratio-0.9")
+            ),
+            Claim(
+                "fine-tuning depends less on the ratio than probing",
+                "40 to 80 % work well for fine-tuning",
+                lambda value: _range(value, PROBE, _RATIOS) - _range(value, FINETUNE, _RATIOS),
+            ),
+        ),
+    ),
+    Finding(
+        "Mask tokens in the encoder",
+        (FINETUNE, PROBE, SPEED),
+        (
+            Arm("in it", "encoder-mask-tokens", {FINETUNE: 84.2, PROBE: 59.6}),
+            Arm("not in it", "mae", {FINETUNE: 84.9, PROBE: 73.5}),
+        ),
+        (
+            Claim("probing is better without them", "73.5 to 59.6", _more(PROBE, "mae", "encoder-mask-tokens")),
+            Claim("fine-tuning is better without them", "84.9 to 84.2", _more(FINETUNE, "mae", "encoder-mask-tokens")),
+            Claim(
+                "training is faster without them", "2.8 times (ViT-L)", _faster("mae", "encoder-mask-tokens"), "%"
+            ),
+        ),
+    ),
+    Finding(
+        "Decoder depth",
+        (FINETUNE, PROBE),
+        (
+            Arm("1 block (paper: 1)", _DEPTHS[0], {FINETUNE: 84.8, PROBE: 65.5}),
+            Arm("2 blocks (paper: 8)", _DEPTHS[1], {FINETUNE: 84.9, PROBE: 73.5}),
+            Arm("4 blocks (paper: 12)", _DEPTHS[2], {FINETUNE: 84.4, PROBE: 73.3}),
+        ),
+        (
+            Claim("a deeper decoder probes better", "73.5 to 65.5", _more(PROBE, "mae", "decoder-depth-1")),
+            Claim(
+                "fine-tuning depends less on the depth than probing",
+                "84.4 to 84.9; 65.5 to 73.5",
+                lambda value: _range(value, PROBE, _DEPTHS) - _range(value, FINETUNE, _DEPTHS),
+            ),
+        ),
+    ),
+    Finding(
+        "Decoder width",
+        (FINETUNE, PROBE),
+        (
+            Arm("16 (paper: 128)", "decoder-width-16", {FINETUNE: 84.9, PROBE: 69.1}),
+            Arm("48 (paper: 512)", "mae", {FINETUNE: 84.9, PROBE: 73.5}),
+            Arm("96 (paper: 1024)", "decoder-width-96", {FINETUNE: 84.3, PROBE: 73.1}),
+        ),
+        (
+            Claim("a narrow decoder probes worse", "73.5 to 69.1", _more(PROBE, "mae", "decoder-width-16")),
+            Claim(
+                "a decoder as wide as the encoder is not needed",
+                "fine-tuning 84.9 to 84.3",
+                _more(FINETUNE, "mae", "decoder-width-96"),
+            ),
+        ),
+    ),
+    Finding(
+        "Target",
+        (FINETUNE, PROBE),
+        (
+            Arm("pixels", "pixels", {FINETUNE: 84.9, PROBE: 73.5}),
+            Arm("normalised pixels", "mae", {FINETUNE: 85.4, PROBE: 73.9}),
+            Arm("PCA", "pca", {FINETUNE: 84.6, PROBE: 72.3}),
+            Arm("words of a tokeniser", "tokens", {FINETUNE: 85.3, PROBE: 71.6}),
+        ),
+        (
+            Claim("normalised pixels fine-tune better than pixels", "85.4 to 84.9", _more(FINETUNE, "mae", "pixels")),
+            Claim("pixels fine-tune better than PCA", "84.9 to 84.6", _more(FINETUNE, "pixels", "pca")),
+            Claim("normalised pixels fine-tune no worse than words", "85.4 to 85.3", _more(FINETUNE, "mae", "tokens")),
+            Claim("normalised pixels probe better than words", "73.9 to 71.6", _more(PROBE, "mae", "tokens")),
+        ),
+    ),
+    Finding(
+        "Augmentation",
+        (FINETUNE, PROBE),
+        (
+            Arm("none", "no-augmentation", {FINETUNE: 84.0, PROBE: 65.7}),
+            Arm("crop of one size", "fixed-crop", {FINETUNE: 84.7, PROBE: 73.1}),
+            Arm("crop of random size", "mae", {FINETUNE: 84.9, PROBE: 73.5}),
+            Arm("and flip", "flip"),
+            Arm("and colour jitter", "colour-jitter", {FINETUNE: 84.3, PROBE: 71.9}),
+        ),
+        (
+            Claim("a crop of random size probes better than none", "73.5 to 65.7", _more(PROBE, "mae", "no-augmentation")),
+            Claim("colour jitter makes probing worse", "71.9 to 73.5", _more(PROBE, "mae", "colour-jitter")),
+            Claim(
+                "without any augmentation fine-tuning stays within a point",
+                "84.0 to 84.9",
+                lambda value: 1 - (value("mae", FINETUNE) - value("no-augmentation", FINETUNE)),
+            ),
+        ),
+    ),
+    Finding(
+        "Mask sampling",
+        (FINETUNE, PROBE),
+        (
+            Arm("random, 75 %", "mae", {FINETUNE: 84.9, PROBE: 73.5}),
+            Arm("block, 50 %", "block-50", {FINETUNE: 83.9, PROBE: 72.3}),
+            Arm("block, 75 %", "block-75", {FINETUNE: 82.8, PROBE: 63.9}),
+            Arm("grid, 75 %", "grid-75", {FINETUNE: 84.0, PROBE: 66.0}),
+        ),
+        (
+            Claim("random probes better than block at 75 %", "73.5 to 63.9", _more(PROBE, "mae", "block-75")),
+            Claim("random probes better than grid", "73.5 to 66.0", _more(PROBE, "mae", "grid-75")),
+            Claim("random fine-tunes better than block at 75 %", "84.9 to 82.8", _more(FINETUNE, "mae", "block-75")),
+        ),
+    ),
+    Finding(
+        "Length of the schedule",
+        (FINETUNE, PROBE),
+        (
+            Arm("MAE, a quarter (paper: 200 epochs)", "schedule-0.25", {FINETUNE: 83.3, PROBE: 64.4}),
+            Arm("MAE, half (400)", "schedule-0.5", {FINETUNE: 84.3, PROBE: 69.7}),
+            Arm("MAE, whole (800)", "mae", {FINETUNE: 84.9, PROBE: 73.5}),
+            Arm("MAE, double (1600)", "schedule-2", {FINETUNE: 85.1, PROBE: 75.1}),
+            Arm("MoCo v3, half", "moco-schedule-0.5"),
+            Arm("MoCo v3, whole (300)", "moco", {FINETUNE: 84.1, PROBE: 77.6}),
+        ),
+        (
+            Claim("MAE probes better after twice the schedule", "75.1 to 73.5", _more(PROBE, "schedule-2", "mae")),
+            Claim("MAE fine-tunes better after twice the schedule", "85.1 to 84.9", _more(FINETUNE, "schedule-2", "mae")),
+            Claim(
+                "MAE gains more in probing from its last doubling than MoCo v3 from its own",
+                "no saturation at 1600 epochs; MoCo v3 saturates at 300",
+                lambda value: (value("schedule-2", PROBE) - value("mae", PROBE))
+                - (value("moco", PROBE) - value("moco-schedule-0.5", PROBE)),
+            ),
+        ),
+    ),
+    Finding(
+        "Size of the model",
+        (FINETUNE, PROBE),
+        (
+            Arm("width 48, 4 blocks (paper: ViT-B)", "small", {FINETUNE: 83.6, PROBE: 68.0}),
+            Arm("width 96, 4 blocks (ViT-L)", "mae", {FINETUNE: 85.9, PROBE: 75.8}),
+            Arm("width 144, 6 blocks (ViT-H)", "large", {FINETUNE: 86.9, PROBE: 76.6}),
+        ),
+        (
+            Claim("the middle one fine-tunes better than the small one", "85.9 to 83.6", _more(FINETUNE, "mae", "small")),
+            Claim("the large one fine-tunes better than the middle one", "86.9 to 85.9", _more(FINETUNE, "large", "mae")),
+        ),
+    ),
+    Finding(
+        "Partial fine-tuning",
+        (PROBE, *PARTIAL, FINETUNE),
+        (
+            Arm("MAE", "mae", {PROBE: 73.5, "partial-0.5": 79.1, "partial-1": 81.0, FINETUNE: 84.9}),
+            Arm("MoCo v3", "moco", {PROBE: 77.6, FINETUNE: 84.1}),
+        ),
+        (
+            Claim("MoCo v3 probes better", "77.6 to 73.5", _more(PROBE, "moco", "mae")),
+            Claim("MAE is better with one block trained", "better from one block on", _more("partial-1", "mae", "moco")),
+            Claim(
+                "training one block gives MAE most of what fine-tuning all of them gives",
+                "81.0 of 84.9, from 73.5",
+                lambda value: (value("mae", "partial-1") - value("mae", PROBE))
+                - 0.5 * (value("mae", FINETUNE) - value("mae", PROBE)),
+            ),
+        ),
+    ),
+    Finding(
+        "Labels",
+        (FEW, MORE, ALL),
+        (Arm("from scratch", SCRATCH, {ALL: 82.6}), Arm("MAE", "mae", {ALL: 84.9})),
+        (
+            Claim("pre-training helps with all labels", "84.9 to 82.5", _more(ALL, "mae", SCRATCH)),
+            Claim("pre-training helps with few labels", "not in the paper", _more(FEW, "mae", SCRATCH)),
+            Claim(
+                "it helps more the fewer labels there are",
+                "not in the paper",
+                lambda value: (value("mae", FEW) - value(SCRATCH, FEW)) - (value("mae", ALL) - value(SCRATCH, ALL)),
+            ),
+        ),
+    ),
+    Finding(
+        "Methods",
+        (FINETUNE, PROBE, SPEED),
+        (
+            Arm("MAE (paper: ViT-B)", "mae", {FINETUNE: 83.6, PROBE: 68.0}),
+            Arm("BEiT", "beit", {FINETUNE: 83.2}),
+            Arm("BEiT, normalised pixels", "beit-pixels", {FINETUNE: 81.4}),
+            Arm("MoCo v3", "moco", {FINETUNE: 83.2, PROBE: 76.7}),
+        ),
+        (
+            Claim("MAE fine-tunes better than BEiT", "83.6 to 83.2", _more(FINETUNE, "mae", "beit")),
+            Claim("MAE fine-tunes better than MoCo v3", "83.6 to 83.2", _more(FINETUNE, "mae", "moco")),
+            Claim(
+                "BEiT fine-tunes worse with pixels than with words", "1.8 points worse", _more(FINETUNE, "beit", "beit-pixels")
+            ),
+            Claim("MAE trains faster than BEiT", "3.5 times, to the same accuracy", _faster("mae", "beit"), "%"),
+            Claim(
+                "MAE trains faster than MoCo v3",
+                "1600 epochs in 31 h, 300 in 36 h",
+                _faster("mae", "moco"), "%",
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,213 @@
+"""The runs that the findings need, under one seed: their recipes, their folders, what each waits for; do them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.errors import EXIT_STOPPED, RunError, UsageError
+from mae_scale.config.load import load_recipe
+from mae_scale.launch.local import launch_local_ranks
+from mae_scale.reproduce.paper.findings import (
+    FINDINGS,
+    PRETRAININGS,
+    SCRATCH,
+    SPEED,
+    TOKENISER,
+    TRANSFERS,
+    Finding,
+    Pretraining,
+)
+from mae_scale.tasks.registry import task_of
+from mae_scale.tracking.metrics_log import read_metrics
+from mae_scale.training.preflight import check
+from mae_scale.training.run_state import DONE, run_state
+
+SWEEP = "paper"
+"""The sweep in MLflow that all runs are children of."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the small comparison is: where its images are, how long it trains, how many labels are few."""
+
+    data: Path
+    """A folder of train/ and val/, each with a folder per class."""
+    out: Path
+    epochs: int
+    """Of the base schedule, in pre-training."""
+    labels: int
+    """Per class, in fine-tuning and probing."""
+    images: int
+    """Training images."""
+    classes: int
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def runs(self) -> Path:
+        return self.out / "runs"
+
+    def labelled(self, multiple: int | None) -> int:
+        """Return the number of images with labels, at `multiple` times the few labels; None: all images."""
+        return self.images if multiple is None else min(self.images, multiple * self.labels * self.classes)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: its name, the words after `mae-scale` that start it, and the names of the runs it starts from."""
+
+    name: str
+    folder: Path
+    words: tuple[str, ...]
+    needs: tuple[str, ...]
+
+
+def measured(findings: Sequence[Finding] = FINDINGS) -> list[tuple[str, str]]:
+    """Return each (pre-training, transfer) that the findings ask for, once."""
+    pairs = ((arm.pretraining, measure) for one in findings for arm in one.arms for measure in one.measures)
+    return [pair for pair in dict.fromkeys(pairs) if pair[1] != SPEED]
+
+
+def runs_of(scale: Scale, seed: int, findings: Sequence[Finding] = FINDINGS) -> list[Run]:
+    """Return the runs under a seed, each after those that it needs."""
+    pairs = measured(findings)
+    pretrainings = [name for name in dict.fromkeys(name for name, _ in pairs) if name != SCRATCH]
+    runs = []
+    if any(PRETRAININGS[name].words for name in pretrainings):
+        runs.append(_run(scale, seed, TOKENISER, "paper/tokeniser", ()))
+    runs += [_pretraining(scale, seed, name, PRETRAININGS[name]) for name in pretrainings]
+    runs += [_transfer(scale, seed, pretraining, transfer) for pretraining, transfer in pairs]
+    return runs
+
+
+def folder_of(scale: Scale, seed: int, name: str) -> Path:
+    """Return the folder of a run; all lie side by side, and so share one MLflow database."""
+    return scale.runs / f"{name}_seed-{seed}"
+
+
+def transfer_name(pretraining: str, transfer: str) -> str:
+    """Return the name of a transfer's run."""
+    return f"{pretraining}.{transfer}"
+
+
+def check_runs(runs: Sequence[Run], scale: Scale) -> None:
+    """Raise UsageError when a run could not be started, as far as that can be told before those it needs are done."""
+    for run in runs:
+        if run.needs:
+            continue
+        command, recipe, _, _, *overrides = run.words
+        try:
+            loaded = load_recipe(recipe, overrides)
+            check(task_of(loaded, run.folder), 1)
+        except UsageError as error:
+            raise UsageError(f"{run.name}: {error}") from None
+
+
+def do(runs: Sequence[Run], jobs: int, told: Callable[[Run], None]) -> None:
+    """Do the runs that are not done, up to `jobs` side by side, each after those that it needs.
+
+    told: called after each run, from its thread. Raises RunError when a run fails, once those at work have ended;
+    SystemExit with 75 when asked to stop, once they are saved.
+    """
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = list(runs)
+        done: set[str] = set()
+        at_work: dict[Future[None], Run] = {}
+        try:
+            while waiting or at_work:
+                for run in [run for run in waiting if done.issuperset(run.needs)][: jobs - len(at_work)]:
+                    waiting.remove(run)
+                    at_work[pool.submit(_do, run)] = run
+                for future in _ended(at_work):
+                    run = at_work.pop(future)
+                    future.result()
+                    done.add(run.name)
+                    told(run)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def top1(scale: Scale, seed: int, pretraining: str, transfer: str) -> float:
+    """Return a transfer's last top-1 on the validation images, percent. Raises RunError where there is none."""
+    folder = folder_of(scale, seed, transfer_name(pretraining, transfer))
+    found = [row["val/top1"] for row in read_metrics(folder / "metrics.jsonl") if "val/top1" in row]
+    if not found:
+        raise RunError(f"{folder} has no val/top1; remove it, and the same command does it again")
+    return float(found[-1])
+
+
+def images_per_second(scale: Scale, seed: int, pretraining: str) -> float:
+    """Return the median rate of a pre-training's logged steps but the first."""
+    rows = read_metrics(folder_of(scale, seed, pretraining) / "metrics.jsonl")
+    return statistics.median(row["perf/images_per_second"] for row in rows[1:])
+
+
+def _ended(at_work: dict[Future[None], Run]) -> Iterator[Future[None]]:
+    from concurrent.futures import FIRST_COMPLETED, wait
+
+    ended, _ = wait(at_work, return_when=FIRST_COMPLETED)
+    yield from ended
+
+
+def _do(run: Run) -> None:
+    """Do a run, with what it prints in a file beside its folder."""
+    if run_state(run.folder) == DONE:
+        return
+    log = run.folder.with_name(run.folder.name + ".log")
+    code = launch_local_ranks(1, list(run.words), log=log)
+    if code == EXIT_STOPPED:
+        raise SystemExit(code)
+    if code:
+        last = " / ".join(log.read_text(encoding="utf-8").strip().splitlines()[-3:])
+        raise RunError(f"`mae-scale {' '.join(run.words)}` ended with exit code {code}: {last} (all in {log})")
+
+
+def _pretraining(scale: Scale, seed: int, name: str, asked: Pretraining) -> Run:
+    epochs = max(1, round(scale.epochs * asked.share))
+    overrides = [*asked.overrides, f"schedule.epochs={epochs}", f"schedule.warmup_epochs={round(0.1 * epochs)}"]
+    if asked.words:
+        overrides.append(f"tokeniser.weights={folder_of(scale, seed, TOKENISER)}")
+    return _run(scale, seed, name, asked.recipe, overrides, needs=(TOKENISER,) if asked.words else ())
+
+
+def _transfer(scale: Scale, seed: int, pretraining: str, name: str) -> Run:
+    """Return a transfer's run: as many updates whatever the number of labels, of the pre-training's model."""
+    transfer = TRANSFERS[name]
+    recipe = "paper/scratch" if pretraining == SCRATCH else transfer.recipe
+    few, labelled = scale.labelled(1), scale.labelled(transfer.labels)
+    epochs = max(1, round(load_recipe(recipe).schedule.epochs * few / labelled))
+    overrides = [
+        *transfer.overrides,
+        f"data.labels_per_class={'null' if transfer.labels is None else transfer.labels * scale.labels}",
+        f"schedule.epochs={epochs}",
+        f"schedule.warmup_epochs={round(0.1 * epochs)}",
+    ]
+    needs: tuple[str, ...] = ()
+    if pretraining != SCRATCH:
+        start = PRETRAININGS[pretraining]
+        size = ("model.width", "model.depth", "model.heads")
+        overrides += [word for word in start.overrides if word.partition("=")[0] in size]
+        if load_recipe(start.recipe).model.encoder != "vit":
+            overrides.append(f"model.encoder={load_recipe(start.recipe).model.encoder}")
+        overrides.append(f"classifier.weights={folder_of(scale, seed, pretraining)}")
+        needs = (pretraining,)
+    return _run(scale, seed, transfer_name(pretraining, name), recipe, overrides, needs=needs)
+
+
+def _run(
+    scale: Scale, seed: int, name: str, recipe: str, overrides: Sequence[str], needs: tuple[str, ...] = ()
+) -> Run:
+    folder = folder_of(scale, seed, name)
+    common = [
+        f"data.root={scale.data / 'train'}",
+        f"data.val_root={scale.data / 'val'}",
+        f"seed={seed}",
+        f"tracking.sweep={SWEEP}",
+        f"tracking.run_name={folder.name}",
+    ]
+    loaded = load_recipe(recipe)
+    command = task_of(loaded, folder).command
+    return Run(name, folder, (command, recipe, "--out", str(folder), *common, *overrides, *scale.overrides), needs)

@@ -1,0 +1,148 @@
+"""BEiT as a task: predict the words of removed patches, or their pixels, and export the weights."""
+
+import math
+from functools import cache, cached_property
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from data_pipeline.batch_layout import BatchLayout
+from data_pipeline.index import Index
+from mae_scale.checkpoints.export import checkpoint_model, export_weights
+from mae_scale.checkpoints.shards import digest_of
+from mae_scale.checkpoints.store import list_checkpoints
+from mae_scale.engines.base import Engine
+from mae_scale.models.beit import Beit
+from mae_scale.models.build import build_beit
+from mae_scale.models.vit import patchify
+from mae_scale.planning.workload import Stack, Workload
+from mae_scale.reports.style import pictures_of
+from mae_scale.tasks.beit.objective import PredictRemoved
+from mae_scale.tasks.beit.validation import removed_patch_loss
+from mae_scale.tasks.beit.words import TOKENISER, WordSource, check_words, refuse_other_tokeniser, source_of, words_of
+from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelled
+from mae_scale.tasks.mae.knn import KnnAccuracy
+from mae_scale.tracking.mlflow_models import ServedEncoder, keep_model
+from mae_scale.tracking.tracker import Tracker
+from mae_scale.training.context import RunContext
+from mae_scale.training.preflight import training_augmentation
+from mae_scale.training.self_check import Untrained
+from mae_scale.training.shown_images import shown_images, some_images
+from mae_scale.training.task import FROM_SCRATCH, Evaluator, Origin, Task
+from mae_scale.training.workload import workload_of
+
+UNTRAINED_IMAGES = 64
+
+
+class BeitPretraining(Task[PredictRemoved]):
+    """Train BEiT's encoder to predict what was removed (Bao et al., section 2)."""
+
+    command: ClassVar[str] = "pretrain"
+
+    @property
+    def _predicts_words(self) -> bool:
+        return self.recipe.model.target == "tokens"
+
+    @cached_property
+    def _words(self) -> WordSource | None:
+        """What gives the words; None where pixels are predicted."""
+        return source_of(self.recipe) if self._predicts_words else None
+
+    def check(self, layout: BatchLayout) -> None:
+        with torch.device("meta"):
+            build_beit(self.recipe, 2)
+        if self._predicts_words:
+            check_words(self.recipe)
+
+    def check_fit(self, images: Index, validation: Index | None) -> None:
+        if self.recipe.tracking.knn_images is not None and validation is not None:
+            refuse_unlabelled(images)
+            folder_set(validation, num_classes=len(images.classes), class_names=images.classes)
+        if self._predicts_words:
+            refuse_other_tokeniser(self.recipe, self.out)
+
+    def build(self, index: Index) -> PredictRemoved:
+        return self._objective(build_beit(self.recipe, self._words.words if self._words else 2))
+
+    def initialise(self, objective: PredictRemoved, index: Index) -> Origin:
+        """Return the tokeniser's digest and number of words for the checkpoints; all ranks begin with equal weights."""
+        if self._words is None:
+            return FROM_SCRATCH
+        path = self.recipe.tokenisation.weights
+        assert path is not None  # check_words
+        return Origin(
+            [f"words by the tokeniser {path}"],
+            {TOKENISER: {"words": self._words.words, "sha256": digest_of(path)}},
+        )
+
+    def training_flops(self) -> int:
+        """Return the FLOPs per image: the model's, forward and backward, and the tokeniser's."""
+        work = self.workload(0)
+        return work.forward_flops + work.backward_flops
+
+    def workload(self, classes: int) -> Workload:
+        with torch.device("meta"):
+            model = build_beit(self.recipe, words_of(self.recipe))
+        size = model.encoder.size
+        return workload_of(
+            self._objective(model),
+            self.recipe,
+            stacks=(Stack(1 + model.patches, size.width, size.heads, size.depth, size.depth),),
+            products=(
+                (model.patches, 3 * size.patch_size**2, size.width, True),
+                (model.removed, size.width, model.target.dim, True),
+            ),
+            predicted=model.removed * model.target.dim,
+        )
+
+    def describe(self, objective: PredictRemoved) -> list[str]:
+        model = objective.model
+        what = f"words of {model.target.dim:,}" if model.predicts_words else "pixels"
+        return [f"at most {model.removed} of {model.patches} patches are removed, and their {what} predicted"]
+
+    def evaluators(self, context: RunContext, engine: Engine, tracker: Tracker) -> list[Evaluator]:
+        found: list[Evaluator] = []
+        if self.recipe.data.val_root is not None:
+            with torch.device("meta"):  # only its masks and words are asked for
+                objective = self._objective(build_beit(self.recipe, 2))
+            found.append(removed_patch_loss(context, engine, objective))
+        if self.recipe.tracking.knn_images is not None:
+            found.append(KnnAccuracy(context, engine))
+        return found
+
+    def untrained_loss(self, context: RunContext, objective: PredictRemoved) -> Untrained | None:
+        """Return ln(words), or the variance of the pixels that are predicted: the loss of predicting their mean."""
+        model = objective.model
+        if model.predicts_words:
+            return Untrained(math.log(model.target.dim), f"ln({model.target.dim})", tolerance=0)
+        images = some_images(context.index, UNTRAINED_IMAGES, self.recipe, training_augmentation(self.recipe))
+        patches = patchify(images.to(context.device), model.patch_size).flatten(0, 1)
+        with torch.inference_mode():
+            values = model.target(patches)
+        loss = float((values - values.mean(dim=0)).square().mean())
+        return Untrained(loss, "the variance of what is predicted", tolerance=0.02)
+
+    def finish(self, context: RunContext, tracker: Tracker) -> str:
+        weights = context.out / "export" / "model.safetensors"
+        trained = cache(lambda: _trained_beit(context))
+        if not weights.exists():
+            export_weights(trained(), weights, "official")
+        if tracker.mlflow is not None:
+            keep_model(
+                tracker.mlflow,
+                context.out,
+                lambda: (ServedEncoder(trained()), np.rint(255 * pictures_of(shown_images(context, 1)))),
+                metadata={"features": "mean of the patches' normed tokens"},
+            )
+        return f"weights in {weights}"
+
+    def _objective(self, model: Beit) -> PredictRemoved:
+        recipe = self.recipe
+        return PredictRemoved(model, self._words, seed=recipe.seed, global_batch=recipe.data.global_batch)
+
+
+def _trained_beit(context: RunContext) -> Beit:
+    model, _ = checkpoint_model(list_checkpoints(context.checkpoints)[-1][1])
+    assert isinstance(model, Beit)
+    return model
