@@ -20,12 +20,13 @@ from data_pipeline.augment.crop import EVALUATION_CROP
 from data_pipeline.errors import UsageError
 from data_pipeline.files import write_atomically, write_json
 from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from mae_scale.checkpoints.export import Model, weights_in
+from mae_scale.models.beit import Beit, BeitEncoder
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.mae import MaskedAutoencoder
-from mae_scale.models.moco import Moco
 from mae_scale.models.targets import NormalisedPixels, Pixels
 from mae_scale.models.vit import SIZES
-from mae_scale.models.weights.autoencoder import to_hf, to_timm
+from mae_scale.models.weights.autoencoder import to_hf
 from mae_scale.models.weights.classifier import classifier_to_hf, classifier_to_timm
 
 WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
@@ -33,9 +34,7 @@ LAYER_NORM_EPS = 1e-6
 BICUBIC = 3  # Pillow's number
 
 
-def export_folder(
-    model: MaskedAutoencoder | Classifier | Moco, classes: Sequence[str] | None, folder: Path, layout: str
-) -> str:
+def export_folder(model: Model, classes: Sequence[str] | None, folder: Path, layout: str) -> str:
     """Write a model's folder for "hf" or "timm"; return its human-readable kind.
 
     `classes`: the names of a classifier's classes. Weights are float32; each file appears under its name only when it
@@ -66,9 +65,7 @@ def export_folder(
     return what
 
 
-def _for_transformers(
-    model: MaskedAutoencoder | Classifier | Moco, classes: Sequence[str] | None
-) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+def _for_transformers(model: Model, classes: Sequence[str] | None) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """Return the kind, config.json and weights for transformers' from_pretrained."""
     size = model.encoder.size
     config = {
@@ -83,6 +80,8 @@ def _for_transformers(
         "num_channels": 3,
         "qkv_bias": True,
     }
+    if isinstance(model.encoder, BeitEncoder):
+        return _beit_for_transformers(model, config, classes)
     if isinstance(model, Classifier):
         state = classifier_to_hf(model)
         architecture, kind, more = "ViTForImageClassification", "vit", _labels(classes, model.classes)
@@ -98,7 +97,33 @@ def _for_transformers(
     return what, {"architectures": [architecture], "model_type": kind, **config, **more}, state
 
 
-def _has_their_decoder(model: MaskedAutoencoder | Moco) -> TypeGuard[MaskedAutoencoder]:
+def _beit_for_transformers(
+    model: Model, config: dict[str, Any], classes: Sequence[str] | None
+) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """Return the kind, config.json and weights; config: the sizes. Its head predicts words, or pixels."""
+    config = {key: value for key, value in config.items() if key != "qkv_bias"} | {
+        "use_absolute_position_embeddings": False,
+        "layer_scale_init_value": 1.0,  # not 0, or transformers has no scales; their values are in the file
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "drop_path_rate": 0.0,
+    }
+    if isinstance(model, Classifier):
+        architecture = "BeitForImageClassification"
+        more = {
+            "use_relative_position_bias": True,
+            "use_mean_pooling": model.pool == "mean",
+            **_labels(classes, model.classes),
+        }
+    else:
+        assert isinstance(model, Beit)
+        architecture = "BeitForMaskedImageModeling"
+        more = {"use_shared_relative_position_bias": True, "use_mask_token": True, "vocab_size": model.target.dim}
+    what = {"architectures": [architecture], "model_type": "beit", **config, **more}
+    return f"transformers' {architecture}", what, weights_in(model, "hf")
+
+
+def _has_their_decoder(model: Model) -> TypeGuard[MaskedAutoencoder]:
     """Return whether the model has a decoder with a mask token that predicts pixels, as transformers' does."""
     return isinstance(model, MaskedAutoencoder) and not model.encoder_mask_tokens and isinstance(model.target, Pixels)
 
@@ -141,9 +166,7 @@ def _preprocessor(image_size: int) -> dict[str, Any]:
     }
 
 
-def _for_timm(
-    model: MaskedAutoencoder | Classifier | Moco, classes: Sequence[str] | None
-) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+def _for_timm(model: Model, classes: Sequence[str] | None) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """Return the kind, config.json and weights for timm.create_model; of an autoencoder the encoder alone."""
     size, side = model.encoder.size, model.image_size
     labels = {}
@@ -153,9 +176,11 @@ def _for_timm(
         if classes:
             labels = {"label_names": list(classes)}
     else:
-        state, count, pool = to_timm(model.encoder), 0, "token"
+        state, count, pool = weights_in(model, "timm"), 0, "token"
     # Sizes without a name are vit_base_patch16_224 with other model_args; every size is given in them.
     name = next((known for known, found in SIZES.items() if found == size), "vit_base_patch16") + "_224"
+    if isinstance(model.encoder, BeitEncoder):  # timm has no BEiT of the size of ViT-H
+        name = "beit_large_patch16_224" if name.startswith("vit_large") else "beit_base_patch16_224"
     config = {
         "architecture": name,
         "num_classes": count,

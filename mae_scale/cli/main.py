@@ -18,6 +18,7 @@ from mae_scale.cli.demo import demo_app
 from mae_scale.cli.doctor import doctor_app
 from mae_scale.cli.help import common, run
 from mae_scale.cli.measure import measure_app
+from mae_scale.cli.paper import paper_app
 from mae_scale.cli.plan import plan_app
 from mae_scale.cli.recipes import recipes_app
 from mae_scale.cli.report import report_app
@@ -41,6 +42,7 @@ app = typer.Typer(
 apps = (
     doctor_app,
     demo_app,
+    paper_app,
     train_app,
     plan_app,
     measure_app,

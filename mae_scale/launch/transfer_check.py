@@ -6,8 +6,9 @@ import torch
 
 from data_pipeline.errors import UsageError
 from mae_scale.config.schema import Recipe
-from mae_scale.models.build import build_classifier_of, build_moco_of, build_model
+from mae_scale.models.build import build_beit, build_classifier_of, build_moco_of, build_model
 from mae_scale.models.weights.autoencoder import to_official
+from mae_scale.models.weights.beit import beit_to_official
 from mae_scale.models.weights.classifier import load_classifier
 
 
@@ -24,6 +25,8 @@ def refuse_other_model(name: str, start: Recipe, recipe: Recipe) -> None:
         with torch.device("meta"):
             if start.task == "mae":
                 left = to_official(build_model(start), decoder=False)
+            elif start.task == "beit":
+                left = beit_to_official(build_beit(start, 2))
             elif start.task == "moco":
                 left = to_official(build_moco_of(start).encoder)
             else:

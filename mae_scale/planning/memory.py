@@ -181,9 +181,9 @@ def _block_bytes(stack: Stack, setting: Setting) -> float:
     """Return the bytes per image that a block keeps; fused attention.
 
     Per token 16 values per channel (inputs and outputs of two norms, queries, keys, values, attention's output and its
-    projection, the MLP's 4 + 4); two norms' deviations and means; a sum per head.
+    projection, the MLP's 4 + 4), and 2 where branches are scaled; two norms' deviations and means; a sum per head.
     """
-    return stack.tokens * (16 * setting.value_bytes * stack.width + 8 + 4 * stack.heads)
+    return stack.tokens * ((18 if stack.scaled else 16) * setting.value_bytes * stack.width + 8 + 4 * stack.heads)
 
 
 def _image_bytes(work: Workload) -> float:

@@ -14,6 +14,8 @@ class Stack:
     heads: int
     depth: int
     trained: float
+    scaled: bool = False
+    """Whether each branch is multiplied by a learned scale (LayerScale)."""
 
     @property
     def products(self) -> list[tuple[int, int, int]]:

@@ -29,7 +29,14 @@ def paper_figure(bars: Sequence[ClaimBar], path: Path) -> None:
     for row, bar in enumerate(bars):
         colour = {True: BLUE, False: ORANGE, None: GREY}[bar.holds]
         panel.errorbar(
-            [bar.mean], [row], xerr=[bar.margin or 0.0], marker="o", markersize=5, capsize=3, color=colour, linewidth=1.4
+            [bar.mean],
+            [row],
+            xerr=[bar.margin or 0.0],
+            marker="o",
+            markersize=5,
+            capsize=3,
+            color=colour,
+            linewidth=1.4,
         )
     panel.set_yticks(range(len(bars)), [bar.text for bar in bars], fontsize=8)
     panel.set_ylim(len(bars) - 0.5, -0.5)

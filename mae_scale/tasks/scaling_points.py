@@ -11,13 +11,13 @@ from math import isfinite
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from data_pipeline.errors import UsageError
 from data_pipeline.index import Index, load_index
+from mae_scale.checkpoints.export import model_of
 from mae_scale.config.load import load_recipe
 from mae_scale.config.schema import Recipe
-from mae_scale.models.build import build_classifier_of, build_moco_of, build_model, size_of
+from mae_scale.models.build import size_of
 from mae_scale.tasks.registry import task_of
 from mae_scale.tracking.metrics_log import read_metrics
 from mae_scale.training.inputs import IMAGES, RECIPE, VALIDATION
@@ -60,15 +60,8 @@ def _compute(run: Run) -> float:
 
 def _parameters(run: Run) -> float:
     with torch.device("meta"):
-        encoder = _ENCODERS[run.recipe.task](run.recipe)
-    return sum(parameter.numel() for parameter in encoder.parameters())
-
-
-_ENCODERS: dict[str, Callable[[Recipe], nn.Module]] = {
-    "mae": lambda recipe: build_model(recipe).encoder,
-    "moco": lambda recipe: build_moco_of(recipe).encoder,
-    "classification": lambda recipe: build_classifier_of(recipe, 2).encoder,
-}
+        model = model_of(run.recipe, {"classes": [0, 1]})
+    return sum(parameter.numel() for parameter in model.encoder.parameters())
 
 
 AXES: dict[str, tuple[str, Callable[[Run], float]]] = {

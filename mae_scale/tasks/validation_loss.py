@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from data_pipeline.augment.kinds import SecondView
 from data_pipeline.batches import Batch
 from data_pipeline.index import load_index
 from mae_scale.training.context import RunContext
@@ -21,11 +22,16 @@ class ValidationLoss:
     engine.micro_batch, blocks are not compiled, and each image's loss is added exactly.
     """
 
-    def __init__(self, context: RunContext, losses_of: Callable[[Batch], tuple[Tensor, Tensor]]):
-        """losses_of: from a batch to each image's sum of losses, and the number of losses in it, both float [n]."""
+    def __init__(
+        self, context: RunContext, losses_of: Callable[[Batch], tuple[Tensor, Tensor]], second: SecondView | None = None
+    ):
+        """losses_of: from a batch to each image's sum of losses, and the number of losses in it, both float [n].
+
+        second: the view that it needs beside the images.
+        """
         root = context.recipe.data.val_root
         assert root is not None
-        self._context, self._losses_of = context, losses_of
+        self._context, self._losses_of, self._second = context, losses_of, second
         self._index = load_index(context.out / VALIDATION, root)
 
     def due(self, done: int) -> bool:
@@ -41,7 +47,9 @@ class ValidationLoss:
         counted = torch.zeros(len(self._index), dtype=torch.float64)
         with (
             torch.compiler.set_stance("force_eager"),
-            evaluation_loader(context.recipe, self._index, context.ranks, batch_size=BATCH_SIZE) as loader,
+            evaluation_loader(
+                context.recipe, self._index, context.ranks, batch_size=BATCH_SIZE, second=self._second
+            ) as loader,
         ):
             for batch in loader:
                 valid, rows = torch.from_numpy(batch.valid), torch.from_numpy(batch.sample_ids[batch.valid])

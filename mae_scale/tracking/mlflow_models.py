@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from data_pipeline.files import write_json
 from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from mae_scale.models.beit import BeitEncoder
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.vit import Encoder, patchify
 from mae_scale.passwords import redacted, without_password
@@ -76,7 +77,7 @@ class ServedEncoder(Served):
 
     name = "encoder"
 
-    def __init__(self, encoder: Encoder, pool: Literal["mean", "cls"]):
+    def __init__(self, encoder: Encoder | BeitEncoder, pool: Literal["mean", "cls"]):
         """pool: features are the mean of the patches' normed tokens, or the normed cls token."""
         super().__init__(encoder)
         self.patch_size, self.outputs, self.pool = encoder.size.patch_size, encoder.size.width, pool

@@ -104,14 +104,18 @@ def test_a_packaged_recipe_has_a_header_with_result_cost_and_command_and_runs_on
 ):
     head, command = header(name), command_of(name)
     assert all(word in head for word in ("Expected:", "Cost:", "Command")), name
-    kind = name.partition("/")[0]
-    verb = {"demo": "pretrain", "partial": "finetune", "scratch": "finetune"}.get(kind, kind)
-    assert f" {verb} {name} " in command
     recipe = load_recipe(name)
+    verb = "probe" if name.startswith("probe/") else task_of(recipe, Path()).command
+    assert f" {verb} {name} " in command
     starts = recipe.classifier is not None and not recipe.classifier.from_scratch
     assert ("--weights" in command) == starts
     if starts:
         recipe = load_recipe(name, [f"classifier.weights={tmp_path}"])
+    predicts_words = recipe.model.target == "tokens"
+    assert ("tokeniser.weights=" in command) == predicts_words
+    if predicts_words:
+        (tmp_path / "encoder.pkl").touch()
+        recipe = load_recipe(name, [f"tokeniser.weights={tmp_path}/encoder.pkl"])
     layout = layout_of(recipe, ranks_of(command))
     gpu = "H100" in head
     refuse_wrong_combinations(recipe, gpu=gpu)

@@ -29,12 +29,14 @@ HOLDS = {SAME: True, OPPOSITE: False, UNDECIDED: None}
 
 
 def scale_of(data: Path | None, out: Path, *, epochs: int, labels: int, overrides: tuple[str, ...]) -> Scale:
-    """Return the scale of the comparison on a folder's images, or on the digits. Raises UsageError for other folders."""
+    """Return the scale of the comparison on a folder's images, or on the digits; raise UsageError for other folders."""
     if data is None:
         data = write_digits(out / "digits")
     for part in ("train", "val"):
         if not (data / part).is_dir():
-            raise UsageError(f"--data {data} has no folder {part}; expected train/ and val/, each with a folder per class")
+            raise UsageError(
+                f"--data {data} has no folder {part}; expected train/ and val/, each with a folder per class"
+            )
     index = open_index(data / "train")
     if len(index.classes) < 2:
         raise UsageError(f"--data {data}/train has {len(index.classes)} classes; expected a folder per class")
@@ -49,7 +51,7 @@ def run_paper(scale: Scale, *, seeds: int, jobs: int) -> None:
     """
     began, console = time.monotonic(), Console(highlight=False, soft_wrap=True)
     for seed in range(seeds):
-        check_runs(runs_of(scale, seed), scale)
+        check_runs(runs_of(scale, seed))
     tracking = load_recipe("paper/mae", list(scale.overrides)).tracking
     mlflow = MlflowSweep.of(tracking, scale.runs, SWEEP, None)
     scale.runs.mkdir(parents=True, exist_ok=True)
@@ -107,7 +109,9 @@ def write_page(scale: Scale, seeds: int, mlflow: MlflowSweep, console: Console) 
     console.print(table)
     console.print(f"{scale.out / PAGE}, {JSON}, {FIGURE}")
     cells = {column: [row[number] for row in rows] for number, column in enumerate(columns)}
-    mlflow.publish(SweepResults(text, [scale.out / FIGURE], {"paper_table.json": cells}, "FINISHED", [scale.out / FIGURE]))
+    mlflow.publish(
+        SweepResults(text, [scale.out / FIGURE], {"paper_table.json": cells}, "FINISHED", [scale.out / FIGURE])
+    )
 
 
 def _bars(found: Sequence[Found]) -> list[ClaimBar]:

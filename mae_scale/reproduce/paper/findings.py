@@ -29,6 +29,8 @@ class Pretraining:
     share: float = 1
     words: bool = False
     """Whether its targets are the words of the tokeniser that was trained on the same images."""
+    transfer: tuple[str, ...] = ()
+    """What a transfer's recipe changes to take this encoder."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Finding:
 
 SCRATCH, TOKENISER = "scratch", "tokeniser"
 MAE, BEIT, MOCO = "paper/mae", "paper/beit", "paper/moco"
+SMALL, LARGE = ("model.width=48",), ("model.width=144", "model.depth=6")
+CLS, BEIT_ENCODER = ("classifier.pool=cls",), ("model.encoder=beit", "model.layer_scale=0.1")
 
 PRETRAININGS: dict[str, Pretraining] = {
     "mae": Pretraining(MAE),
@@ -90,12 +94,12 @@ PRETRAININGS: dict[str, Pretraining] = {
     "block-75": Pretraining(MAE, ("model.masking=block",)),
     "grid-75": Pretraining(MAE, ("model.masking=grid",)),
     **{f"schedule-{share}": Pretraining(MAE, share=share) for share in (0.25, 0.5, 2)},
-    "small": Pretraining(MAE, ("model.width=48",)),
-    "large": Pretraining(MAE, ("model.width=144", "model.depth=6")),
-    "moco": Pretraining(MOCO),
-    "moco-schedule-0.5": Pretraining(MOCO, share=0.5),
-    "beit": Pretraining(BEIT, words=True),
-    "beit-pixels": Pretraining(BEIT, ("model.target=normalised_pixels",)),
+    "small": Pretraining(MAE, SMALL, transfer=SMALL),
+    "large": Pretraining(MAE, LARGE, transfer=LARGE),
+    "moco": Pretraining(MOCO, transfer=CLS),
+    "moco-schedule-0.5": Pretraining(MOCO, share=0.5, transfer=CLS),
+    "beit": Pretraining(BEIT, words=True, transfer=BEIT_ENCODER),
+    "beit-pixels": Pretraining(BEIT, ("model.target=normalised_pixels",), transfer=BEIT_ENCODER),
 }
 TRANSFERS: dict[str, Transfer] = {
     FINETUNE: Transfer("paper/finetune"),
@@ -140,9 +144,7 @@ FINDINGS: tuple[Finding, ...] = (
                 "rises steadily, by up to 20 points, until 75 %",
                 _more(PROBE, "mae", "mask-ratio-0.25"),
             ),
-            Claim(
-                "probing is better at 75 % than at 90 %", "falls after 75 %", _more(PROBE, "mae", "mask-ratio-0.9")
-            ),
+            Claim("probing is better at 75 % than at 90 %", "falls after 75 %", _more(PROBE, "mae", "mask-ratio-0.9")),
             Claim(
                 "fine-tuning depends less on the ratio than probing",
                 "40 to 80 % work well for fine-tuning",
@@ -160,9 +162,7 @@ FINDINGS: tuple[Finding, ...] = (
         (
             Claim("probing is better without them", "73.5 to 59.6", _more(PROBE, "mae", "encoder-mask-tokens")),
             Claim("fine-tuning is better without them", "84.9 to 84.2", _more(FINETUNE, "mae", "encoder-mask-tokens")),
-            Claim(
-                "training is faster without them", "2.8 times (ViT-L)", _faster("mae", "encoder-mask-tokens"), "%"
-            ),
+            Claim("training is faster without them", "2.8 times (ViT-L)", _faster("mae", "encoder-mask-tokens"), "%"),
         ),
     ),
     Finding(
@@ -226,7 +226,9 @@ FINDINGS: tuple[Finding, ...] = (
             Arm("and colour jitter", "colour-jitter", {FINETUNE: 84.3, PROBE: 71.9}),
         ),
         (
-            Claim("a crop of random size probes better than none", "73.5 to 65.7", _more(PROBE, "mae", "no-augmentation")),
+            Claim(
+                "a crop of random size probes better than none", "73.5 to 65.7", _more(PROBE, "mae", "no-augmentation")
+            ),
             Claim("colour jitter makes probing worse", "71.9 to 73.5", _more(PROBE, "mae", "colour-jitter")),
             Claim(
                 "without any augmentation fine-tuning stays within a point",
@@ -262,13 +264,15 @@ FINDINGS: tuple[Finding, ...] = (
             Arm("MoCo v3, whole (300)", "moco", {FINETUNE: 84.1, PROBE: 77.6}),
         ),
         (
-            Claim("MAE probes better after twice the schedule", "75.1 to 73.5", _more(PROBE, "schedule-2", "mae")),
-            Claim("MAE fine-tunes better after twice the schedule", "85.1 to 84.9", _more(FINETUNE, "schedule-2", "mae")),
+            Claim("MAE probes better after a double schedule", "75.1 to 73.5", _more(PROBE, "schedule-2", "mae")),
+            Claim("MAE fine-tunes better after a double one", "85.1 to 84.9", _more(FINETUNE, "schedule-2", "mae")),
             Claim(
                 "MAE gains more in probing from its last doubling than MoCo v3 from its own",
                 "no saturation at 1600 epochs; MoCo v3 saturates at 300",
-                lambda value: (value("schedule-2", PROBE) - value("mae", PROBE))
-                - (value("moco", PROBE) - value("moco-schedule-0.5", PROBE)),
+                lambda value: (
+                    (value("schedule-2", PROBE) - value("mae", PROBE))
+                    - (value("moco", PROBE) - value("moco-schedule-0.5", PROBE))
+                ),
             ),
         ),
     ),
@@ -281,8 +285,8 @@ FINDINGS: tuple[Finding, ...] = (
             Arm("width 144, 6 blocks (ViT-H)", "large", {FINETUNE: 86.9, PROBE: 76.6}),
         ),
         (
-            Claim("the middle one fine-tunes better than the small one", "85.9 to 83.6", _more(FINETUNE, "mae", "small")),
-            Claim("the large one fine-tunes better than the middle one", "86.9 to 85.9", _more(FINETUNE, "large", "mae")),
+            Claim("the middle one fine-tunes better than the small", "85.9 to 83.6", _more(FINETUNE, "mae", "small")),
+            Claim("the large one fine-tunes better than the middle", "86.9 to 85.9", _more(FINETUNE, "large", "mae")),
         ),
     ),
     Finding(
@@ -294,12 +298,16 @@ FINDINGS: tuple[Finding, ...] = (
         ),
         (
             Claim("MoCo v3 probes better", "77.6 to 73.5", _more(PROBE, "moco", "mae")),
-            Claim("MAE is better with one block trained", "better from one block on", _more("partial-1", "mae", "moco")),
+            Claim(
+                "MAE is better when a block is trained", "better from one block on", _more("partial-1", "mae", "moco")
+            ),
             Claim(
                 "training one block gives MAE most of what fine-tuning all of them gives",
                 "81.0 of 84.9, from 73.5",
-                lambda value: (value("mae", "partial-1") - value("mae", PROBE))
-                - 0.5 * (value("mae", FINETUNE) - value("mae", PROBE)),
+                lambda value: (
+                    (value("mae", "partial-1") - value("mae", PROBE))
+                    - 0.5 * (value("mae", FINETUNE) - value("mae", PROBE))
+                ),
             ),
         ),
     ),
@@ -330,13 +338,16 @@ FINDINGS: tuple[Finding, ...] = (
             Claim("MAE fine-tunes better than BEiT", "83.6 to 83.2", _more(FINETUNE, "mae", "beit")),
             Claim("MAE fine-tunes better than MoCo v3", "83.6 to 83.2", _more(FINETUNE, "mae", "moco")),
             Claim(
-                "BEiT fine-tunes worse with pixels than with words", "1.8 points worse", _more(FINETUNE, "beit", "beit-pixels")
+                "BEiT fine-tunes worse with pixels than with words",
+                "1.8 points worse",
+                _more(FINETUNE, "beit", "beit-pixels"),
             ),
             Claim("MAE trains faster than BEiT", "3.5 times, to the same accuracy", _faster("mae", "beit"), "%"),
             Claim(
                 "MAE trains faster than MoCo v3",
                 "1600 epochs in 31 h, 300 in 36 h",
-                _faster("mae", "moco"), "%",
+                _faster("mae", "moco"),
+                "%",
             ),
         ),
     ),

@@ -90,7 +90,7 @@ def difference(verdict: Verdict, unit: str) -> str:
 def markdown(found: Sequence[Found], about: Sequence[str]) -> str:
     """Return the page: what was run, the claims, then each finding with its arms."""
     rule = (
-        f"A claim's difference is taken within each seed. It is decided where the mean over the seeds exceeds the margin "
+        "A claim's difference is taken within each seed. It is decided where their mean exceeds the margin "
         f"t({LEVEL:g}, n - 1) x sd / sqrt(n): *same direction* above 0, *not* below; else *not decided*."
     )
     lines = ["# The paper's findings in small", "", *about, "", rule, ""]

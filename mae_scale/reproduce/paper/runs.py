@@ -93,15 +93,14 @@ def transfer_name(pretraining: str, transfer: str) -> str:
     return f"{pretraining}.{transfer}"
 
 
-def check_runs(runs: Sequence[Run], scale: Scale) -> None:
+def check_runs(runs: Sequence[Run]) -> None:
     """Raise UsageError when a run could not be started, as far as that can be told before those it needs are done."""
     for run in runs:
-        if run.needs:
-            continue
-        command, recipe, _, _, *overrides = run.words
+        recipe, overrides = run.words[1], list(run.words[4:])
         try:
             loaded = load_recipe(recipe, overrides)
-            check(task_of(loaded, run.folder), 1)
+            if not run.needs:
+                check(task_of(loaded, run.folder), 1)
         except UsageError as error:
             raise UsageError(f"{run.name}: {error}") from None
 
@@ -187,19 +186,13 @@ def _transfer(scale: Scale, seed: int, pretraining: str, name: str) -> Run:
     ]
     needs: tuple[str, ...] = ()
     if pretraining != SCRATCH:
-        start = PRETRAININGS[pretraining]
-        size = ("model.width", "model.depth", "model.heads")
-        overrides += [word for word in start.overrides if word.partition("=")[0] in size]
-        if load_recipe(start.recipe).model.encoder != "vit":
-            overrides.append(f"model.encoder={load_recipe(start.recipe).model.encoder}")
+        overrides += PRETRAININGS[pretraining].transfer
         overrides.append(f"classifier.weights={folder_of(scale, seed, pretraining)}")
         needs = (pretraining,)
     return _run(scale, seed, transfer_name(pretraining, name), recipe, overrides, needs=needs)
 
 
-def _run(
-    scale: Scale, seed: int, name: str, recipe: str, overrides: Sequence[str], needs: tuple[str, ...] = ()
-) -> Run:
+def _run(scale: Scale, seed: int, name: str, recipe: str, overrides: Sequence[str], needs: tuple[str, ...] = ()) -> Run:
     folder = folder_of(scale, seed, name)
     common = [
         f"data.root={scale.data / 'train'}",

@@ -88,7 +88,7 @@ class PredictRemoved(Objective):
     def arguments(self, batch: Batch, drawn: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
         """Return the arguments of forward() for the images of a batch, and masks, weights, ... drawn for them."""
         images, mask, weight, *scales = (t.to(device, non_blocking=True) for t in (batch.images, *drawn))
-        words = [] if self.words is None else [self.words.of(batch, images)]
+        words = [] if self.words is None else [self.words.of(batch, device)]
         return images, mask, weight, *words, *scales
 
     def forward(

@@ -1,26 +1,38 @@
 """BEiT as a task: predict the words of removed patches, or their pixels, and export the weights."""
 
 import math
+from dataclasses import replace
 from functools import cache, cached_property
 from typing import ClassVar
 
 import numpy as np
 import torch
 
+from data_pipeline.augment.kinds import SecondView
 from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.index import Index
 from mae_scale.checkpoints.export import checkpoint_model, export_weights
-from mae_scale.checkpoints.shards import digest_of
 from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.engines.base import Engine
 from mae_scale.models.beit import Beit
 from mae_scale.models.build import build_beit
+from mae_scale.models.tokeniser import STRIDE, Tokeniser
 from mae_scale.models.vit import patchify
 from mae_scale.planning.workload import Stack, Workload
 from mae_scale.reports.style import pictures_of
 from mae_scale.tasks.beit.objective import PredictRemoved
 from mae_scale.tasks.beit.validation import removed_patch_loss
-from mae_scale.tasks.beit.words import TOKENISER, WordSource, check_words, refuse_other_tokeniser, source_of, words_of
+from mae_scale.tasks.beit.words import (
+    TOKENISER,
+    WordSource,
+    bytes_of,
+    check_words,
+    products_of,
+    refuse_other_tokeniser,
+    size_of_tokeniser,
+    source_of,
+    view_of,
+)
 from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelled
 from mae_scale.tasks.mae.knn import KnnAccuracy
 from mae_scale.tracking.mlflow_models import ServedEncoder, keep_model
@@ -59,8 +71,11 @@ class BeitPretraining(Task[PredictRemoved]):
         if self.recipe.tracking.knn_images is not None and validation is not None:
             refuse_unlabelled(images)
             folder_set(validation, num_classes=len(images.classes), class_names=images.classes)
-        if self._predicts_words:
-            refuse_other_tokeniser(self.recipe, self.out)
+        if self._words is not None:
+            refuse_other_tokeniser(self.recipe, self._words, self.out)
+
+    def second_view(self) -> SecondView | None:
+        return view_of(self.recipe) if self._predicts_words else None
 
     def build(self, index: Index) -> PredictRemoved:
         return self._objective(build_beit(self.recipe, self._words.words if self._words else 2))
@@ -69,31 +84,35 @@ class BeitPretraining(Task[PredictRemoved]):
         """Return the tokeniser's digest and number of words for the checkpoints; all ranks begin with equal weights."""
         if self._words is None:
             return FROM_SCRATCH
-        path = self.recipe.tokenisation.weights
-        assert path is not None  # check_words
-        return Origin(
-            [f"words by the tokeniser {path}"],
-            {TOKENISER: {"words": self._words.words, "sha256": digest_of(path)}},
-        )
+        return Origin([], {TOKENISER: {"words": self._words.words, "digest": self._words.digest}})
 
     def training_flops(self) -> int:
-        """Return the FLOPs per image: the model's, forward and backward, and the tokeniser's."""
+        """Return the FLOPs per image: the model's, forward and backward, and the tokeniser's, forward."""
         work = self.workload(0)
         return work.forward_flops + work.backward_flops
 
     def workload(self, classes: int) -> Workload:
         with torch.device("meta"):
-            model = build_beit(self.recipe, words_of(self.recipe))
+            tokeniser = Tokeniser(size_of_tokeniser(self.recipe)) if self._predicts_words else None
+            model = build_beit(self.recipe, tokeniser.size.words if tokeniser else 0)
         size = model.encoder.size
-        return workload_of(
-            self._objective(model),
+        work = workload_of(
+            PredictRemoved(model, None, seed=0, global_batch=1),
             self.recipe,
-            stacks=(Stack(1 + model.patches, size.width, size.heads, size.depth, size.depth),),
+            stacks=(Stack(1 + model.patches, size.width, size.heads, size.depth, size.depth, scaled=True),),
             products=(
                 (model.patches, 3 * size.patch_size**2, size.width, True),
                 (model.removed, size.width, model.target.dim, True),
             ),
             predicted=model.removed * model.target.dim,
+        )
+        if tokeniser is None:
+            return work
+        products = tuple((*product, False) for product in products_of(tokeniser, model.grid * STRIDE))
+        return replace(
+            work,
+            other_products=(*work.other_products, *products),
+            buffer_bytes=work.buffer_bytes + bytes_of(tokeniser, model.grid * STRIDE),
         )
 
     def describe(self, objective: PredictRemoved) -> list[str]:
@@ -106,7 +125,7 @@ class BeitPretraining(Task[PredictRemoved]):
         if self.recipe.data.val_root is not None:
             with torch.device("meta"):  # only its masks and words are asked for
                 objective = self._objective(build_beit(self.recipe, 2))
-            found.append(removed_patch_loss(context, engine, objective))
+            found.append(removed_patch_loss(context, engine, objective, self.second_view()))
         if self.recipe.tracking.knn_images is not None:
             found.append(KnnAccuracy(context, engine))
         return found
@@ -132,7 +151,10 @@ class BeitPretraining(Task[PredictRemoved]):
             keep_model(
                 tracker.mlflow,
                 context.out,
-                lambda: (ServedEncoder(trained()), np.rint(255 * pictures_of(shown_images(context, 1)))),
+                lambda: (
+                    ServedEncoder(trained().encoder, "mean"),
+                    np.rint(255 * pictures_of(shown_images(context, 1))),
+                ),
                 metadata={"features": "mean of the patches' normed tokens"},
             )
         return f"weights in {weights}"

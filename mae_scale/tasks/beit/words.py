@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
+from data_pipeline.augment.kinds import SecondView
 from data_pipeline.errors import UsageError
-from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
-from mae_scale.checkpoints.shards import digest_of
+from mae_scale.checkpoints.tokeniser import open_tokeniser
 from mae_scale.config.schema import Recipe
 from mae_scale.models.build import size_of
-from mae_scale.models.tokeniser import STRIDE, Tokeniser, TokeniserSize
+from mae_scale.models.tokeniser import GROUPS, STRIDE, Tokeniser, TokeniserSize
 from mae_scale.models.vit import grid_of
-from mae_scale.models.weights.tokeniser import read_tokeniser
+from mae_scale.models.weights.tokeniser import tokeniser_digest
 from mae_scale.training.inputs import recorded
 
 if TYPE_CHECKING:
     from data_pipeline.batches import Batch
 
 TOKENISER = "tokeniser"
-"""The fact of a checkpoint's manifest about the tokeniser: its number of words, and its file's digest."""
+"""The fact of a checkpoint's manifest about the tokeniser: its number of words, and its digest."""
 CHUNK = 32
 """Images that the tokeniser takes at once: its first layers need 50 MB for each."""
 
@@ -34,47 +35,73 @@ class WordSource(Protocol):
     words: int
     """Number of different words."""
 
-    def of(self, batch: Batch, images: Tensor) -> Tensor:
-        """Return the words int64 [B, L] of a batch, on the device of its images [B, 3, S, S] there."""
+    digest: str
+    """Digest of the tokeniser that gives them."""
+
+    def of(self, batch: Batch, device: torch.device) -> Tensor:
+        """Return the words int64 [B, L] of a batch's images, on the device."""
 
 
 class TokenisedWords:
     """The words that a tokeniser finds, in float32 whatever the model's precision; it follows the images' device."""
 
-    def __init__(self, tokeniser: Tokeniser, grid: int):
-        self.words = tokeniser.size.words
-        self._tokeniser, self._side = tokeniser, grid * STRIDE
+    def __init__(self, tokeniser: Tokeniser):
+        self.words, self.digest = tokeniser.size.words, tokeniser_digest(tokeniser)
+        self._tokeniser = tokeniser
 
-    def of(self, batch: Batch, images: Tensor) -> Tensor:
-        """Return the words int64 [B, L] of a batch's images [B, 3, S, S], which are on the device."""
-        if self._tokeniser.blocks.input.weight.device != images.device:
-            self._tokeniser.to(images.device)
-        views = smaller_view(images, self._side)
-        with torch.autocast(images.device.type, enabled=False):
+    def of(self, batch: Batch, device: torch.device) -> Tensor:
+        """Return the words int64 [B, L] of a batch's second views [B, 3, 8 grid, 8 grid], on the device."""
+        assert batch.second is not None  # `view_of` asks for it
+        self._tokeniser.to(device)
+        views = batch.second.to(device, non_blocking=True)
+        with torch.autocast(device.type, enabled=False):
             return torch.cat([self._tokeniser.tokens(part) for part in views.split(CHUNK)])
 
 
-def smaller_view(images: Tensor, side: int) -> Tensor:
-    """Return normalised images [B, 3, S, S] as the tokeniser takes them: [B, 3, side, side], values from 0 to 1."""
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    pixels = images.float() * std + mean
-    if pixels.shape[-1] != side:
-        pixels = functional.interpolate(pixels, (side, side), mode="bicubic", antialias=True, align_corners=False)
-    return pixels.clamp(0, 1)
+def view_of(recipe: Recipe) -> SecondView:
+    """Return the view that the tokeniser sees: the same crop, flip and colours, 8 px for each patch's side."""
+    grid = grid_of(recipe.model.image_size, size_of(recipe.model).patch_size)
+    return SecondView(None, grid * STRIDE, normalised=False)
 
 
 def source_of(recipe: Recipe) -> WordSource:
-    """Return what gives a recipe's words; raise UsageError as `check_words` and `read_tokeniser`."""
-    check_words(recipe)
+    """Return what gives a recipe's words. Raises UsageError when there is no tokeniser, RunError when it is damaged."""
+    return TokenisedWords(open_tokeniser(_path(recipe)))
+
+
+def _path(recipe: Recipe) -> Path:
     path = recipe.tokenisation.weights
     assert path is not None  # check_words
-    return TokenisedWords(read_tokeniser(path), grid_of(recipe.model.image_size, size_of(recipe.model).patch_size))
+    return path
 
 
-def words_of(recipe: Recipe) -> int:
-    """Return the number of words of the recipe's tokeniser; of the published one where its file is not there."""
+@cache
+def _size(path: Path) -> TokeniserSize:
+    return open_tokeniser(path).size
+
+
+def size_of_tokeniser(recipe: Recipe) -> TokeniserSize:
+    """Return the size of the recipe's tokeniser; of the published one where its file is not there, for planning."""
     path = recipe.tokeniser.weights if recipe.tokeniser else None
-    return read_tokeniser(path).size.words if path is not None and path.is_file() else TokeniserSize().words
+    return _size(path) if path is not None and path.exists() else TokeniserSize()
+
+
+def products_of(tokeniser: Tokeniser, side: int) -> tuple[tuple[int, int, int], ...]:
+    """Return (positions per image, inner, outer) of the tokeniser's convolutions on views of `side` px."""
+    found = []
+    for name, layer in tokeniser.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            group = re.search(r"group_(\d)\.", name)
+            halvings = int(group[1]) - 1 if group else 0 if "input" in name else GROUPS - 1
+            inner = layer.in_channels * layer.kernel_size[0] ** 2
+            found.append(((side >> halvings) ** 2, inner, layer.out_channels))
+    return tuple(found)
+
+
+def bytes_of(tokeniser: Tokeniser, side: int) -> int:
+    """Return the bytes of the tokeniser's weights, and of what its first group holds for CHUNK views of `side` px."""
+    live = 4  # a block's input and sum, and what a convolution reads and writes
+    return 4 * (sum(p.numel() for p in tokeniser.parameters()) + CHUNK * live * tokeniser.size.width * side**2)
 
 
 def check_words(recipe: Recipe) -> None:
@@ -82,23 +109,20 @@ def check_words(recipe: Recipe) -> None:
     path = recipe.tokeniser.weights if recipe.tokeniser else None
     if path is None:
         raise UsageError(
-            "model.target=tokens needs a tokeniser; add tokeniser.weights=FILE (FlavaImageCodebook's weights, or "
-            "DALL-E's encoder.pkl), or predict pixels: model.target=normalised_pixels"
+            "model.target=tokens needs a tokeniser; add tokeniser.weights=PATH (a run of task dvae, weights of "
+            "FlavaImageCodebook, or DALL-E's encoder.pkl), or predict pixels: model.target=normalised_pixels"
         )
-    if not path.is_file():
-        raise UsageError(f"tokeniser.weights={path} is not a file; give the weights of a tokeniser")
-
-
-def refuse_other_tokeniser(recipe: Recipe, out: Path) -> None:
-    """Raise UsageError when the run in `out` was begun with a tokeniser of other content."""
-    known = recorded(out, TOKENISER)
-    path = recipe.tokenisation.weights
-    assert path is not None  # check_words
-    if known is None:
-        return
-    found = digest_of(path)
-    if found != known["sha256"]:
+    if not path.exists():
         raise UsageError(
-            f"tokeniser.weights={path} is another tokeniser than the run in {out} was begun with (sha256 {found[:12]}, "
-            f"expected {known['sha256'][:12]}); give that one, or choose another --out"
+            f"tokeniser.weights={path} does not exist; give the weights of a tokeniser, or a run of task dvae"
+        )
+
+
+def refuse_other_tokeniser(recipe: Recipe, words: WordSource, out: Path) -> None:
+    """Raise UsageError when the run in `out` was begun with the words of another tokeniser."""
+    known = (recorded(out, TOKENISER) or {}).get("digest", words.digest)
+    if words.digest != known:
+        raise UsageError(
+            f"tokeniser.weights={_path(recipe)} is another tokeniser than the run in {out} was begun with (digest "
+            f"{words.digest[:12]}, expected {known[:12]}); give that one, or choose another --out"
         )

@@ -18,6 +18,7 @@ from mae_scale.config.schema import Recipe
 from mae_scale.engines.base import Engine
 from mae_scale.engines.optimizers import parameter_groups
 from mae_scale.models.attention import last_attention
+from mae_scale.models.beit import BeitEncoder
 from mae_scale.models.build import build_classifier_of
 from mae_scale.models.classifier import Classifier
 from mae_scale.planning.flops import vit_forward_macs
@@ -131,7 +132,16 @@ class Classification(Task[Classify]):
         return workload_of(
             Classify(model, self.recipe.classification, seed=self.recipe.seed),
             self.recipe,
-            stacks=(Stack(1 + patches, size.width, size.heads, size.depth, trained),),
+            stacks=(
+                Stack(
+                    1 + patches,
+                    size.width,
+                    size.heads,
+                    size.depth,
+                    trained,
+                    scaled=isinstance(model.encoder, BeitEncoder),
+                ),
+            ),
             products=(
                 (patches, 3 * size.patch_size**2, size.width, model.trained_blocks is None),
                 (1, size.width, classes, True),
