@@ -27,6 +27,8 @@ GROUPS = {
     "probe": "Linear probing",
     "partial": "Partial fine-tuning",
     "scratch": "Supervised from scratch",
+    "beit_pretrain": "BEiT: pre-training",
+    "beit_finetune": "BEiT: end-to-end fine-tuning",
 }
 BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", "≥"), Lt: ("lt", "<"), Le: ("le", "≤")}
 
