@@ -41,8 +41,8 @@ class Objective(nn.Module, ABC):
         raise NotImplementedError
 
     @property
-    def followers(self) -> Mapping[str, torch.Tensor]:
-        """Tensors that the engine fills before each step, with a moving average of the parameters of these names.
+    def followers(self) -> Mapping[str, nn.Parameter]:
+        """What the engine fills before each step, with a moving average of the trained parameters of these names.
 
         They are not among the module's own parameters: a momentum encoder's.
         """

@@ -44,11 +44,11 @@ class DeepSpeedState:
         optimizer: torch.optim.Optimizer,
         *,
         ema: bool,
-        followers: Mapping[str, torch.Tensor] | None = None,
+        followers: Mapping[str, torch.nn.Parameter] | None = None,
     ):
         """engine: DeepSpeed's, which has no types; optimizer: torch's, which the engine has wrapped; its state is made
-        here, with moments and step count 0; ema: an average of the weights is kept beside them; followers: tensors
-        that are to follow another average of the parameters of their names.
+        here, with moments and step count 0; ema: an average of the weights is kept beside them; followers: what is
+        to follow another average of the parameters of these names, in the precision of the engine's module.
 
         DeepSpeed's bf16 and fp16 optimiser without ZeRO makes an empty first step, which would put the bias
         correction one step ahead.
@@ -61,7 +61,8 @@ class DeepSpeedState:
             optimizer.state[master] = fresh_state(optimizer, master, ema=ema, momentum=bool(followers))
         if followers:
             held = [Piece(f.name, f.start, f.of(optimizer.state[f.master][MOMENTUM])) for f in self._fragments]
-            self._followers = Followers(held, followers, replicated=self._stage == 0)
+            dtype = next(engine.module.parameters()).dtype
+            self._followers = Followers(held, followers, dtype=dtype, replicated=self._stage == 0)
 
     def state(self) -> EngineState:
         """Return this rank's pieces and scalars."""

@@ -74,7 +74,7 @@ class FairScaleEngine:
         if objective.followers:
             own = [(name, optimizer.state[p]) for name, p in self._parameters.items() if p in optimizer.state]
             held = [Piece(name, 0, state[MOMENTUM].view(-1)) for name, state in own]
-            self._followers = Followers(held, objective.followers, replicated=False)
+            self._followers = Followers(held, objective.followers, dtype=torch.float32, replicated=False)
 
     def train_step(
         self, micro_batches: Iterable[tuple[torch.Tensor, ...]], lr: float, decay: float | None = None

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from mae_scale.checkpoints.shards import Piece
 
@@ -31,12 +32,16 @@ class _Bucket:
 class Followers:
     """Fills tensors from the pieces of them that the ranks hold. All ranks make one, and call it, together."""
 
-    def __init__(self, held: Sequence[Piece], followers: Mapping[str, torch.Tensor], *, replicated: bool):
-        """held: this rank's pieces; followers: what is filled, by name, all of one dtype and on one device;
+    def __init__(
+        self, held: Sequence[Piece], followers: Mapping[str, nn.Parameter], *, dtype: torch.dtype, replicated: bool
+    ):
+        """held: this rank's pieces; followers: what is filled, by name, on one device, converted to dtype here;
         replicated: every rank holds everything, and nothing is sent.
         """
         held = [piece for piece in held if piece.name in followers and piece.data.numel()]
-        targets = {name: target.view(-1) for name, target in followers.items()}
+        for follower in followers.values():
+            follower.data = follower.data.to(dtype)
+        targets = {name: follower.data.view(-1) for name, follower in followers.items()}
         self._buckets: list[_Bucket] = []
         self._sent = self._received = torch.empty(0)
         if replicated:

@@ -20,6 +20,7 @@ log = logging.getLogger("mae_scale")
 Row = Mapping[str, Any]
 
 RISING_WINDOWS, RISING_HISTORY, RISING_ROWS, RISING_SHARE = 5, 20, 10, 0.05
+SPIKE_FACTOR, SPIKE_ROWS, SPIKE_HISTORY = 1.05, 3, 50
 NORM_FACTOR, NORM_ROWS, NORM_HISTORY = 10.0, 3, (30, 200)
 WAIT_SHARE, WAIT_ROWS, WAIT_STEPS = 0.10, 20, 100
 TAG = "mae_scale.warning."
@@ -86,6 +87,28 @@ def rising_loss(rows: Sequence[Row], course: Course) -> str | None:
     )
 
 
+def loss_spike(rows: Sequence[Row], course: Course) -> str | None:
+    """Return what is wrong when the loss of pre-training has jumped above all that was logged of late.
+
+    Such jumps are what Chen et al. (arXiv 2104.02057, section 4) saw when a ViT learned by contrast became unstable:
+    training goes on, and the accuracy is lower at its end.
+    """
+    if not course.learns_steadily:
+        return None
+    newest = rows[-SPIKE_HISTORY - SPIKE_ROWS :]
+    losses = [row["train/loss"] for row in newest if row["step"] > course.warmup_steps]
+    losses = [loss for loss in losses if math.isfinite(loss)]
+    before, newest_losses = losses[:-SPIKE_ROWS], losses[-SPIKE_ROWS:]
+    if len(before) < SPIKE_HISTORY or min(newest_losses) <= SPIKE_FACTOR * max(before):
+        return None
+    return (
+        f"train/loss is {min(newest_losses):.4g} or more in {SPIKE_ROWS} logged steps, and was at most "
+        f"{max(before):.4g} in the {SPIKE_HISTORY} before: training has become unstable, and may end with a lower "
+        "accuracy although the loss falls again; a smaller optim.base_lr, a longer schedule.warmup_epochs or "
+        "optim.clip_grad_norm helps, from an earlier checkpoint or anew"
+    )
+
+
 def strange_gradients(rows: Sequence[Row], course: Course) -> str | None:
     """Return what is wrong when the gradients are many times as large as before."""
     norms = [row["train/grad_norm"] for row in rows[-NORM_HISTORY[1] - NORM_ROWS :]]
@@ -116,6 +139,7 @@ def data_wait(rows: Sequence[Row], course: Course) -> str | None:
 CHECKS: dict[str, Callable[[Sequence[Row], Course], str | None]] = {
     "untrained_loss": untrained_loss,
     "rising_loss": rising_loss,
+    "loss_spike": loss_spike,
     "strange_gradients": strange_gradients,
     "data_wait": data_wait,
 }

@@ -62,3 +62,72 @@ def test_two_ranks_give_the_losses_of_the_papers_algorithm(engine, two_ranks, pl
     assert largest_difference(found["losses"], plain["losses"]) < 1e-5
     assert found["averages"] == pytest.approx(plain["averages"], rel=1e-5)
     assert found["copied"] == pytest.approx(found["averages"], rel=1e-9)
+
+
+def test_one_rank_gives_the_losses_of_the_papers_algorithm(run_cases, plain):
+    names = ("ZeRO 0", "ZeRO 2", "ZeRO 3", "FairScale OSS")
+    found = run_cases({name: {"overrides": ENGINES[name]} for name in names}, 1)
+    for name in names:
+        assert largest_difference(found[name]["losses"], plain["losses"]) < 1e-5, name
+
+
+def test_bf16_follows_float32_and_its_average_stays_float32(run_cases, plain):
+    found = run_cases({name: {"overrides": overrides} for name, overrides in BF16.items()}, 2)
+    for name, result in found.items():
+        # Of hardly trained features BatchNorm makes much of roundings: later losses differ by more.
+        assert 0 < largest_difference(result["losses"][:3], plain["losses"][:3]) < 0.1, name
+        assert result["kept_dtypes"] == ["torch.float32"], name
+        assert result["averages"] == pytest.approx(plain["averages"], rel=2e-3), name
+        autocast = name.startswith("FairScale")  # over float32 weights
+        assert result["copied_dtypes"] == ["torch.float32" if autocast else "torch.bfloat16"], name
+        assert result["copied"] == pytest.approx(result["averages"], rel=1e-9 if autocast else 1e-3), name
+
+
+POISONED = 4
+
+
+def test_a_step_that_is_skipped_moves_the_average_as_the_formula_says_and_nothing_else(run_cases, two_ranks):
+    """As the paper's algorithm: the average moves before the step, towards the weights as they are."""
+    names = ("ZeRO 1", "ZeRO 3", "FairScale OSS")
+    found = run_cases({name: {"overrides": ENGINES[name], "poison": POISONED} for name in names}, 2)
+    for name, result in found.items():
+        assert [step for step, skipped in enumerate(result["skipped"]) if skipped] == [POISONED], name
+        assert result["losses"][:POISONED] == two_ranks[name]["losses"][:POISONED]
+        assert all(loss == loss for loss in result["losses"][POISONED + 1 :]), name
+        assert result["averages"] == pytest.approx(two_ranks[name]["averages"], rel=0.05)
+    assert found["ZeRO 1"]["averages"] == pytest.approx(found["ZeRO 3"]["averages"], rel=1e-5)
+    assert found["ZeRO 1"]["averages"] == pytest.approx(found["FairScale OSS"]["averages"], rel=1e-5)
+
+
+MIDDLE, LAST = 5, 12
+SAVED = ("ZeRO 0", "ZeRO 2", "ZeRO 3", "FairScale OSS")
+
+
+@pytest.fixture(scope="module")
+def saved(run_cases):
+    """The first steps of each engine on two ranks, and their checkpoints by the engine's name."""
+    cases = {n: {"overrides": ENGINES[n], "first": 0, "last": MIDDLE, "save": n} for n in SAVED}
+    return run_cases(cases, 2)
+
+
+def test_a_run_that_is_resumed_goes_on_bit_for_bit(saved, run_cases, two_ranks):
+    later = run_cases({n: {"overrides": ENGINES[n], "first": MIDDLE, "last": LAST, "load": n} for n in SAVED}, 2)
+    for name in SAVED:
+        assert saved[name]["losses"] + later[name]["losses"] == two_ranks[name]["losses"], name
+        assert later[name]["averages"] == two_ranks[name]["averages"], name
+
+
+MOVES = [
+    ("ZeRO 0", 1, "ZeRO 3"),
+    ("ZeRO 2", 1, "ZeRO 2"),
+    ("ZeRO 3", 3, "FairScale OSS"),
+    ("FairScale OSS", 3, "ZeRO 2"),
+]
+
+
+@pytest.mark.parametrize(("source", "ranks", "target"), MOVES)
+def test_other_ranks_and_engines_follow_the_uninterrupted_run(source, ranks, target, saved, run_cases, two_ranks):
+    case = {"overrides": ENGINES[target], "first": MIDDLE, "last": LAST, "load": source}
+    found = run_cases({"moved": case}, ranks)["moved"]
+    assert largest_difference(found["losses"], two_ranks[source]["losses"][MIDDLE:]) < 1e-5
+    assert found["averages"] == pytest.approx(two_ranks[source]["averages"], rel=1e-6)

@@ -121,13 +121,14 @@ class MaskedAutoencoding(Task[Reconstruct]):
             model = build_model(self.recipe, tokeniser.size.words if tokeniser else 2)
         size, pixels, width = model.encoder.size, 3 * model.patch_size**2, model.decoder.width
         removed = model.patches - model.kept
+        decoder_depth = len(model.decoder.blocks)
         encoded = 1 + (model.patches if model.encoder_mask_tokens else model.kept)
         work = workload_of(
             Reconstruct(model, seed=self.recipe.seed),
             self.recipe,
             stacks=(
                 Stack(encoded, size.width, size.heads, size.depth, size.depth),
-                Stack(1 + model.patches, width, model.decoder.heads, *2 * [len(model.decoder.blocks)]),
+                Stack(1 + model.patches, width, model.decoder.heads, decoder_depth, decoder_depth),
             ),
             products=(
                 (model.kept, pixels, size.width, True),

@@ -44,10 +44,10 @@ class Contrast(Objective):
         return list(averaged.encoder.blocks)
 
     @property
-    def followers(self) -> Mapping[str, Tensor]:
+    def followers(self) -> Mapping[str, nn.Parameter]:
         """The momentum encoder's parameters, by the names of those that they are an average of."""
         (averaged,) = self._momentum_encoder
-        return {f"model.{name}": parameter.data for name, parameter in averaged.named_parameters()}
+        return {f"model.{name}": parameter for name, parameter in averaged.named_parameters()}
 
     def draw(self, step: int, positions: np.ndarray) -> tuple[Tensor, ...]:
         """Return nothing: both views are drawn in the data pipeline."""
