@@ -89,10 +89,11 @@ def test_a_loss_that_rises_for_long_is_told_and_a_short_hump_is_not():
 
 def test_a_loss_below_zero_is_told_of_as_one_above():
     falls = rows(lambda epoch: usual(epoch) - 5)
-    assert first_warning("rising_loss", falls, course()) is None
-    assert first_warning("untrained_loss", falls, course(-3.0)) is None
+    for kind in CHECKS:
+        assert first_warning(kind, falls, course(-3.0)) is None
     rises = rows(lambda epoch: usual(epoch) - 5 + (1 if epoch > 30 else 0))
     assert first_warning("rising_loss", rises, course()) is not None
+    assert first_warning("loss_spike", rises, course()) is not None
     assert first_warning("untrained_loss", rows(lambda epoch: -0.97, epochs=20), course(-1.0, 0.05)) is not None
 
 
