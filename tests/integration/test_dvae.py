@@ -49,7 +49,7 @@ def whole(train, tmp_path_factory):
 def test_a_run_learns_measures_its_words_and_leaves_its_tokeniser(whole):
     curve, last = losses(whole), read_metrics(whole / "metrics.jsonl")[-1]
     assert list(curve) == list(range(1, STEPS + 1))
-    assert curve[STEPS] < curve[1] - 0.2
+    assert curve[STEPS] < curve[1] - 0.1
     assert 0 < last["val/mse"] < 0.13  # variance of the pixels
     assert 1 / 16 <= last["val/words_used"] <= 1
     assert 1 <= last["val/perplexity"] <= 16 * last["val/words_used"]
@@ -92,7 +92,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(train, whole, tmp_path):
     assert losses(tmp_path / "run") == losses(whole)
 
 
-def test_a_run_is_no_classifier_s_start_and_another_run_no_tokeniser(whole, digits, mae_scale, tmp_path):
-    done = mae_scale("export", whole, "--out", tmp_path / "m.safetensors")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "task dvae" in done.stderr
+def test_its_checkpoint_is_no_encoder_to_export_or_start_from(whole, digits, mae_scale, tmp_path):
+    for words in (
+        ["export", whole, tmp_path / "m.safetensors"],
+        ["finetune", "finetune/demo", "--weights", whole, "--out", tmp_path / "x", f"data.root={digits}/train"],
+    ):
+        done = mae_scale(*words)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert "the run is of task dvae, which trains a tokeniser" in done.stderr

@@ -1,4 +1,4 @@
-"""The discrete VAE: its likelihood, its divergence, its noise, its decoder and its schedules beside independent ones."""
+"""The discrete VAE: its likelihood, divergence, noise, decoder and schedules beside independent ones."""
 
 import math
 

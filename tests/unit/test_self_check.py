@@ -87,6 +87,16 @@ def test_a_loss_that_rises_for_long_is_told_and_a_short_hump_is_not():
     assert first_warning("rising_loss", rows(lambda epoch: hump(epoch, 60)), course(learns_steadily=False)) is None
 
 
+def test_a_loss_below_zero_is_told_of_as_one_above():
+    falls = rows(lambda epoch: usual(epoch) - 5)
+    for kind in CHECKS:
+        assert first_warning(kind, falls, course(-3.0)) is None
+    rises = rows(lambda epoch: usual(epoch) - 5 + (1 if epoch > 30 else 0))
+    assert first_warning("rising_loss", rises, course()) is not None
+    assert first_warning("loss_spike", rises, course()) is not None
+    assert first_warning("untrained_loss", rows(lambda epoch: -0.97, epochs=20), course(-1.0, 0.05)) is not None
+
+
 def test_gradients_ten_times_as_large_are_told_and_a_single_one_is_not():
     found = rows(usual)
     found[200]["train/grad_norm"] = 1000.0
@@ -130,7 +140,7 @@ def test_no_reference_curve_raises_an_alarm(name):
         }
         for epoch, (loss, norm) in enumerate(zip(curve["train/loss"], curve["train/grad_norm"], strict=True), start=1)
     ]
-    untrained, steadily = (0.9, True) if recipe.task == "mae" else (math.log(10), False)
+    untrained, steadily = {"mae": (0.9, True), "dvae": (-0.001, True)}.get(recipe.task, (math.log(10), False))
     about = course(
         untrained,
         0,
