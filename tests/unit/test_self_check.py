@@ -87,6 +87,21 @@ def test_a_loss_that_rises_for_long_is_told_and_a_short_hump_is_not():
     assert first_warning("rising_loss", rows(lambda epoch: hump(epoch, 60)), course(learns_steadily=False)) is None
 
 
+def test_a_jump_of_the_loss_above_all_of_late_is_told_and_a_single_row_or_noise_is_not():
+    def jump(epoch: float) -> float:
+        return usual(epoch) + (0.2 if 30 < epoch < 31.5 else 0)
+
+    single = rows(usual)
+    single[200]["train/loss"] = 2.0
+    assert first_warning("loss_spike", single, course()) is None
+    assert first_warning("loss_spike", rows(lambda epoch: 0.5), course()) is None  # 2 % of noise
+    epoch, text = first_warning("loss_spike", rows(jump), course())
+    assert 30.5 <= epoch <= 31.5
+    assert "or more in 3 logged steps, and was at most 0.5" in text
+    assert first_warning("loss_spike", rows(jump), course(learns_steadily=False)) is None
+    assert first_warning("loss_spike", rows(jump), course(warmup_steps=40 * PER_EPOCH)) is None
+
+
 def test_gradients_ten_times_as_large_are_told_and_a_single_one_is_not():
     found = rows(usual)
     found[200]["train/grad_norm"] = 1000.0
