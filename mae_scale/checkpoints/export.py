@@ -94,10 +94,11 @@ def checkpoint_model(checkpoint: Path) -> tuple[Model, Recipe]:
 
 def model_of(recipe: Recipe, manifest: dict[str, Any]) -> Model:
     """Return the model of a run's recipe, with fresh weights; a checkpoint's manifest tells what the data decided."""
+    words = (manifest.get("tokeniser") or {}).get("words", 0)
     if recipe.task == "mae":
-        return build_model(recipe)
+        return build_model(recipe, words)
     if recipe.task == "beit":
-        return build_beit(recipe, (manifest.get("tokeniser") or {}).get("words", 0))
+        return build_beit(recipe, words)
     if recipe.task == "moco":
         return build_moco_of(recipe)
     return build_classifier_of(recipe, len(manifest["classes"]))

@@ -25,6 +25,7 @@ from mae_scale.cli.report import report_app
 from mae_scale.cli.scaling import scaling_app
 from mae_scale.cli.slurm import slurm_app
 from mae_scale.cli.sweep import sweep_app
+from mae_scale.cli.tokens import tokens_app
 from mae_scale.cli.train import train_app
 from mae_scale.distributed.ranks import leave, say_error, this_rank
 from mae_scale.distributed.stop_requests import INTERRUPTED
@@ -46,6 +47,7 @@ apps = (
     train_app,
     plan_app,
     measure_app,
+    tokens_app,
     compare_app,
     report_app,
     sweep_app,

@@ -29,6 +29,12 @@ def paper(
     seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Number of seeds, from 0 on.")] = 3,
     epochs: Annotated[int, typer.Option(metavar="N", min=4, help="Epochs of the base pre-training.")] = 20,
     labels: Annotated[int, typer.Option(metavar="N", min=1, help="Labels per class in fine-tuning and probing.")] = 10,
+    finding: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Only this finding, such as mask-ratio; may be repeated.", show_default="all"
+        ),
+    ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Runs side by side, each on one core.", show_default="one per core"),
@@ -42,8 +48,10 @@ def paper(
     Example: `mae-scale paper --out paper`, or `mae-scale paper --data cifar10 --out paper --epochs 4 --labels 100`
     """
     from mae_scale.reproduce.paper.command import run_paper, scale_of
+    from mae_scale.reproduce.paper.findings import findings_named
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # several run side by side
     side_by_side = jobs or len(os.sched_getaffinity(0))
-    scale = scale_of(data, out, epochs=epochs, labels=labels, overrides=tuple(overrides or ()))
+    findings = findings_named(finding or ())
+    scale = scale_of(data, out, epochs=epochs, labels=labels, findings=findings, overrides=tuple(overrides or ()))
     run_paper(scale, seeds=seeds, jobs=side_by_side)

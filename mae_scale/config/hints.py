@@ -24,7 +24,7 @@ def contradiction(recipe: Recipe) -> str | None:
         return "task: dvae trains a tokeniser, and there is no section tokeniser; add one, such as tokeniser.words=8192"
     if (recipe.task == "moco") != (recipe.moco is not None):
         return f"task: {recipe.task}, and a section moco; the section moco belongs to task: moco"
-    if problem := _of_beit(recipe) or _never_measured(recipe):
+    if problem := _of_beit(recipe) or _of_words(recipe) or _never_measured(recipe):
         return problem
     if classifier is None:
         for key, found in (
@@ -46,17 +46,23 @@ def contradiction(recipe: Recipe) -> str | None:
 
 def _of_beit(recipe: Recipe) -> str | None:
     """Return which of BEiT's keys the recipe has in vain or lacks; else None."""
-    model, words = recipe.model, recipe.tokeniser
+    model = recipe.model
     if (recipe.task == "beit" and model.encoder != "beit") or (recipe.task == "mae" and model.encoder != "vit"):
         return f"task: {recipe.task} does not train model.encoder={model.encoder}; task: beit and it belong together"
     if model.encoder == "beit" and model.layer_scale is None:
         return "model.encoder=beit needs model.layer_scale, the initial scale of its branches: 0.1 for B, 1e-5 for L"
     if model.encoder != "beit" and model.layer_scale is not None:
         return f"model.layer_scale={model.layer_scale:g} belongs to model.encoder=beit"
-    if model.target == "tokens" and recipe.task != "beit":
-        return f"model.target=tokens belongs to task: beit; task: {recipe.task} does not have it"
-    if recipe.task == "beit" and model.target != "tokens" and words is not None:
-        return f"the section tokeniser gives words, and model.target={model.target} predicts none; drop one of them"
+    return None
+
+
+def _of_words(recipe: Recipe) -> str | None:
+    """Return whether words are predicted, or given, in vain; else None."""
+    target, tasks = recipe.model.target, ("mae", "beit")
+    if target == "tokens" and recipe.task not in tasks:
+        return f"model.target=tokens belongs to task: mae and task: beit; task: {recipe.task} does not have it"
+    if target != "tokens" and recipe.task in tasks and recipe.tokeniser is not None:
+        return f"the section tokeniser gives words, and model.target={target} predicts none; drop one of them"
     return None
 
 

@@ -18,12 +18,11 @@ from torch.nn import functional
 from data_pipeline.errors import UsageError
 from mae_scale.models.drop_path import drop_path_rates
 from mae_scale.models.masking import check_masking, kept_patches
-from mae_scale.models.targets import Target, make_target
+from mae_scale.models.targets import WORDS, Target, Words, make_target
 from mae_scale.models.vit import ViTSize, gather_tokens, grid_of, layer_norm, patchify
 
 INIT_STD = 0.02
 TABLE = "relative_position_bias_table"
-WORDS = "tokens"
 """The recipe's name of the target that is a tokeniser's word."""
 
 
@@ -214,19 +213,6 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-class Words(Target):
-    """The word that a tokeniser has for the patch, one of `dim`; the loss is the cross-entropy."""
-
-    def __init__(self, words: int):
-        super().__init__()
-        self.dim = words
-
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Return the cross-entropy [...] fp32 of logits [..., V] and words int64 [...]."""
-        flat = functional.cross_entropy(prediction.float().flatten(0, -2), target.flatten(), reduction="none")
-        return flat.view(target.shape)
-
-
 class Beit(nn.Module):
     """BEiT in pre-training: the encoder, and a head that predicts the targets of removed patches.
 
@@ -253,7 +239,7 @@ class Beit(nn.Module):
         self.grid, self.patches = self.encoder.grid, self.encoder.grid**2
         check_masking(masking, grid_size=self.grid, mask_ratio=mask_ratio)
         self.removed = self.patches - kept_patches(self.patches, mask_ratio)
-        self.target = Words(words) if target == WORDS else make_target(target, size.patch_size)
+        self.target = make_target(target, size.patch_size, words=words)
         self.head = nn.Linear(size.width, self.target.dim)
         init_weights(self.head)
 

@@ -15,9 +15,9 @@ def size_of(model: ModelSection) -> ViTSize:
     )
 
 
-def build_model(recipe: Recipe) -> MaskedAutoencoder:
-    """Return the autoencoder of a recipe, initialised from torch's generator."""
-    return build_mae(**recipe.model.model_dump(exclude={"encoder", "layer_scale"}))
+def build_model(recipe: Recipe, words: int = 2) -> MaskedAutoencoder:
+    """Return the autoencoder of a recipe, initialised from torch's generator; words: of its tokeniser, if any."""
+    return build_mae(**recipe.model.model_dump(exclude={"encoder", "layer_scale"}), words=words)
 
 
 def build_beit(recipe: Recipe, words: int) -> Beit:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import UsageError
 from mae_scale.models.masking import check_masking, kept_patches, mask_noise
-from mae_scale.models.targets import Target, make_target
+from mae_scale.models.targets import Target, Words, make_target
 from mae_scale.models.vit import (
     Encoder,
     ViTSize,
@@ -139,14 +139,24 @@ class MaskedAutoencoder(nn.Module):
         self.head.apply(init_weights)
         self.target = target
 
+    @property
+    def predicts_words(self) -> bool:
+        """Whether the targets are words, which forward() is given, and not values of pixels."""
+        return isinstance(self.target, Words)
+
     def forward(
-        self, images: Tensor, noise: Tensor | None = None, branch_scales: Tensor | None = None
+        self,
+        images: Tensor,
+        noise: Tensor | None = None,
+        branch_scales: Tensor | None = None,
+        words: Tensor | None = None,
     ) -> MaskedAutoencoderOutput:
         """Reconstruct images [B, 3, H, W] (normalised by ImageNet's mean and standard deviation).
 
         noise [B, L] decides what is visible: the K patches with the smallest values, the earlier of equal ones first.
         Without it masks are drawn at random from torch's generator.
         branch_scales [B, depth, 2] are the encoder's (stochastic depth); without them nothing is dropped.
+        words int64 [B, L] are the patches' words, where they are what is predicted.
         Parameters may be fp32, bf16 or fp16; targets and loss are computed in fp32 from the images as given.
         Raises UsageError when images, noise or branch_scales have another shape.
         """
@@ -161,7 +171,8 @@ class MaskedAutoencoder(nn.Module):
         latent = self.encoder(patches, visible, removed, branch_scales)  # [B, 1 + K, D]
         decoded = self.decoder(latent, visible, removed)  # [B, 1 + L, E]
         prediction = self.head(decoded[:, 1 + self.kept :])  # [B, R, T]
-        target = self.target.of_removed(patches, removed)  # [B, R, T]
+        # [B, R, T], or [B, R] of words
+        target = self.target.of_removed(patches, removed) if words is None else words.gather(1, removed)
         loss = self.target.loss(prediction, target)  # [B, R]
 
         def predict() -> Tensor:
@@ -229,13 +240,15 @@ def build_mae(
     target: str | Target = "normalised_pixels",
     encoder_mask_tokens: bool = False,
     drop_path: float = 0.0,
+    words: int = 8192,
 ) -> MaskedAutoencoder:
     """Return a masked autoencoder with fresh weights (drawn from torch's generator).
 
     name: one of `mae_scale.models.vit.SIZES`; patch_size (px), width, depth and heads override it; all
         are needed when name is None.
     masking: "random", "block" or "grid"; used when forward gets no noise, and to refuse ratios it cannot do.
-    target: "pixels", "normalised_pixels", "pca", or an object of `mae_scale.models.targets`.
+    target: "pixels", "normalised_pixels", "pca", "tokens" (the words of a tokeniser with `words` of them), or an object
+        of `mae_scale.models.targets`.
     encoder_mask_tokens: the slow ablation, where the encoder sees mask tokens in place of removed patches.
     drop_path: the rate of stochastic depth at the encoder's last block; forward drops what its branch_scales say.
     Raises UsageError naming the size that is missing or does not fit.
@@ -249,7 +262,7 @@ def build_mae(
         decoder_width=decoder_width,
         decoder_depth=decoder_depth,
         decoder_heads=decoder_heads,
-        target=make_target(target, size.patch_size),
+        target=make_target(target, size.patch_size, words=words),
         encoder_mask_tokens=encoder_mask_tokens,
         drop_path=drop_path,
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from data_pipeline.errors import UsageError
 from mae_scale.models.vit import gather_tokens
@@ -18,12 +19,13 @@ from mae_scale.models.vit import gather_tokens
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+WORDS = "tokens"
+
 
 class Target(nn.Module):
     """Interface of a target: `dim` values per patch of P = p*p*3 pixel values (row, column, channel), and their loss.
 
-    All in fp32, whatever the model's dtype. A target that needs whole images (tokens of a tokeniser) overrides
-    `of_removed`, which has all patches; one that is a class and not a vector overrides `loss`.
+    All in fp32, whatever the model's dtype. One that is a class and not a vector overrides `loss`.
     """
 
     dim: int
@@ -140,6 +142,22 @@ class PcaCoefficients(Target):
         return self
 
 
+class Words(Target):
+    """The word that a tokeniser has for the patch, one of `dim`; the loss is the cross-entropy."""
+
+    def __init__(self, words: int):
+        super().__init__()
+        self.dim = words
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the cross-entropy [...] fp32 of logits [..., V] and words int64 [...]."""
+        flat = functional.cross_entropy(prediction.float().flatten(0, -2), target.flatten(), reduction="none")
+        return flat.view(target.shape)
+
+    def to_pixels(self, prediction: Tensor, patches: Tensor) -> Tensor:
+        raise UsageError("a model that predicts words has no pixels to draw; give one with another model.target")
+
+
 def fit_pca(patches: np.ndarray | Tensor, k: int = 96) -> tuple[Tensor, Tensor]:
     """Return the PCA of patches [n, P]: mean [P] and the k largest components [k, P], orthonormal, fp32.
 
@@ -156,11 +174,16 @@ def fit_pca(patches: np.ndarray | Tensor, k: int = 96) -> tuple[Tensor, Tensor]:
     return mean.float(), (components * largest.sign()).float()
 
 
-def make_target(target: str | Target, patch_size: int) -> Target:
-    """Return the target named "pixels", "normalised_pixels" or "pca" for a patch_size in px, or `target` itself."""
+def make_target(target: str | Target, patch_size: int, *, words: int = 8192) -> Target:
+    """Return the target named "pixels", "normalised_pixels", "pca" or "tokens", or `target` itself.
+
+    For a patch_size in px; words: the number of words of the tokeniser, for "tokens".
+    """
     if isinstance(target, Target):
         return target
+    if target == WORDS:
+        return Words(words)
     kinds = {"pixels": Pixels, "normalised_pixels": NormalisedPixels, "pca": PcaCoefficients}
     if target not in kinds:
-        raise UsageError(f"unknown target {target!r}: expected one of {', '.join(kinds)}, or a Target")
+        raise UsageError(f"unknown target {target!r}: expected one of {', '.join([*kinds, WORDS])}, or a Target")
     return kinds[target](patch_size)

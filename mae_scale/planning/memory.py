@@ -132,10 +132,10 @@ def activations_of(work: Workload, setting: Setting) -> tuple[float, float]:
     The temporary is the loss's, or that of the last block's backward pass: a checkpointed one is first computed anew,
     and part of the prediction is gone by then.
     """
-    kept = _image_bytes(work) + 10 * work.predicted  # prediction in two precisions, and target
-    kept += setting.value_bytes * work.kept_values + work.kept_bytes
     if not work.stacks:
-        return setting.micro_batch * kept, setting.micro_batch * max(16 * work.predicted, work.kept_bytes)
+        kept = _image_bytes(work) + setting.value_bytes * work.kept_values + work.kept_bytes
+        return setting.micro_batch * kept, setting.micro_batch * 16 * work.predicted
+    kept = _image_bytes(work) + 10 * work.predicted  # prediction in two precisions, and target
     frozen = 0.0
     for stack, checkpointed in checkpointed_blocks(work, setting):
         block = _block_bytes(stack, setting)

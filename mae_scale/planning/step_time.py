@@ -16,6 +16,8 @@ FORWARD_VALUES, BACKWARD_VALUES = 17, 33
 Forward: two norms (2, and 1 fused with the residual), residuals (3 + 3), GELU (4 + 4). Backward: GELU (4 + 4 + 4),
 norms and residuals (12), sums over rows for the biases (9).
 """
+OTHER_VALUES = 8
+"""Assumed: values read and written, forward and backward, for each that a model without blocks keeps."""
 UNCOMPILED = 1.6
 """Assumed: how much more an uncompiled block reads and writes."""
 ATTENTION_BACKWARD = 2.5
@@ -78,7 +80,8 @@ def _attention(work: Workload, setting: Setting, rates: Rates) -> float:
 
 
 def _elementwise(work: Workload, setting: Setting, rates: Rates) -> float:
-    size = 0.0
+    kept = setting.value_bytes * work.kept_values + work.kept_bytes
+    size = float(setting.micro_batch * OTHER_VALUES * kept)
     for stack, again in checkpointed_blocks(work, setting):
         values = FORWARD_VALUES * (stack.depth + again) + BACKWARD_VALUES * stack.trained
         size += setting.micro_batch * values * stack.tokens * stack.width * setting.value_bytes

@@ -54,9 +54,9 @@ class Workload:
     ema: bool = False
     """Whether an average of the weights is kept."""
     kept_values: int = 0
-    """Values per image, in the step's precision, that what is no transformer block keeps for the backward pass."""
+    """Values per image, in the step's precision, that a model without blocks keeps for the backward pass."""
     kept_bytes: int = 0
-    """Bytes per image that it keeps beside them, in any precision."""
+    """Bytes per image that it keeps in other precisions."""
 
     @property
     def trained(self) -> int:

@@ -40,8 +40,8 @@ def reconstruction_figure(
     predicted = pictures_of(unpatchify(torch.from_numpy(prediction), patch_size))
     masked = torch.from_numpy(mask)[:, :, None].expand(-1, -1, patch_size**2)  # [N, L, p*p]
     removed = unpatchify(masked, patch_size).numpy().transpose(0, 2, 3, 1) > 0.5  # [N, S, S, 1]
-    rows = (original, np.where(removed, REMOVED, original), np.where(removed, predicted, original))
-    _draw_bands(dict(zip(ROWS, rows, strict=True)), path, title)
+    bands = (original, np.where(removed, REMOVED, original), np.where(removed, predicted, original))
+    _draw_bands([_enlarged(band) for band in bands], path, title)
 
 
 def words_figure(images: Array, pictures: Array, path: Path, *, title: str | None = None) -> None:
@@ -50,16 +50,18 @@ def words_figure(images: Array, pictures: Array, path: Path, *, title: str | Non
     `images` [N, 3, S, S] float, normalised by ImageNet's mean and standard deviation; `pictures` [N, 3, S, S] from 0
     to 1. NumPy arrays or torch tensors, on any device.
     """
-    _draw_bands({"original": pictures_of(images), "from words": as_array(pictures).transpose(0, 2, 3, 1)}, path, title)
+    bands = (pictures_of(images), as_array(pictures).transpose(0, 2, 3, 1))
+    _draw_bands([_enlarged(band) for band in bands], path, title, rows=("original", "from words"))
 
 
-def _draw_bands(rows: Mapping[str, np.ndarray], path: Path, title: str | None) -> None:
-    """Draw up to eight images [N, S, S, 3] side by side in named rows, the next eight below.
+def _enlarged(pictures: np.ndarray) -> np.ndarray:
+    """Return pictures [N, S, S, 3], of small ones a square of equal pixels for each pixel."""
+    factor = math.ceil(SMALLEST_SIDE / pictures.shape[1])
+    return pictures.repeat(factor, axis=1).repeat(factor, axis=2)
 
-    One figure pixel per image pixel, or a square of them for a small image.
-    """
-    factor = math.ceil(SMALLEST_SIDE / next(iter(rows.values())).shape[1])
-    pictures = [row.repeat(factor, axis=1).repeat(factor, axis=2) for row in rows.values()]
+
+def _draw_bands(pictures: Sequence[np.ndarray], path: Path, title: str | None, rows: Sequence[str] = ROWS) -> None:
+    """Draw up to eight images side by side in rows, the next eight below; one figure pixel per image pixel."""
     count, height, width, _ = pictures[0].shape
     columns = min(count, IMAGES_A_BAND)
     bands = math.ceil(count / columns)

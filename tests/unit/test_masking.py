@@ -1,5 +1,6 @@
 """Masks: the exact count, the promised shape, and nothing but the image's own generator behind them."""
 
+import math
 import time
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 from scipy import ndimage
 
 from data_pipeline.errors import UsageError
-from mae_scale.models.masking import KINDS, kept_patches, mask_noise
+from data_pipeline.rng import generator
+from mae_scale.models.masking import KINDS, block_masks, kept_patches, mask_noise
 
 
 def generator_of(position):
@@ -95,3 +97,52 @@ def test_unknown_kinds_and_ratios_are_refused():
     for mask_ratio in (0.0, 1.0, 0.999, -0.5):
         with pytest.raises(UsageError, match="mask_ratio"):
             masks("random", mask_ratio=mask_ratio)
+
+
+def authors_mask(uniforms: np.ndarray, grid: int, removed: int) -> np.ndarray:
+    """A mask of BEiT's generator, patch by patch, from uniforms [attempts, 4]: area, aspect, top, left."""
+    mask, attempts = np.zeros((grid, grid), dtype=bool), iter(uniforms)
+    while mask.sum() < removed:
+        for _ in range(10):
+            share, aspect, top, left = next(attempts)
+            missing = removed - mask.sum()
+            area = 16 + share * (missing - 16)
+            ratio = math.exp(math.log(0.3) + aspect * (math.log(1 / 0.3) - math.log(0.3)))
+            height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if height >= grid or width >= grid:
+                continue
+            top, left = int(top * (grid - height + 1)), int(left * (grid - width + 1))
+            block = [(y, x) for y in range(top, top + height) for x in range(left, left + width) if not mask[y, x]]
+            if 0 < len(block) <= missing:
+                for place in block:
+                    mask[place] = True
+                break
+        else:
+            break
+    return mask
+
+
+def test_beits_masks_are_those_of_the_authors_generator():
+    positions = np.arange(200)
+    masks = block_masks(
+        grid_size=14, removed=75, generator_of=lambda group: generator(0, "mask", 3, group), positions=positions
+    )
+    for position, mask in enumerate(masks):
+        draws = generator(0, "mask", 3, position // 64)
+        uniforms = np.concatenate([draws.random((64, 32, 4))[position % 64] for _ in range(8)])
+        assert np.array_equal(mask.reshape(14, 14), authors_mask(uniforms, 14, 75)), position
+    counts = masks.sum(axis=1)
+    assert counts.max() == 75
+    assert 60 < counts.min() < 75
+    assert 74 < counts.mean() < 75
+
+
+def test_a_beit_mask_is_a_function_of_its_position_alone():
+    def masks(positions):
+        return block_masks(
+            grid_size=14, removed=75, generator_of=lambda group: generator(7, "mask", 0, group), positions=positions
+        )
+
+    whole = masks(np.arange(300))
+    assert np.array_equal(masks(np.array([299, 5, 64])), whole[[299, 5, 64]])
+    assert len(np.unique(whole, axis=0)) == 300

@@ -19,7 +19,7 @@ def patches(n=400, seed=0):
     return torch.from_numpy((rng.standard_normal((n, P)) @ mixing + 3).astype(np.float32))
 
 
-def tiny(target):
+def tiny(target, **more):
     return build_mae(
         None,
         image_size=32,
@@ -31,6 +31,7 @@ def tiny(target):
         decoder_depth=1,
         decoder_heads=2,
         target=target,
+        **more,
     )
 
 
@@ -110,21 +111,31 @@ def test_unknown_targets_are_refused_with_the_known():
         make_target("pixel", 16)
 
 
-class _BrightTokens(Target):
-    """A token target as one may come later: it looks at all patches, and its loss is a cross-entropy."""
-
-    dim = 5
-
-    def of_removed(self, patches, removed):
-        tokens = (patches.mean(dim=-1) > patches.mean()).long()  # [B, L]
-        return tokens.gather(1, removed)
-
-    def loss(self, prediction, target):
-        return torch.nn.functional.cross_entropy(prediction.float().transpose(1, 2), target, reduction="none")
-
-
-def test_a_token_target_fits_the_interface():
-    model = tiny(_BrightTokens())
-    out = model(torch.randn(2, 3, 32, 32))
+def test_words_of_removed_patches_are_predicted_by_cross_entropy():
+    model = tiny("tokens", words=5)
+    images, noise, words = torch.randn(2, 3, 32, 32), torch.rand(2, 16), torch.randint(5, (2, 16))
+    out = model(images, noise, None, words)
     out.loss.backward()
     assert out.prediction.shape == (2, 16, 5)
+    each = torch.nn.functional.cross_entropy(out.prediction.transpose(1, 2), words, reduction="none")  # [2, 16]
+    torch.testing.assert_close(out.loss, (each * out.mask).sum() / out.mask.sum())
+    torch.testing.assert_close(out.loss_per_image, (each * out.mask).sum(1) / out.mask.sum(1))
+    with pytest.raises(UsageError, match="has no pixels to draw"):
+        model.target.to_pixels(out.prediction, out.prediction)
+
+
+class _Brightness(Target):
+    """A target of a user's own, which looks at all patches: how much brighter than the image each one is."""
+
+    dim = 1
+
+    def of_removed(self, patches, removed):
+        brightness = patches.mean(dim=-1) - patches.mean(dim=(1, 2))[:, None]  # [B, L]
+        return brightness.gather(1, removed)[..., None]
+
+
+def test_a_target_of_ones_own_fits_the_interface():
+    model = tiny(_Brightness())
+    out = model(torch.randn(2, 3, 32, 32))
+    out.loss.backward()
+    assert out.prediction.shape == (2, 16, 1)

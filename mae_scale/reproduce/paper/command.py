@@ -18,7 +18,7 @@ from data_pipeline.samples import write_digits
 from mae_scale.config.load import load_recipe
 from mae_scale.distributed.stop_requests import passing_on
 from mae_scale.reports.paper import ClaimBar, paper_figure
-from mae_scale.reproduce.paper.findings import SPEED
+from mae_scale.reproduce.paper.findings import SPEED, Finding
 from mae_scale.reproduce.paper.page import Found, as_json, look_up, markdown, summary
 from mae_scale.reproduce.paper.runs import SWEEP, Run, Scale, check_runs, do, images_per_second, runs_of, top1
 from mae_scale.reproduce.paper.verdict import OPPOSITE, SAME, UNDECIDED
@@ -28,7 +28,15 @@ JSON, PAGE, FIGURE = "paper.json", "paper.md", "paper.png"
 HOLDS = {SAME: True, OPPOSITE: False, UNDECIDED: None}
 
 
-def scale_of(data: Path | None, out: Path, *, epochs: int, labels: int, overrides: tuple[str, ...]) -> Scale:
+def scale_of(
+    data: Path | None,
+    out: Path,
+    *,
+    epochs: int,
+    labels: int,
+    findings: tuple[Finding, ...],
+    overrides: tuple[str, ...],
+) -> Scale:
     """Return the scale of the comparison on a folder's images, or on the digits; raise UsageError for other folders."""
     if data is None:
         data = write_digits(out / "digits")
@@ -40,7 +48,7 @@ def scale_of(data: Path | None, out: Path, *, epochs: int, labels: int, override
     index = open_index(data / "train")
     if len(index.classes) < 2:
         raise UsageError(f"--data {data}/train has {len(index.classes)} classes; expected a folder per class")
-    return Scale(data, out, epochs, labels, len(index), len(index.classes), overrides)
+    return Scale(data, out, epochs, labels, len(index), len(index.classes), findings, overrides)
 
 
 def run_paper(scale: Scale, *, seeds: int, jobs: int) -> None:
@@ -80,7 +88,7 @@ def write_page(scale: Scale, seeds: int, mlflow: MlflowSweep, console: Console) 
             return images_per_second(scale, seed, pretraining)
         return top1(scale, seed, pretraining, measure)
 
-    found = look_up([partial(value, seed) for seed in range(seeds)])
+    found = look_up([partial(value, seed) for seed in range(seeds)], scale.findings)
     about = {
         "version": mae_scale.__version__,
         "images": scale.images,
@@ -92,14 +100,14 @@ def write_page(scale: Scale, seeds: int, mlflow: MlflowSweep, console: Console) 
     }
     said = (
         f"{scale.images:,} training images of {scale.classes} classes, {scale.epochs} epochs of pre-training, "
-        f"{scale.labels} labels per class, {seeds} seeds; top-1 on the validation images in percent, mean ± standard "
+        f"{scale.labels} labels per class, seeds 0 to {seeds - 1}; top-1 on the validation images in percent, mean ± standard "
         "deviation over the seeds."
     )
     write_json(scale.out / JSON, as_json(found, about))
     text = markdown(found, [said])
     write_atomically(scale.out / PAGE, text.encode())
     paper_figure(_bars(found), scale.out / FIGURE)
-    table = Table(title=f"The paper's findings in small, {seeds} seeds", title_justify="left")
+    table = Table(title=f"The paper's findings in small, {seeds} {'seed' if seeds == 1 else 'seeds'}", title_justify="left")
     columns = ("finding", "claim", "paper", "here", "verdict")
     for column in columns:
         table.add_column(column)

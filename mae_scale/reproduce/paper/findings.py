@@ -7,8 +7,10 @@ before the seeds were run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from data_pipeline.errors import UsageError
 
 FINETUNE, PROBE, SPEED = "finetune", "probe", "speed"
 """What is measured of a pre-training: top-1 after a transfer, percent; images per second while it is trained."""
@@ -70,6 +72,11 @@ class Finding:
     measures: tuple[str, ...]
     arms: tuple[Arm, ...]
     claims: tuple[Claim, ...]
+
+    @property
+    def name(self) -> str:
+        """The title as it is given on the command line."""
+        return self.title.lower().replace(" ", "-")
 
 
 SCRATCH, TOKENISER = "scratch", "tokeniser"
@@ -352,3 +359,12 @@ FINDINGS: tuple[Finding, ...] = (
         ),
     ),
 )
+
+
+def findings_named(names: Sequence[str]) -> tuple[Finding, ...]:
+    """Return the findings of these names, all without any. Raises UsageError for a name that none has."""
+    known = [one.name for one in FINDINGS]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--finding {name} is not known; expected one of {', '.join(known)}")
+    return tuple(one for one in FINDINGS if one.name in names or not names)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mae_scale.reproduce.paper.findings import FINDINGS, SPEED, Finding, Values
+from mae_scale.reproduce.paper.findings import SPEED, Finding, Values
 from mae_scale.reproduce.paper.verdict import LEVEL, Verdict, decide
 
 NAMES = {
@@ -31,7 +31,7 @@ class Found:
     verdicts: tuple[Verdict, ...]
 
 
-def look_up(values: Sequence[Values], findings: Sequence[Finding] = FINDINGS) -> list[Found]:
+def look_up(values: Sequence[Values], findings: Sequence[Finding]) -> list[Found]:
     """Return the findings with the values of each seed."""
     return [
         Found(

@@ -12,7 +12,6 @@ from data_pipeline.errors import EXIT_STOPPED, RunError, UsageError
 from mae_scale.config.load import load_recipe
 from mae_scale.launch.local import launch_local_ranks
 from mae_scale.reproduce.paper.findings import (
-    FINDINGS,
     PRETRAININGS,
     SCRATCH,
     SPEED,
@@ -44,6 +43,7 @@ class Scale:
     images: int
     """Training images."""
     classes: int
+    findings: tuple[Finding, ...]
     overrides: tuple[str, ...] = ()
 
     @property
@@ -65,15 +65,15 @@ class Run:
     needs: tuple[str, ...]
 
 
-def measured(findings: Sequence[Finding] = FINDINGS) -> list[tuple[str, str]]:
+def measured(findings: Sequence[Finding]) -> list[tuple[str, str]]:
     """Return each (pre-training, transfer) that the findings ask for, once."""
     pairs = ((arm.pretraining, measure) for one in findings for arm in one.arms for measure in one.measures)
     return [pair for pair in dict.fromkeys(pairs) if pair[1] != SPEED]
 
 
-def runs_of(scale: Scale, seed: int, findings: Sequence[Finding] = FINDINGS) -> list[Run]:
+def runs_of(scale: Scale, seed: int) -> list[Run]:
     """Return the runs under a seed, each after those that it needs."""
-    pairs = measured(findings)
+    pairs = measured(scale.findings)
     pretrainings = [name for name in dict.fromkeys(name for name, _ in pairs) if name != SCRATCH]
     runs = []
     if any(PRETRAININGS[name].words for name in pretrainings):

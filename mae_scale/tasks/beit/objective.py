@@ -16,7 +16,7 @@ from mae_scale.models.masking import block_masks, kept_patches, mask_noise
 
 if TYPE_CHECKING:
     from data_pipeline.batches import Batch
-    from mae_scale.tasks.beit.words import WordSource
+    from mae_scale.tasks.words import WordSource
 
 
 class PredictRemoved(Objective):

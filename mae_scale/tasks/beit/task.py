@@ -1,7 +1,6 @@
 """BEiT as a task: predict the words of removed patches, or their pixels, and export the weights."""
 
 import math
-from dataclasses import replace
 from functools import cache, cached_property
 from typing import ClassVar
 
@@ -16,32 +15,31 @@ from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.engines.base import Engine
 from mae_scale.models.beit import Beit
 from mae_scale.models.build import build_beit
-from mae_scale.models.tokeniser import STRIDE, Tokeniser
+from mae_scale.models.tokeniser import Tokeniser
 from mae_scale.models.vit import patchify
 from mae_scale.planning.workload import Stack, Workload
 from mae_scale.reports.style import pictures_of
 from mae_scale.tasks.beit.objective import PredictRemoved
 from mae_scale.tasks.beit.validation import removed_patch_loss
-from mae_scale.tasks.beit.words import (
-    TOKENISER,
+from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelled
+from mae_scale.tasks.mae.knn import KnnAccuracy
+from mae_scale.tasks.words import (
     WordSource,
-    bytes_of,
+    add_tokeniser,
     check_words,
-    products_of,
+    origin_of,
     refuse_other_tokeniser,
     size_of_tokeniser,
     source_of,
     view_of,
 )
-from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelled
-from mae_scale.tasks.mae.knn import KnnAccuracy
 from mae_scale.tracking.mlflow_models import ServedEncoder, keep_model
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.preflight import training_augmentation
 from mae_scale.training.self_check import Untrained
 from mae_scale.training.shown_images import shown_images, some_images
-from mae_scale.training.task import FROM_SCRATCH, Evaluator, Origin, Task
+from mae_scale.training.task import Evaluator, Origin, Task
 from mae_scale.training.workload import workload_of
 
 UNTRAINED_IMAGES = 64
@@ -82,9 +80,7 @@ class BeitPretraining(Task[PredictRemoved]):
 
     def initialise(self, objective: PredictRemoved, index: Index) -> Origin:
         """Return the tokeniser's digest and number of words for the checkpoints; all ranks begin with equal weights."""
-        if self._words is None:
-            return FROM_SCRATCH
-        return Origin([], {TOKENISER: {"words": self._words.words, "digest": self._words.digest}})
+        return origin_of(self._words)
 
     def training_flops(self) -> int:
         """Return the FLOPs per image: the model's, forward and backward, and the tokeniser's, forward."""
@@ -106,14 +102,7 @@ class BeitPretraining(Task[PredictRemoved]):
             ),
             predicted=model.removed * model.target.dim,
         )
-        if tokeniser is None:
-            return work
-        products = tuple((*product, False) for product in products_of(tokeniser, model.grid * STRIDE))
-        return replace(
-            work,
-            other_products=(*work.other_products, *products),
-            buffer_bytes=work.buffer_bytes + bytes_of(tokeniser, model.grid * STRIDE),
-        )
+        return work if tokeniser is None else add_tokeniser(work, tokeniser, model.grid)
 
     def describe(self, objective: PredictRemoved) -> list[str]:
         model = objective.model

@@ -75,7 +75,7 @@ class DiscreteVaeTraining(Task[ReconstructThroughWords]):
             self.recipe,
             stacks=(),
             products=tuple((rows, inner, outer, True) for rows, inner, outer in products),
-            predicted=0,
+            predicted=objective.model.encoder.size.words * objective.grid**2,
             kept_values=values,
             kept_bytes=other_bytes,
         )

@@ -132,6 +132,10 @@ def reconstruct(recipe: Recipe, weights: Path, picture: Path) -> None:
                 f"--weights {weights} has no decoder ({len(missing)} tensors are missing, such as {missing[0]}); "
                 "give a file with one, such as the authors' mae_visualize_*, or a pre-training run's folder"
             )
+    if model.predicts_words:
+        raise UsageError(
+            f"--weights {weights} predict the words of a tokeniser, and no pixels; give those of another model.target"
+        )
     try:
         picture.parent.mkdir(parents=True, exist_ok=True)
         images = some_images(open_index(root, progress=False), IMAGES, recipe, augmentation("evaluation"))

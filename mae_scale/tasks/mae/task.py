@@ -1,11 +1,13 @@
 """Pre-training as a task: train a masked autoencoder, draw its reconstructions, export its weights."""
 
-from functools import cache
+import math
+from functools import cache, cached_property
 from typing import ClassVar
 
 import numpy as np
 import torch
 
+from data_pipeline.augment.kinds import SecondView
 from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.index import Index
 from mae_scale.checkpoints.export import checkpoint_model, export_weights
@@ -13,7 +15,8 @@ from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.engines.base import Engine
 from mae_scale.models.build import build_model
 from mae_scale.models.mae import MaskedAutoencoder
-from mae_scale.models.targets import PcaCoefficients
+from mae_scale.models.targets import WORDS, PcaCoefficients
+from mae_scale.models.tokeniser import Tokeniser
 from mae_scale.models.vit import patchify
 from mae_scale.planning.flops import mae_forward_flops, training_flops
 from mae_scale.planning.workload import Stack, Workload
@@ -23,13 +26,23 @@ from mae_scale.tasks.mae.knn import KnnAccuracy
 from mae_scale.tasks.mae.objective import Reconstruct
 from mae_scale.tasks.mae.reconstruct import Reconstructions
 from mae_scale.tasks.mae.validation import reconstruction_loss
+from mae_scale.tasks.words import (
+    WordSource,
+    add_tokeniser,
+    check_words,
+    origin_of,
+    refuse_other_tokeniser,
+    size_of_tokeniser,
+    source_of,
+    view_of,
+)
 from mae_scale.tracking.mlflow_models import ServedEncoder, keep_model
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.preflight import training_augmentation
 from mae_scale.training.self_check import Untrained
 from mae_scale.training.shown_images import shown_images, some_images
-from mae_scale.training.task import FROM_SCRATCH, Evaluator, Origin, Task
+from mae_scale.training.task import Evaluator, Origin, Task
 from mae_scale.training.workload import workload_of
 
 PCA_IMAGES, UNTRAINED_IMAGES = 256, 64
@@ -40,17 +53,34 @@ class MaskedAutoencoding(Task[Reconstruct]):
 
     command: ClassVar[str] = "pretrain"
 
+    @property
+    def _predicts_words(self) -> bool:
+        return self.recipe.model.target == WORDS
+
+    @cached_property
+    def _words(self) -> WordSource | None:
+        """What gives the words; None where pixels are predicted."""
+        return source_of(self.recipe) if self._predicts_words else None
+
     def check(self, layout: BatchLayout) -> None:
         with torch.device("meta"):
             build_model(self.recipe)
+        if self._predicts_words:
+            check_words(self.recipe)
 
     def check_fit(self, images: Index, validation: Index | None) -> None:
         if self.recipe.tracking.knn_images is not None and validation is not None:
             refuse_unlabelled(images)
             folder_set(validation, num_classes=len(images.classes), class_names=images.classes)
+        if self._words is not None:
+            refuse_other_tokeniser(self.recipe, self._words, self.out)
+
+    def second_view(self) -> SecondView | None:
+        return view_of(self.recipe) if self._predicts_words else None
 
     def build(self, index: Index) -> Reconstruct:
-        return Reconstruct(build_model(self.recipe), seed=self.recipe.seed)
+        model = build_model(self.recipe, self._words.words if self._words else 2)
+        return Reconstruct(model, seed=self.recipe.seed, words=self._words)
 
     def initialise(self, objective: Reconstruct, index: Index) -> Origin:
         """Fit the PCA target on the patches of the run's first images: the same on every rank and at every start."""
@@ -60,10 +90,13 @@ class MaskedAutoencoding(Task[Reconstruct]):
             target = objective.model.target
             assert isinstance(target, PcaCoefficients)
             target.fit(patches.flatten(0, 1))
-        return FROM_SCRATCH
+        return origin_of(self._words)
 
     def training_flops(self) -> int:
         model = self.recipe.model
+        if self._predicts_words:
+            work = self.workload(0)
+            return work.forward_flops + work.backward_flops
         return training_flops(
             mae_forward_flops(
                 model.name,
@@ -80,11 +113,12 @@ class MaskedAutoencoding(Task[Reconstruct]):
 
     def workload(self, classes: int) -> Workload:
         with torch.device("meta"):
-            model = build_model(self.recipe)
+            tokeniser = Tokeniser(size_of_tokeniser(self.recipe)) if self._predicts_words else None
+            model = build_model(self.recipe, tokeniser.size.words if tokeniser else 2)
         size, pixels, width = model.encoder.size, 3 * model.patch_size**2, model.decoder.width
         removed = model.patches - model.kept
         encoded = 1 + (model.patches if model.encoder_mask_tokens else model.kept)
-        return workload_of(
+        work = workload_of(
             Reconstruct(model, seed=self.recipe.seed),
             self.recipe,
             stacks=(
@@ -98,19 +132,24 @@ class MaskedAutoencoding(Task[Reconstruct]):
             ),
             predicted=removed * model.target.dim,
         )
+        return work if tokeniser is None else add_tokeniser(work, tokeniser, model.grid)
 
     def evaluators(self, context: RunContext, engine: Engine, tracker: Tracker) -> list[Evaluator]:
-        with torch.device("meta"):  # only its masks are asked for
-            objective = Reconstruct(build_model(self.recipe), seed=self.recipe.seed)
-        found: list[Evaluator] = [Reconstructions(context, engine, tracker, objective)]
+        with torch.device("meta"):  # only its masks and words are asked for
+            objective = Reconstruct(build_model(self.recipe), seed=self.recipe.seed, words=self._words)
+        found: list[Evaluator] = []
+        if not self._predicts_words:
+            found.append(Reconstructions(context, engine, tracker, objective))
         if self.recipe.data.val_root is not None:
-            found.append(reconstruction_loss(context, engine, objective))
+            found.append(reconstruction_loss(context, engine, objective, self.second_view()))
         if self.recipe.tracking.knn_images is not None:
             found.append(KnnAccuracy(context, engine))
         return found
 
     def untrained_loss(self, context: RunContext, objective: Reconstruct) -> Untrained | None:
-        """Return the variance of the target's values over some training images: the loss of predicting their mean."""
+        """Return the loss of predicting the mean of the target's values over some training images, or any word."""
+        if self._words is not None:
+            return Untrained(math.log(self._words.words), f"ln({self._words.words})", tolerance=0)
         images = some_images(context.index, UNTRAINED_IMAGES, self.recipe, training_augmentation(self.recipe))
         patches = patchify(images.to(context.device), objective.model.patch_size).flatten(0, 1)
         with torch.inference_mode():

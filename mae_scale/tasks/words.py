@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -18,7 +19,9 @@ from mae_scale.models.build import size_of
 from mae_scale.models.tokeniser import GROUPS, STRIDE, Tokeniser, TokeniserSize
 from mae_scale.models.vit import grid_of
 from mae_scale.models.weights.tokeniser import tokeniser_digest
+from mae_scale.planning.workload import Workload
 from mae_scale.training.inputs import recorded
+from mae_scale.training.task import FROM_SCRATCH, Origin
 
 if TYPE_CHECKING:
     from data_pipeline.batches import Batch
@@ -102,6 +105,23 @@ def bytes_of(tokeniser: Tokeniser, side: int) -> int:
     """Return the bytes of the tokeniser's weights, and of what its first group holds for CHUNK views of `side` px."""
     live = 4  # a block's input and sum, and what a convolution reads and writes
     return 4 * (sum(p.numel() for p in tokeniser.parameters()) + CHUNK * live * tokeniser.size.width * side**2)
+
+
+def add_tokeniser(work: Workload, tokeniser: Tokeniser, grid: int) -> Workload:
+    """Return a task's workload with that of the tokeniser, which finds the words of grid x grid patches per image."""
+    products = tuple((*product, False) for product in products_of(tokeniser, grid * STRIDE))
+    return replace(
+        work,
+        other_products=(*work.other_products, *products),
+        buffer_bytes=work.buffer_bytes + bytes_of(tokeniser, grid * STRIDE),
+    )
+
+
+def origin_of(words: WordSource | None) -> Origin:
+    """Return the facts about the words for each checkpoint's manifest."""
+    if words is None:
+        return FROM_SCRATCH
+    return Origin([], {TOKENISER: {"words": words.words, "digest": words.digest}})
 
 
 def check_words(recipe: Recipe) -> None:
