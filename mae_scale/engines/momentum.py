@@ -80,7 +80,7 @@ class Followers:
                 torch._foreach_copy_(bucket.targets, bucket.received)
 
 
-def move_averages(averages: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], decay: float) -> None:
+def move_averages(averages: list[torch.Tensor], weights: list[torch.Tensor], decay: float) -> None:
     """Move averages towards the weights in place: average = decay x average + (1 - decay) x weight."""
     if averages:
         torch._foreach_lerp_(averages, weights, 1 - decay)

@@ -53,7 +53,7 @@ class _Normalised(torch.autograd.Function):
         return normal
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Return the gradient of the sum of all ranks' losses, of which `grad` is this rank's part."""
         normal, scale = ctx.saved_tensors
         means = torch.stack([grad.mean(1), (grad * normal).mean(1)])  # [2, V, C]

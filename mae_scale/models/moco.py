@@ -121,7 +121,7 @@ class Moco(ProjectedEncoder):
         projection = self.encoder.patch_embed
         assert isinstance(projection, FrozenProjection)
         averaged = copy.deepcopy(ProjectedEncoder(self.encoder, self.projector)).requires_grad_(False)
-        averaged.encoder.patch_embed = SharedProjection(projection)  # type: ignore[assignment]  # as it is used
+        averaged.encoder.patch_embed = SharedProjection(projection)
         return averaged
 
 

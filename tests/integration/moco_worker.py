@@ -157,6 +157,7 @@ def run_case(case: dict, ranks, device) -> dict:
         losses.append(loss.item())
         skipped.append(bool(result.skipped()))
     answer = {"losses": losses, "skipped": skipped, **momentum_encoder(engine, objective)}
+    answer["compiled_frames"] = torch._dynamo.utils.counters["frames"]["ok"]
     if case.get("save"):
         writer = Saver(Path(case["save"]), Retention(keep=1), background=True, timeout_s=60)
         facts = {"step": case["last"], "epoch": 0.5, "loss": None, "index": "none", "world_size": ranks.world_size}

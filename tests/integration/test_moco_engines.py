@@ -83,6 +83,13 @@ def test_bf16_follows_float32_and_its_average_stays_float32(run_cases, plain):
         assert result["copied"] == pytest.approx(result["averages"], rel=1e-9 if autocast else 1e-3), name
 
 
+def test_compiled_blocks_of_both_encoders_give_the_papers_losses(run_cases, plain):
+    overrides = ["engine.zero_stage=2", "engine.compile=true", "engine.activation_checkpointing=all"]
+    found = run_cases({"compiled": {"overrides": overrides}}, 2)["compiled"]
+    assert found["compiled_frames"] > 0
+    assert largest_difference(found["losses"], plain["losses"]) < 1e-5
+
+
 POISONED = 4
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from data_pipeline.errors import UsageError
 from mae_scale.checkpoints.export import export_weights
 from mae_scale.config.load import load_recipe
+from mae_scale.models.build import size_of
 from mae_scale.models.classifier import build_classifier
 from mae_scale.models.global_batch_norm import TrainedGlobalBatchNorm
 from mae_scale.models.moco import build_moco, contrast
@@ -109,7 +110,7 @@ def test_flops_are_three_passes_of_two_views_and_one_of_the_momentum_encoder():
 def test_recipes_are_the_papers_settings(size, width):
     recipe = load_recipe(f"pretrain/moco_v3_vit_{size}")
     optim, schedule = recipe.optim, recipe.schedule
-    assert MomentumContrast(recipe, Path()).workload(1000).stacks[0].width == width
+    assert size_of(recipe.model).width == width
     assert (optim.name, optim.betas, optim.weight_decay) == ("adamw", (0.9, 0.999), 0.1)
     assert recipe.lr == pytest.approx(1.5e-4 * 4096 / 256)
     assert (schedule.epochs, schedule.warmup_epochs, recipe.data.augmentation) == (300, 40, "moco_v3")

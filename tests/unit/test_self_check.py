@@ -97,6 +97,21 @@ def test_a_loss_below_zero_is_told_of_as_one_above():
     assert first_warning("untrained_loss", rows(lambda epoch: -0.97, epochs=20), course(-1.0, 0.05)) is not None
 
 
+def test_a_jump_of_the_loss_above_all_of_late_is_told_and_a_single_row_or_noise_is_not():
+    def jump(epoch: float) -> float:
+        return usual(epoch) + (0.2 if 30 < epoch < 31.5 else 0)
+
+    single = rows(usual)
+    single[200]["train/loss"] = 2.0
+    assert first_warning("loss_spike", single, course()) is None
+    assert first_warning("loss_spike", rows(lambda epoch: 0.5), course()) is None  # 2 % of noise
+    epoch, text = first_warning("loss_spike", rows(jump), course())
+    assert 30.5 <= epoch <= 31.5
+    assert "or more in 3 logged steps, and was at most 0.5" in text
+    assert first_warning("loss_spike", rows(jump), course(learns_steadily=False)) is None
+    assert first_warning("loss_spike", rows(jump), course(warmup_steps=40 * PER_EPOCH)) is None
+
+
 def test_gradients_ten_times_as_large_are_told_and_a_single_one_is_not():
     found = rows(usual)
     found[200]["train/grad_norm"] = 1000.0

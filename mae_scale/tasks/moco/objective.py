@@ -55,6 +55,7 @@ class Contrast(Objective):
 
     def tensors(self, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
         """Return the two views [B, 3, S, S], float32 on the device."""
+        assert batch.second is not None
         return tuple(view.to(device, non_blocking=True) for view in (batch.images, batch.second))
 
     def forward(self, first: Tensor, second: Tensor | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import ClassVar
 
 import numpy as np
@@ -83,9 +83,14 @@ class MomentumContrast(Task[Contrast]):
         The frozen patch projection has no backward pass. Similarities of queries and keys are not counted.
         """
         model, section = self.recipe.model, self.recipe.contrast
-        sizes = {"image_size": model.image_size, "patch_size": model.patch_size, "width": model.width}
-        encoder = vit_forward_macs(model.name, depth=model.depth, **sizes)
-        projection = vit_forward_macs(model.name, depth=0, **sizes)
+        macs_of = partial(
+            vit_forward_macs,
+            model.name,
+            image_size=model.image_size,
+            patch_size=model.patch_size,
+            width=model.width,
+        )
+        encoder, projection = macs_of(depth=model.depth), macs_of(depth=0)
         width = size_of(model).width
         projector = section.hidden * (width + section.hidden + section.dim)
         predictor = 2 * section.hidden * section.dim
