@@ -44,6 +44,7 @@ setup(
         "safetensors>=0.5",
         "matplotlib>=3.9",
         "scikit-learn>=1.5",
+        "scipy>=1.11",
         "pillow>=11",
         "psutil>=6",
         "ninja>=1.11",

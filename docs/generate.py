@@ -30,6 +30,7 @@ GROUPS = {
     "beit_pretrain": "BEiT: pre-training",
     "beit_finetune": "BEiT: end-to-end fine-tuning",
     "dvae": "Tokenisers",
+    "paper": "The paper in small",
 }
 BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", "≥"), Lt: ("lt", "<"), Le: ("le", "≤")}
 

@@ -35,7 +35,7 @@ Record = dict[str, Any]
 def check(recipe: Recipe, tokeniser: Path | None, out: Path) -> Path:
     """Return the place of the tokeniser, checked like the rest before a rank is started. Raises UsageError."""
     required(recipe.data.root, "data.root", "add data.root=/path/to/images, a folder of images or of tar shards")
-    given = tokeniser or (recipe.tokeniser and recipe.tokeniser.weights)
+    given = tokeniser or (recipe.tokeniser.weights if recipe.tokeniser else None)
     path = required(given, "tokeniser.weights", "add --tokeniser PATH (a file, or the folder of a run of task dvae)")
     if not path.exists():
         raise UsageError(f"--tokeniser {path} does not exist; give a file, or the folder of a run of task dvae")
