@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from mae_scale.cli.main import app
 from mae_scale.config.listing import Header, header
 from mae_scale.config.load import load_recipe, packaged_recipes, yaml_text
-from mae_scale.config.schema import FREE_KEYS, FREE_SECTIONS, ModelSection, Recipe, keys_of
+from mae_scale.config.schema import FREE_KEYS, FREE_SECTIONS, Recipe, keys_of
 
 GROUPS = {
     "": "The demo",
@@ -27,6 +27,9 @@ GROUPS = {
     "probe": "Linear probing",
     "partial": "Partial fine-tuning",
     "scratch": "Supervised from scratch",
+    "beit_pretrain": "BEiT: pre-training",
+    "beit_finetune": "BEiT: end-to-end fine-tuning",
+    "dvae": "Tokenisers",
 }
 BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", "≥"), Lt: ("lt", "<"), Le: ("le", "≤")}
 
@@ -54,14 +57,18 @@ def _group(title: str, names: list[str]) -> str:
     for name in names:
         recipe, about = load_recipe(name), header(name)
         told = [_after(word, about) for word in ("Expected", "Cost", "Memory")]
-        rows.append([code(name), recipe.task, _model(recipe.model), *told])
+        rows.append([code(name), recipe.task, _model(recipe), *told])
         where, *lines = _command(about)
         commands.append("\n".join([f"{code(name)}{where}:", "", *(f"    {line}" for line in lines)]))
     columns = ["recipe", "task", "model", "expected", "cost", "memory"]
     return "\n\n".join([f"## {title}", table(columns, rows), *commands])
 
 
-def _model(model: ModelSection) -> str:
+def _model(recipe: Recipe) -> str:
+    model = recipe.model
+    if recipe.task == "dvae":
+        section = recipe.tokenisation
+        return f"{section.words:,} words, width {section.width}, {model.image_size} px"
     if model.name is not None:
         size, patch = re.fullmatch(r"vit_(.).*_patch(\d+)", model.name).groups()
         return f"ViT-{size.upper()}/{patch}, {model.image_size} px"

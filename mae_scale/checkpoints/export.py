@@ -93,7 +93,15 @@ def checkpoint_model(checkpoint: Path) -> tuple[Model, Recipe]:
 
 
 def model_of(recipe: Recipe, manifest: dict[str, Any]) -> Model:
-    """Return the model of a run's recipe, with fresh weights; a checkpoint's manifest tells what the data decided."""
+    """Return the model of a run's recipe, with fresh weights; a checkpoint's manifest tells what the data decided.
+
+    Raises UsageError for a run that trains no encoder of images but a tokeniser.
+    """
+    if recipe.task == "dvae":
+        raise UsageError(
+            "the run is of task dvae, which trains a tokeniser: give its folder as tokeniser.weights, or to "
+            "mae_scale.load_tokeniser; export/model.safetensors there has its weights"
+        )
     words = (manifest.get("tokeniser") or {}).get("words", 0)
     if recipe.task == "mae":
         return build_model(recipe, words)

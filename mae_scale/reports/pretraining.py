@@ -51,7 +51,7 @@ def words_figure(images: Array, pictures: Array, path: Path, *, title: str | Non
     to 1. NumPy arrays or torch tensors, on any device.
     """
     bands = (pictures_of(images), as_array(pictures).transpose(0, 2, 3, 1))
-    _draw_bands([_enlarged(band) for band in bands], path, title, rows=("original", "from words"))
+    _draw_bands([_enlarged(band) for band in bands], path, title, ("original", "from words"))
 
 
 def _enlarged(pictures: np.ndarray) -> np.ndarray:

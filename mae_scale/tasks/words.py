@@ -1,4 +1,4 @@
-"""The words of a batch's images: from the frozen tokeniser, on the fly."""
+"""The words of a batch's images: from the frozen tokeniser, on the fly, or from the disk."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from data_pipeline.augment.kinds import SecondView
 from data_pipeline.errors import UsageError
+from data_pipeline.index import Index
 from mae_scale.checkpoints.tokeniser import open_tokeniser
 from mae_scale.config.schema import Recipe
 from mae_scale.models.build import size_of
@@ -20,6 +21,7 @@ from mae_scale.models.tokeniser import GROUPS, STRIDE, Tokeniser, TokeniserSize
 from mae_scale.models.vit import grid_of
 from mae_scale.models.weights.tokeniser import tokeniser_digest
 from mae_scale.planning.workload import Workload
+from mae_scale.tasks.tokens import StoredTokens, open_tokens
 from mae_scale.training.inputs import recorded
 from mae_scale.training.task import FROM_SCRATCH, Origin
 
@@ -61,6 +63,20 @@ class TokenisedWords:
             return torch.cat([self._tokeniser.tokens(part) for part in views.split(CHUNK)])
 
 
+class StoredWords:
+    """The words on the disk of training images; those of others, whose batches have a second view, are found."""
+
+    def __init__(self, tokens: StoredTokens, found: WordSource):
+        self.words, self.digest = found.words, found.digest
+        self._tokens, self._found = tokens, found
+
+    def of(self, batch: Batch, device: torch.device) -> Tensor:
+        """Return the words int64 [B, L] of a batch's images, on the device."""
+        if batch.second is not None:
+            return self._found.of(batch, device)
+        return torch.from_numpy(self._tokens.rows(batch.sample_ids)).to(device, non_blocking=True)
+
+
 def view_of(recipe: Recipe) -> SecondView:
     """Return the view that the tokeniser sees: the same crop, flip and colours, 8 px for each patch's side."""
     grid = grid_of(recipe.model.image_size, size_of(recipe.model).patch_size)
@@ -70,6 +86,35 @@ def view_of(recipe: Recipe) -> SecondView:
 def source_of(recipe: Recipe) -> WordSource:
     """Return what gives a recipe's words. Raises UsageError when there is no tokeniser, RunError when it is damaged."""
     return TokenisedWords(open_tokeniser(_path(recipe)))
+
+
+def stored(recipe: Recipe, found: WordSource | None, index: Index) -> WordSource | None:
+    """Return the source of the training images' words: of tokeniser.tokens, else the given one.
+
+    Raises UsageError when those are not the words of these images.
+    """
+    path = tokens_of(recipe)
+    if path is None or found is None:
+        return found
+    tokens = open_tokens(
+        path,
+        index,
+        found.digest,
+        view_of(recipe).image_size // STRIDE,
+        image_size=recipe.model.image_size,
+        exif_orientation=recipe.data.exif_orientation,
+    )
+    return StoredWords(tokens, found)
+
+
+def training_view(recipe: Recipe) -> SecondView | None:
+    """Return the second view of training images that words are found in; None where they are on the disk."""
+    return view_of(recipe) if tokens_of(recipe) is None else None
+
+
+def tokens_of(recipe: Recipe) -> Path | None:
+    """Return the folder of the training images' words; None where they are found while training."""
+    return recipe.tokeniser.tokens if recipe.tokeniser else None
 
 
 def _path(recipe: Recipe) -> Path:
@@ -135,6 +180,13 @@ def check_words(recipe: Recipe) -> None:
     if not path.exists():
         raise UsageError(
             f"tokeniser.weights={path} does not exist; give the weights of a tokeniser, or a run of task dvae"
+        )
+    data, tokens = recipe.data, tokens_of(recipe)
+    if tokens is not None and (data.augmentation != "none" or data.flip):
+        raise UsageError(
+            f"tokeniser.tokens={tokens} holds the words of centre crops, and data.augmentation={data.augmentation}"
+            f"{f', data.flip={data.flip:g}' if data.flip else ''} trains on others; use data.augmentation=none without "
+            "data.flip, or drop tokeniser.tokens: words are then found while training"
         )
 
 

@@ -20,7 +20,7 @@ log = logging.getLogger("mae_scale")
 Row = Mapping[str, Any]
 
 RISING_WINDOWS, RISING_HISTORY, RISING_ROWS, RISING_SHARE = 5, 20, 10, 0.05
-SPIKE_FACTOR, SPIKE_ROWS, SPIKE_HISTORY = 1.05, 3, 50
+SPIKE_SHARE, SPIKE_ROWS, SPIKE_HISTORY = 0.05, 3, 50
 NORM_FACTOR, NORM_ROWS, NORM_HISTORY = 10.0, 3, (30, 200)
 WAIT_SHARE, WAIT_ROWS, WAIT_STEPS = 0.10, 20, 100
 TAG = "mae_scale.warning."
@@ -99,7 +99,7 @@ def loss_spike(rows: Sequence[Row], course: Course) -> str | None:
     losses = [row["train/loss"] for row in newest if row["step"] > course.warmup_steps]
     losses = [loss for loss in losses if math.isfinite(loss)]
     before, newest_losses = losses[:-SPIKE_ROWS], losses[-SPIKE_ROWS:]
-    if len(before) < SPIKE_HISTORY or min(newest_losses) <= SPIKE_FACTOR * max(before):
+    if len(before) < SPIKE_HISTORY or min(newest_losses) <= max(before) + SPIKE_SHARE * abs(max(before)):
         return None
     return (
         f"train/loss is {min(newest_losses):.4g} or more in {SPIKE_ROWS} logged steps, and was at most "

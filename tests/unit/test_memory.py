@@ -16,8 +16,11 @@ from mae_scale.config.schema import Recipe
 from mae_scale.engines.activation_checkpointing import checkpoint_activations
 from mae_scale.engines.policy import layout_of, precision_of
 from mae_scale.models.build import build_classifier_of, build_model
+from mae_scale.models.dvae import DiscreteVae
+from mae_scale.models.tokeniser import TokeniserSize
 from mae_scale.packaged import packaged
 from mae_scale.planning.memory import BUCKET, LIVE, PERSISTENT, Setting, activations_of, memory_of, states_of
+from mae_scale.tasks.dvae.objective import Annealing, ReconstructThroughWords
 from mae_scale.tasks.registry import task_of
 from tests.unit.test_recipe import command_of, header, ranks_of
 
@@ -152,3 +155,27 @@ def test_the_memory_that_a_header_names_is_the_formulas_and_fits_80_gb(name):
         assert rest == ""
     # 15 GiB are left for what the formulas do not know.
     assert expected_gib(recipe, int(on), largest) < 80e9 / GIB - 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("side", "batch"), [(112, 32), (256, 8)])
+def test_activations_of_a_tokeniser_are_what_torch_tracks(side, batch):
+    recipe = load_recipe("dvae/imagenet_256", [f"model.image_size={side}"])
+    task = task_of(recipe, Path())
+    planned = memory_of(task.workload(1000), Setting(1, 0, "bf16", batch))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with FakeTensorMode():
+            model = DiscreteVae(TokeniserSize())
+            torch.set_default_dtype(torch.float32)
+            objective = ReconstructThroughWords(model, Annealing(0.1, 1, 1, 1), image_size=side, seed=0)
+            images, noise = torch.randn(batch, 3, side, side), torch.randn(batch, 8192, side // 8, side // 8)
+            tracker = MemTracker()
+            tracker.track_external(objective, images, noise)
+            with tracker:
+                objective(images, noise, torch.ones(batch), torch.ones(batch)).backward()
+            peak = next(iter(tracker.get_tracker_snapshot("peak").values()))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    sizes = {str(kind).rpartition(".")[2]: size for kind, size in peak.items()}
+    assert sizes["Total"] - sizes["PARAM"] == pytest.approx(planned.activations + planned.temporary, rel=0.03)

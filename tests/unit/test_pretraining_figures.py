@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from mae_scale.reports import pretraining
-from mae_scale.reports.pretraining import loss_curve_figure, reconstruction_figure
+from mae_scale.reports.pretraining import loss_curve_figure, reconstruction_figure, words_figure
 from mae_scale.reports.style import MEAN, STD
 
 P = 16
@@ -111,3 +111,13 @@ def test_loss_curve_has_loss_and_learning_rate_against_the_epoch(tmp_path, monke
 def test_loss_curve_of_no_rows_is_an_empty_figure(tmp_path):
     loss_curve_figure([], tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 0
+
+
+def test_images_and_what_their_words_say_are_drawn_one_above_the_other(tmp_path, drawn):
+    rng = np.random.default_rng(0)
+    original, decoded = rng.random((2, 3, 32, 32, 3)).astype(np.float32)
+    words_figure(normalised(original), torch.from_numpy(decoded.transpose(0, 3, 1, 2)), tmp_path / "words.png")
+    for pictures, expected in zip(drawn, (original, decoded), strict=True):
+        assert np.allclose(pictures[:, ::4, ::4], expected, atol=1e-5)  # each pixel is a square of 4 x 4
+    with Image.open(tmp_path / "words.png") as picture:
+        assert picture.height > 2 * 128

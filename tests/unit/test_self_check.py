@@ -87,6 +87,16 @@ def test_a_loss_that_rises_for_long_is_told_and_a_short_hump_is_not():
     assert first_warning("rising_loss", rows(lambda epoch: hump(epoch, 60)), course(learns_steadily=False)) is None
 
 
+def test_a_loss_below_zero_is_told_of_as_one_above():
+    falls = rows(lambda epoch: usual(epoch) - 5)
+    for kind in CHECKS:
+        assert first_warning(kind, falls, course(-3.0)) is None
+    rises = rows(lambda epoch: usual(epoch) - 5 + (1 if epoch > 30 else 0))
+    assert first_warning("rising_loss", rises, course()) is not None
+    assert first_warning("loss_spike", rises, course()) is not None
+    assert first_warning("untrained_loss", rows(lambda epoch: -0.97, epochs=20), course(-1.0, 0.05)) is not None
+
+
 def test_a_jump_of_the_loss_above_all_of_late_is_told_and_a_single_row_or_noise_is_not():
     def jump(epoch: float) -> float:
         return usual(epoch) + (0.2 if 30 < epoch < 31.5 else 0)
@@ -145,7 +155,7 @@ def test_no_reference_curve_raises_an_alarm(name):
         }
         for epoch, (loss, norm) in enumerate(zip(curve["train/loss"], curve["train/grad_norm"], strict=True), start=1)
     ]
-    untrained, steadily = (0.9, True) if recipe.task == "mae" else (math.log(10), False)
+    untrained, steadily = {"mae": (0.9, True), "dvae": (-0.001, True)}.get(recipe.task, (math.log(10), False))
     about = course(
         untrained,
         0,

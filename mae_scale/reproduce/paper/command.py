@@ -100,14 +100,14 @@ def write_page(scale: Scale, seeds: int, mlflow: MlflowSweep, console: Console) 
     }
     said = (
         f"{scale.images:,} training images of {scale.classes} classes, {scale.epochs} epochs of pre-training, "
-        f"{scale.labels} labels per class, seeds 0 to {seeds - 1}; top-1 on the validation images in percent, mean ± standard "
-        "deviation over the seeds."
+        f"{scale.labels} labels per class, seeds 0 to {seeds - 1}; top-1 on the validation images in percent, mean ± "
+        "standard deviation over the seeds."
     )
     write_json(scale.out / JSON, as_json(found, about))
     text = markdown(found, [said])
     write_atomically(scale.out / PAGE, text.encode())
     paper_figure(_bars(found), scale.out / FIGURE)
-    table = Table(title=f"The paper's findings in small, {seeds} {'seed' if seeds == 1 else 'seeds'}", title_justify="left")
+    table = Table(title=f"The paper's findings in small, seeds 0 to {seeds - 1}", title_justify="left")
     columns = ("finding", "claim", "paper", "here", "verdict")
     for column in columns:
         table.add_column(column)

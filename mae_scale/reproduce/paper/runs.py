@@ -177,12 +177,14 @@ def _transfer(scale: Scale, seed: int, pretraining: str, name: str) -> Run:
     transfer = TRANSFERS[name]
     recipe = "paper/scratch" if pretraining == SCRATCH else transfer.recipe
     few, labelled = scale.labelled(1), scale.labelled(transfer.labels)
-    epochs = max(1, round(load_recipe(recipe).schedule.epochs * few / labelled))
+    loaded = load_recipe(recipe)
+    epochs = max(1, round(loaded.schedule.epochs * few / labelled))
     overrides = [
         *transfer.overrides,
         f"data.labels_per_class={'null' if transfer.labels is None else transfer.labels * scale.labels}",
         f"schedule.epochs={epochs}",
         f"schedule.warmup_epochs={round(0.1 * epochs)}",
+        f"data.global_batch={min(loaded.data.global_batch, labelled)}",
     ]
     needs: tuple[str, ...] = ()
     if pretraining != SCRATCH:

@@ -31,6 +31,9 @@ from mae_scale.tasks.words import (
     refuse_other_tokeniser,
     size_of_tokeniser,
     source_of,
+    stored,
+    tokens_of,
+    training_view,
     view_of,
 )
 from mae_scale.tracking.mlflow_models import ServedEncoder, keep_model
@@ -71,12 +74,14 @@ class BeitPretraining(Task[PredictRemoved]):
             folder_set(validation, num_classes=len(images.classes), class_names=images.classes)
         if self._words is not None:
             refuse_other_tokeniser(self.recipe, self._words, self.out)
+            stored(self.recipe, self._words, images)
 
     def second_view(self) -> SecondView | None:
-        return view_of(self.recipe) if self._predicts_words else None
+        return training_view(self.recipe) if self._predicts_words else None
 
     def build(self, index: Index) -> PredictRemoved:
-        return self._objective(build_beit(self.recipe, self._words.words if self._words else 2))
+        model = build_beit(self.recipe, self._words.words if self._words else 2)
+        return self._objective(model, stored(self.recipe, self._words, index))
 
     def initialise(self, objective: PredictRemoved, index: Index) -> Origin:
         """Return the tokeniser's digest and number of words for the checkpoints; all ranks begin with equal weights."""
@@ -102,7 +107,9 @@ class BeitPretraining(Task[PredictRemoved]):
             ),
             predicted=model.removed * model.target.dim,
         )
-        return work if tokeniser is None else add_tokeniser(work, tokeniser, model.grid)
+        if tokeniser is None or tokens_of(self.recipe) is not None:
+            return work
+        return add_tokeniser(work, tokeniser, model.grid)
 
     def describe(self, objective: PredictRemoved) -> list[str]:
         model = objective.model
@@ -113,8 +120,9 @@ class BeitPretraining(Task[PredictRemoved]):
         found: list[Evaluator] = []
         if self.recipe.data.val_root is not None:
             with torch.device("meta"):  # only its masks and words are asked for
-                objective = self._objective(build_beit(self.recipe, 2))
-            found.append(removed_patch_loss(context, engine, objective, self.second_view()))
+                objective = self._objective(build_beit(self.recipe, 2), self._words)
+            view = view_of(self.recipe) if self._predicts_words else None
+            found.append(removed_patch_loss(context, engine, objective, view))
         if self.recipe.tracking.knn_images is not None:
             found.append(KnnAccuracy(context, engine))
         return found
@@ -148,9 +156,9 @@ class BeitPretraining(Task[PredictRemoved]):
             )
         return f"weights in {weights}"
 
-    def _objective(self, model: Beit) -> PredictRemoved:
+    def _objective(self, model: Beit, words: WordSource | None) -> PredictRemoved:
         recipe = self.recipe
-        return PredictRemoved(model, self._words, seed=recipe.seed, global_batch=recipe.data.global_batch)
+        return PredictRemoved(model, words, seed=recipe.seed, global_batch=recipe.data.global_batch)
 
 
 def _trained_beit(context: RunContext) -> Beit:

@@ -34,6 +34,9 @@ from mae_scale.tasks.words import (
     refuse_other_tokeniser,
     size_of_tokeniser,
     source_of,
+    stored,
+    tokens_of,
+    training_view,
     view_of,
 )
 from mae_scale.tracking.mlflow_models import ServedEncoder, keep_model
@@ -74,13 +77,14 @@ class MaskedAutoencoding(Task[Reconstruct]):
             folder_set(validation, num_classes=len(images.classes), class_names=images.classes)
         if self._words is not None:
             refuse_other_tokeniser(self.recipe, self._words, self.out)
+            stored(self.recipe, self._words, images)
 
     def second_view(self) -> SecondView | None:
-        return view_of(self.recipe) if self._predicts_words else None
+        return training_view(self.recipe) if self._predicts_words else None
 
     def build(self, index: Index) -> Reconstruct:
         model = build_model(self.recipe, self._words.words if self._words else 2)
-        return Reconstruct(model, seed=self.recipe.seed, words=self._words)
+        return Reconstruct(model, seed=self.recipe.seed, words=stored(self.recipe, self._words, index))
 
     def initialise(self, objective: Reconstruct, index: Index) -> Origin:
         """Fit the PCA target on the patches of the run's first images: the same on every rank and at every start."""
@@ -116,14 +120,14 @@ class MaskedAutoencoding(Task[Reconstruct]):
             tokeniser = Tokeniser(size_of_tokeniser(self.recipe)) if self._predicts_words else None
             model = build_model(self.recipe, tokeniser.size.words if tokeniser else 2)
         size, pixels, width = model.encoder.size, 3 * model.patch_size**2, model.decoder.width
-        removed = model.patches - model.kept
+        removed, depth = model.patches - model.kept, len(model.decoder.blocks)
         encoded = 1 + (model.patches if model.encoder_mask_tokens else model.kept)
         work = workload_of(
             Reconstruct(model, seed=self.recipe.seed),
             self.recipe,
             stacks=(
                 Stack(encoded, size.width, size.heads, size.depth, size.depth),
-                Stack(1 + model.patches, width, model.decoder.heads, *2 * [len(model.decoder.blocks)]),
+                Stack(1 + model.patches, width, model.decoder.heads, depth, depth),
             ),
             products=(
                 (model.kept, pixels, size.width, True),
@@ -132,7 +136,9 @@ class MaskedAutoencoding(Task[Reconstruct]):
             ),
             predicted=removed * model.target.dim,
         )
-        return work if tokeniser is None else add_tokeniser(work, tokeniser, model.grid)
+        if tokeniser is None or tokens_of(self.recipe) is not None:
+            return work
+        return add_tokeniser(work, tokeniser, model.grid)
 
     def evaluators(self, context: RunContext, engine: Engine, tracker: Tracker) -> list[Evaluator]:
         with torch.device("meta"):  # only its masks and words are asked for
@@ -141,7 +147,8 @@ class MaskedAutoencoding(Task[Reconstruct]):
         if not self._predicts_words:
             found.append(Reconstructions(context, engine, tracker, objective))
         if self.recipe.data.val_root is not None:
-            found.append(reconstruction_loss(context, engine, objective, self.second_view()))
+            view = view_of(self.recipe) if self._predicts_words else None
+            found.append(reconstruction_loss(context, engine, objective, view))
         if self.recipe.tracking.knn_images is not None:
             found.append(KnnAccuracy(context, engine))
         return found

@@ -1,0 +1,95 @@
+"""`mae-scale paper`: killed and resumed, its page and its runs in MLflow, on images of one's own; what it refuses."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mae_scale.tracking.metrics_log import read_metrics
+
+FINDING = ["--finding", "mask-tokens-in-the-encoder"]
+SHORT = ["schedule.epochs=2", "schedule.warmup_epochs=0", "data.global_batch=50"]
+RUNS = 6  # per seed: two pre-trainings, each fine-tuned and probed
+
+
+@pytest.fixture(scope="module")
+def images(digits, tmp_path_factory):
+    """13 digits of each class to train on, and 5 to validate."""
+    root = tmp_path_factory.mktemp("images")
+    for part, count in (("train", 13), ("val", 5)):
+        for folder in (digits / part).iterdir():
+            if folder.is_dir():
+                (root / part / folder.name).mkdir(parents=True)
+                for image in sorted(folder.glob("*.jpg"))[:count]:
+                    shutil.copy(image, root / part / folder.name)
+    return root
+
+
+@pytest.mark.slow
+def test_it_goes_on_where_it_was_stopped_and_says_what_its_runs_have_measured(images, tmp_path, mae_scale):
+    out = tmp_path / "paper"
+    words = ["paper", "--data", images, "--out", out, "--seeds", 2, "--jobs", 2, "--epochs", 4, *FINDING, *SHORT]
+    started = subprocess.Popen([sys.executable, "-m", "mae_scale", *map(str, words)], stdout=subprocess.PIPE, text=True)
+    for _ in range(600):  # until a pre-training is at work
+        if any(read_metrics(path) for path in out.glob("runs/*/metrics.jsonl")):
+            break
+        time.sleep(0.1)
+    started.send_signal(signal.SIGTERM)
+    assert started.wait(timeout=120) == 75
+    assert not (out / "paper.md").exists()
+
+    done = mae_scale(*words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"/{RUNS} ") == 2 * RUNS
+    kept = json.loads((out / "paper.json").read_text())
+    (finding,) = kept["findings"]
+    for arm in finding["arms"]:
+        for measure in ("finetune", "probe"):
+            found = [
+                read_metrics(out / "runs" / f"{arm['run']}.{measure}_seed-{seed}" / "metrics.jsonl")[-1]["val/top1"]
+                for seed in (0, 1)
+            ]
+            assert arm["values"][measure] == found
+    inside, outside = (arm["values"]["probe"] for arm in finding["arms"])
+    assert finding["claims"][0]["differences"] == [b - a for a, b in zip(inside, outside, strict=True)]
+    assert (
+        "| Mask tokens in the encoder | probing is better without them | 73.5 to 59.6 |"
+        in (out / "paper.md").read_text()
+    )
+    assert (out / "paper.png").stat().st_size > 5000
+
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{out / 'runs' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("mae-scale")
+    found = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in found if run.data.tags["mae_scale.task"] == "sweep"]
+    children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(children) == 2 * RUNS
+    assert "# The paper's findings in small" in parent.data.tags["mlflow.note.content"]
+
+    again = mae_scale(*words)
+    assert again.returncode == 0
+    assert json.loads((out / "paper.json").read_text()) == kept
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--data", "nowhere"], "--data nowhere has no folder train; expected train/ and val/"),
+        (
+            ["--finding", "depth"],
+            "--finding depth is not known; expected one of mask-ratio, mask-tokens-in-the-",
+        ),
+        (["optim.lr=1"], "optim.lr"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_a_run_is_started(more, said, call, tmp_path):
+    code, _, stderr = call("paper", "--out", tmp_path / "paper", *more)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert said in stderr
+    assert not (tmp_path / "paper" / "runs").exists()

@@ -1,0 +1,126 @@
+"""The small comparison of the paper: its rule, that every claim can be decided by what is run, and in which order."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_1samp
+
+from data_pipeline.errors import RunError, UsageError
+from mae_scale.config.load import load_recipe
+from mae_scale.reproduce.paper import runs
+from mae_scale.reproduce.paper.findings import FINDINGS, PRETRAININGS, SPEED, TOKENISER, findings_named
+from mae_scale.reproduce.paper.page import as_json, look_up, markdown
+from mae_scale.reproduce.paper.runs import Run, Scale, do, runs_of
+from mae_scale.reproduce.paper.verdict import OPPOSITE, SAME, UNDECIDED, decide
+
+SCALE = Scale(Path("data"), Path("out"), epochs=20, labels=10, images=1442, classes=10, findings=FINDINGS)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_rule_is_a_one_sided_paired_t_test_at_95_percent(seed):
+    differences = np.random.default_rng(seed).normal(1, 1, 3)
+    above = ttest_1samp(differences, 0, alternative="greater").pvalue < 0.05
+    below = ttest_1samp(differences, 0, alternative="less").pvalue < 0.05
+    assert decide(list(differences)).word == (SAME if above else OPPOSITE if below else UNDECIDED)
+
+
+def test_one_seed_decides_nothing_and_equal_differences_decide():
+    assert decide([5.0]).word == UNDECIDED
+    assert (decide([1.0, 1.0]).word, decide([-1.0, -1.0]).word, decide([0.0, 0.0]).word) == (SAME, OPPOSITE, UNDECIDED)
+
+
+def test_every_claim_is_of_what_its_findings_table_shows():
+    for one in FINDINGS:
+        shown = {(arm.pretraining, measure) for arm in one.arms for measure in one.measures}
+        for claim in one.claims:
+            asked = set()
+
+            def value(pretraining, measure, asked=asked):
+                asked.add((pretraining, measure))
+                return 1.0
+
+            claim.difference(value)
+            assert asked
+            assert asked <= shown, (one.title, claim.text)
+
+
+def test_a_claim_of_the_papers_own_numbers_holds_where_it_gives_them():
+    """A difference the wrong way round would call the paper itself wrong."""
+    checked = 0
+    for one in FINDINGS:
+        paper = {(arm.pretraining, m): number for arm in one.arms for m, number in arm.paper.items()}
+        for claim in one.claims:
+            try:
+                difference = claim.difference(lambda *key, paper=paper: paper[key])
+            except KeyError:  # the paper has drawn it, or has no number for it
+                continue
+            checked += 1
+            assert difference > 0, (one.title, claim.text)
+    assert checked >= 20
+
+
+def test_every_run_has_a_recipe_that_loads_and_comes_after_what_it_needs():
+    names = set()
+    for run in runs_of(SCALE, 1):
+        assert set(run.needs) <= names, run.name
+        recipe = load_recipe(run.words[1], list(run.words[4:]))
+        assert recipe.seed == 1
+        if run.name in PRETRAININGS:
+            assert recipe.schedule.epochs == 20 * PRETRAININGS[run.name].share
+        names.add(run.name)
+    asked = {f"{arm.pretraining}.{m}" for one in FINDINGS for arm in one.arms for m in one.measures if m != SPEED}
+    assert names - set(PRETRAININGS) - {TOKENISER} == asked
+
+
+def test_transfers_make_as_many_updates_whatever_the_number_of_labels():
+    updates = []
+    for run in runs_of(SCALE, 0):
+        if run.name in ("mae.finetune", "mae.finetune-4x", "mae.finetune-all"):
+            recipe = load_recipe(run.words[1], list(run.words[4:]))
+            labels = recipe.data.labels_per_class
+            images = 1442 if labels is None else 10 * labels
+            updates.append(recipe.schedule.epochs * (images // recipe.data.global_batch))
+    assert updates == [120, 120, 112]
+
+
+def test_only_the_findings_that_are_named_are_run():
+    (one,) = findings_named(["mask-ratio"])
+    scale = Scale(Path("data"), Path("out"), 20, 10, 1442, 10, (one,))
+    assert len(runs_of(scale, 0)) == 4 + 8
+    with pytest.raises(UsageError, match=r"--finding masks is not known; expected one of mask-ratio, .*, methods"):
+        findings_named(["masks"])
+
+
+def test_runs_are_done_side_by_side_each_after_what_it_needs_and_none_after_a_failure(monkeypatch, tmp_path):
+    order = []
+
+    def run(one):
+        if one.name == "broken":
+            raise RunError("it failed")
+        order.append(one.name)
+
+    monkeypatch.setattr(runs, "_do", run)
+    todo = [Run(n, tmp_path, (), needs) for n, needs in {"c": ("a", "b"), "a": (), "b": ("a",)}.items()]
+    told = []
+    do(todo, 2, lambda one: told.append(one.name))
+    assert order == told == ["a", "b", "c"]
+    with pytest.raises(RunError, match="it failed"):
+        do([Run("broken", tmp_path, (), ()), Run("after", tmp_path, (), ("broken",))], 2, told.append)
+    assert "after" not in order
+
+
+def test_the_page_says_what_the_json_says():
+    numbers = iter(np.random.default_rng(0).normal(80, 3, 10_000))
+    values = [lambda *_: next(numbers) for _ in range(3)]
+    found = look_up(values, FINDINGS)
+    page, kept = markdown(found, ["about"]), as_json(found, {"seeds": 3})
+    for one in kept["findings"]:
+        assert f"## {one['title']}" in page
+        for claim in one["claims"]:
+            assert f"| {claim['claim']} |" in page
+            assert math.isclose(claim["mean"], np.mean(claim["differences"]))
+            (row,) = [line for line in page.splitlines() if f"| {one['title']} | {claim['claim']} |" in line]
+            assert row.endswith(f"| {claim['verdict']} |")
+            assert f"{claim['mean']:+.3g}" in row
