@@ -102,13 +102,13 @@ class MomentumContrast(Task[Contrast]):
             objective = self._objective()
         section, size, patches = self.recipe.contrast, objective.model.encoder.size, objective.model.encoder.grid**2
         width, hidden, dim = size.width, section.hidden, section.dim
-        stack = Stack(1 + patches, width, size.heads, size.depth, 0)
+        stack = Stack(VIEWS * (1 + patches), width, size.heads, size.depth, 0, sequences=VIEWS)
         projector = ((1, width, hidden), (1, hidden, hidden), (1, hidden, dim))
         predictor = ((1, dim, hidden), (1, hidden, dim))
         work = workload_of(
             objective,
             self.recipe,
-            stacks=(*VIEWS * [stack], *VIEWS * [replace(stack, trained=size.depth)]),
+            stacks=(stack, replace(stack, trained=size.depth)),
             products=(
                 (2 * VIEWS * patches, 3 * size.patch_size**2, width, False),
                 *((VIEWS * m, k, n, False) for m, k, n in projector),
