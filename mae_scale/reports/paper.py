@@ -22,7 +22,7 @@ class ClaimBar:
 
 def paper_figure(bars: Sequence[ClaimBar], path: Path) -> None:
     """Write a PNG with a line per claim: its mean difference, and the margin to both sides."""
-    figure = new_figure((9.0, 0.9 + 0.27 * len(bars)), 100)
+    figure = new_figure((7.6, 1.2 + 0.27 * len(bars)), 100)
     figure.set_layout_engine("constrained")
     panel = figure.subplots()
     panel.axvline(0, color=DARK, linewidth=0.8)
@@ -38,12 +38,12 @@ def paper_figure(bars: Sequence[ClaimBar], path: Path) -> None:
             color=colour,
             linewidth=1.4,
         )
-    panel.set_yticks(range(len(bars)), [bar.text for bar in bars], fontsize=8)
+    panel.set_yticks(range(len(bars)), [bar.text for bar in bars], fontsize=7)
     panel.set_ylim(len(bars) - 0.5, -0.5)
-    panel.set_xlabel("difference in points of top-1; above 0: as the paper says", fontsize=9)
+    panel.set_xlabel("points of top-1; above 0: as the paper says", fontsize=9)
     for colour, label in ((BLUE, "same direction"), (GREY, "not decided"), (ORANGE, "not")):
         panel.plot([], [], "o", color=colour, label=label)
-    panel.legend(loc="lower right", frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     panel.grid(axis="x", color="#dddddd", linewidth=0.6)
     panel.set_axisbelow(True)
     panel.spines[["top", "right", "left"]].set_visible(False)

@@ -238,7 +238,7 @@ FINDINGS: tuple[Finding, ...] = (
             ),
             Claim("colour jitter makes probing worse", "71.9 to 73.5", _more(PROBE, "mae", "colour-jitter")),
             Claim(
-                "without any augmentation fine-tuning stays within a point",
+                "fine-tuning without any stays within a point",
                 "84.0 to 84.9",
                 lambda value: 1 - (value("mae", FINETUNE) - value("no-augmentation", FINETUNE)),
             ),
@@ -274,7 +274,7 @@ FINDINGS: tuple[Finding, ...] = (
             Claim("MAE probes better after a double schedule", "75.1 to 73.5", _more(PROBE, "schedule-2", "mae")),
             Claim("MAE fine-tunes better after a double one", "85.1 to 84.9", _more(FINETUNE, "schedule-2", "mae")),
             Claim(
-                "MAE gains more in probing from its last doubling than MoCo v3 from its own",
+                "doubling it helps MAE's probing more than MoCo v3's",
                 "no saturation at 1600 epochs; MoCo v3 saturates at 300",
                 lambda value: (
                     (value("schedule-2", PROBE) - value("mae", PROBE))
@@ -309,7 +309,7 @@ FINDINGS: tuple[Finding, ...] = (
                 "MAE is better when a block is trained", "better from one block on", _more("partial-1", "mae", "moco")
             ),
             Claim(
-                "training one block gives MAE most of what fine-tuning all of them gives",
+                "one block gives MAE over half of what all blocks give",
                 "81.0 of 84.9, from 73.5",
                 lambda value: (
                     (value("mae", "partial-1") - value("mae", PROBE))
