@@ -73,7 +73,7 @@ class Method:
 
 def methods_of(size: str) -> list[Method]:
     """Return the methods for ViT-B ("base") or ViT-L ("large"), MAE first."""
-    beit = f"beit_pretrain/vit_{size}_800ep"
+    beit = f"pretrain/beit_vit_{size}_800ep"
     return [
         Method("MAE", f"pretrain/vit_{size}_1600ep", 1600, lambda r: Reconstruct(build_model(r), seed=0)),
         Method("BEiT, words in each step", beit, 800, lambda r: _beit(r, TokenisedWords(Tokeniser().eval()))),

@@ -27,9 +27,6 @@ GROUPS = {
     "probe": "Linear probing",
     "partial": "Partial fine-tuning",
     "scratch": "Supervised from scratch",
-    "beit_pretrain": "BEiT: pre-training",
-    "beit_finetune": "BEiT: end-to-end fine-tuning",
-    "dvae": "Tokenisers",
     "paper": "The paper in small",
 }
 BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", "≥"), Lt: ("lt", "<"), Le: ("le", "≤")}

@@ -44,7 +44,7 @@ def tokens(
 
     The same command goes on where one was stopped, and writes damaged files again.
 
-    Example: `mae-scale tokens beit_pretrain/vit_base_800ep --tokeniser encoder.pkl --out words --nproc 8
+    Example: `mae-scale tokens pretrain/beit_vit_base_800ep --tokeniser encoder.pkl --out words --nproc 8
     data.root=/data/imagenet/train`
     """
     if verify is not None:

@@ -90,16 +90,19 @@ class ProjectedEncoder(nn.Module):
         super().__init__()
         self.encoder, self.projector = encoder, projector
 
-    def features(self, images: Tensor) -> Tensor:
-        """Return the cls token [B, D] after the final norm of images [B, 3, S, S]."""
-        side, size = self.encoder.image_size, self.encoder.size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
-            raise UsageError(f"images have shape {tuple(images.shape)}, this model takes [B, 3, {side}, {side}]")
-        return self.encoder(patchify(images, size.patch_size))[:, 0]
+    def features(self, *views: Tensor) -> Tensor:
+        """Return the cls tokens [B, D] after the final norm of images [B, 3, S, S], those of several views in a row."""
+        side, size, dtype = self.encoder.image_size, self.encoder.size, self.encoder.cls_token.dtype
+        for images in views:
+            if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
+                raise UsageError(f"images have shape {tuple(images.shape)}, this model takes [B, 3, {side}, {side}]")
+        # In the encoder's precision at once, to hold no copy in float32.
+        patches = [patchify(images.to(dtype), size.patch_size) for images in views]
+        return self.encoder(torch.cat(patches))[:, 0]
 
     def project(self, first: Tensor, second: Tensor) -> Tensor:
         """Return projections [2, B, C] float32 of two views [B, 3, S, S]; each view has its own batch statistics."""
-        return self.projector(self.features(torch.cat([first, second])).unflatten(0, (2, -1)))
+        return self.projector(self.features(first, second).unflatten(0, (2, -1)))
 
 
 class Moco(ProjectedEncoder):

@@ -75,7 +75,9 @@ def _attention(work: Workload, setting: Setting, rates: Rates) -> float:
     seconds = 0.0
     for stack, again in checkpointed_blocks(work, setting):
         times = stack.depth + again + ATTENTION_BACKWARD * stack.trained
-        seconds += rates.attention_s(setting.micro_batch * times * stack.attention_flops, stack.tokens)
+        seconds += rates.attention_s(
+            setting.micro_batch * times * stack.attention_flops, stack.tokens // stack.sequences
+        )
     return seconds
 
 

@@ -16,6 +16,8 @@ class Stack:
     trained: float
     scaled: bool = False
     """Whether each branch is multiplied by a learned scale (LayerScale)."""
+    sequences: int = 1
+    """Number of equal parts of the tokens, such as views of the image, that attend within themselves."""
 
     @property
     def products(self) -> list[tuple[int, int, int]]:
@@ -31,7 +33,7 @@ class Stack:
     @property
     def attention_flops(self) -> int:
         """FLOPs per image and block, forward, of the two products of queries, keys and values."""
-        return 4 * self.tokens**2 * self.width
+        return 4 * self.tokens**2 * self.width // self.sequences
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ TINY = [
 
 
 def tiny_objective(overrides: list[str]) -> tuple[PredictRemoved, Recipe]:
-    recipe = load_recipe("beit_pretrain/demo", [*TINY, *overrides])
+    recipe = load_recipe("pretrain/beit_demo", [*TINY, *overrides])
     torch.manual_seed(5)
     tokeniser = Tokeniser(TokeniserSize(width=8, words=WORDS, blocks_per_group=1)).requires_grad_(False).eval()
     words = TokenisedWords(tokeniser) if recipe.model.target == "tokens" else None

@@ -43,7 +43,7 @@ def tokeniser(tmp_path_factory):
 def command(digits, tokeniser):
     """Arguments of a run that predicts words."""
     own = [words for words in arguments(digits) if "decoder" not in words]
-    return ["pretrain", "beit_pretrain/demo", *OFF, *own, "model.target=tokens", f"tokeniser.weights={tokeniser}"]
+    return ["pretrain", "pretrain/beit_demo", *OFF, *own, "model.target=tokens", f"tokeniser.weights={tokeniser}"]
 
 
 @pytest.fixture(scope="module")

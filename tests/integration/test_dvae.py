@@ -32,7 +32,7 @@ def train(digits, mae_scale):
 
     def run(out, *words, nproc=1):
         data = [f"data.root={digits}/train", f"data.val_root={digits}/val"]
-        done = mae_scale("pretrain", "dvae/demo", "--out", out, "--nproc", nproc, *data, *TINY, *words)
+        done = mae_scale("pretrain", "pretrain/dvae_demo", "--out", out, "--nproc", nproc, *data, *TINY, *words)
         assert done.returncode == 0, done.stderr
         return done
 

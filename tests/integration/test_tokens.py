@@ -162,7 +162,7 @@ def test_an_image_that_could_not_be_read_has_no_words(written, digits, tokeniser
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["demo", "beit_pretrain/demo"])
+@pytest.mark.parametrize("recipe", ["demo", "pretrain/beit_demo"])
 def test_training_on_them_is_training_on_words_that_are_found(recipe, mae_scale, digits, tokeniser, tmp_path):
     sizes = arguments(digits, "model.target=tokens", f"tokeniser.weights={tokeniser}", "data.augmentation=none")
     if recipe != "demo":
@@ -191,7 +191,7 @@ def test_training_on_them_is_training_on_words_that_are_found(recipe, mae_scale,
         (["demo", "--out", "w"], "data.root is not set; add data.root="),
         (["demo", "--out", "w", "data.root=x"], "tokeniser.weights is not set; add --tokeniser PATH"),
         (["demo", "--out", "w", "data.root=x", "--tokeniser", "none"], "--tokeniser none does not exist"),
-        (["dvae/demo", "--out", "w", "data.root=x", "--tokeniser", "."], "task: dvae reads no words"),
+        (["pretrain/dvae_demo", "--out", "w", "data.root=x", "--tokeniser", "."], "task: dvae reads no words"),
         (["demo", "--out", "w", "data.root=x", "--tokeniser", ".", "model.patch_size=5"], "multiple of patch_size 5"),
     ],
 )

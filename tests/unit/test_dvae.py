@@ -142,7 +142,7 @@ def test_weights_begin_as_published(model):
 
 
 def test_temperature_and_weight_follow_half_cosines_and_stay():
-    recipe = load_recipe("dvae/imagenet_256")
+    recipe = load_recipe("pretrain/dvae_imagenet_256")
     annealing = Annealing.of(recipe.tokenisation, total_steps=3_000_000)
     assert annealing.at(0) == (1.0, 0.0)
     assert annealing.at(75_000)[0] == pytest.approx((1 + 1 / 16) / 2)
@@ -174,7 +174,7 @@ TINY = ["model.image_size=32", "tokeniser.width=8", "tokeniser.words=20"]
 
 
 def test_flops_are_those_that_torch_counts(tmp_path):
-    task = task_of(load_recipe("dvae/demo", TINY), tmp_path)
+    task = task_of(load_recipe("pretrain/dvae_demo", TINY), tmp_path)
     objective = task._objective(10)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         objective(random(1, 3, 32, 32), torch.zeros(1, 20, 4, 4), torch.ones(1), torch.ones(1))
@@ -194,5 +194,5 @@ def test_flops_are_those_that_torch_counts(tmp_path):
 )
 def test_what_a_recipe_says_in_vain_or_wrongly_is_refused(override, message, tmp_path):
     with pytest.raises(UsageError) as error:
-        task_of(load_recipe("dvae/demo", [override]), tmp_path).check(None)
+        task_of(load_recipe("pretrain/dvae_demo", [override]), tmp_path).check(None)
     assert message in str(error.value)

@@ -160,7 +160,7 @@ def test_the_memory_that_a_header_names_is_the_formulas_and_fits_80_gb(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(("side", "batch"), [(112, 32), (256, 8)])
 def test_activations_of_a_tokeniser_are_what_torch_tracks(side, batch):
-    recipe = load_recipe("dvae/imagenet_256", [f"model.image_size={side}"])
+    recipe = load_recipe("pretrain/dvae_imagenet_256", [f"model.image_size={side}"])
     task = task_of(recipe, Path())
     planned = memory_of(task.workload(1000), Setting(1, 0, "bf16", batch))
     torch.set_default_dtype(torch.bfloat16)

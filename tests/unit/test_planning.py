@@ -104,6 +104,7 @@ def test_only_micro_batches_that_the_task_trains_with_are_chosen():
     )
     assert min(one.setting.micro_batch for one in found.choices) == 2  # mixup mixes neighbours
     assert {one.setting.micro_batch for one in plan("probe/vit_large", weights).choices} == {2048}  # batch norm
+    assert {one.setting.micro_batch for one in plan("pretrain/moco_v3_vit_base").choices} == {512}  # negatives
 
 
 def test_what_zero_3_may_not_compile_other_stages_do():

@@ -12,7 +12,7 @@ from mae_scale.tasks.registry import TASKS, task_for, task_of
 def test_a_packaged_recipe_names_a_task_that_is_registered(name, tmp_path):
     recipe = load_recipe(name)
     assert isinstance(task_of(recipe, tmp_path), TASKS[recipe.task])
-    pretrains = name == "demo" or name.startswith(("pretrain/", "beit_pretrain/"))
+    pretrains = name in ("demo", "paper/mae", "paper/beit", "paper/moco", "paper/tokeniser") or "pretrain/" in name
     assert (TASKS[recipe.task].command == "pretrain") == pretrains
 
 

@@ -15,7 +15,7 @@ from mae_scale.tasks.classification.mixing import draw_mix, mix_images, soft_tar
 
 if TYPE_CHECKING:
     from data_pipeline.batches import Batch
-    from mae_scale.config.schema import ClassifierSection
+    from mae_scale.config.task_sections import ClassifierSection
 
 
 class Classify(Objective):

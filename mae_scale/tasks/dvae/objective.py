@@ -17,7 +17,7 @@ from mae_scale.models.tokeniser import STRIDE, from_normalised
 
 if TYPE_CHECKING:
     from data_pipeline.batches import Batch
-    from mae_scale.config.schema import TokeniserSection
+    from mae_scale.config.task_sections import TokeniserSection
 
 SMALLEST_EXPONENTIAL = 1e-30
 """Of the draws that become Gumbel noise; a generator in float32 may give 0, which has no logarithm."""

@@ -1,31 +1,26 @@
 """Pre-training as a task: train a masked autoencoder, draw its reconstructions, export its weights."""
 
-import math
-from functools import cache, cached_property
+from functools import cached_property
 from typing import ClassVar
 
-import numpy as np
 import torch
 
 from data_pipeline.augment.kinds import SecondView
 from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.index import Index
-from mae_scale.checkpoints.export import checkpoint_model, export_weights
-from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.engines.base import Engine
 from mae_scale.models.build import build_model
-from mae_scale.models.mae import MaskedAutoencoder
 from mae_scale.models.targets import WORDS, PcaCoefficients
 from mae_scale.models.tokeniser import Tokeniser
 from mae_scale.models.vit import patchify
 from mae_scale.planning.flops import mae_forward_flops, training_flops
 from mae_scale.planning.workload import Stack, Workload
-from mae_scale.reports.style import pictures_of
-from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelled
-from mae_scale.tasks.mae.knn import KnnAccuracy
+from mae_scale.tasks.encoder_weights import leave_weights
+from mae_scale.tasks.knn_accuracy import KnnAccuracy, check_knn
 from mae_scale.tasks.mae.objective import Reconstruct
 from mae_scale.tasks.mae.reconstruct import Reconstructions
 from mae_scale.tasks.mae.validation import reconstruction_loss
+from mae_scale.tasks.untrained import loss_of_guessing
 from mae_scale.tasks.words import (
     WordSource,
     add_tokeniser,
@@ -39,16 +34,15 @@ from mae_scale.tasks.words import (
     training_view,
     view_of,
 )
-from mae_scale.tracking.mlflow_models import ServedEncoder, keep_model
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.preflight import training_augmentation
 from mae_scale.training.self_check import Untrained
-from mae_scale.training.shown_images import shown_images, some_images
+from mae_scale.training.shown_images import some_images
 from mae_scale.training.task import Evaluator, Origin, Task
 from mae_scale.training.workload import workload_of
 
-PCA_IMAGES, UNTRAINED_IMAGES = 256, 64
+PCA_IMAGES = 256
 
 
 class MaskedAutoencoding(Task[Reconstruct]):
@@ -72,9 +66,7 @@ class MaskedAutoencoding(Task[Reconstruct]):
             check_words(self.recipe)
 
     def check_fit(self, images: Index, validation: Index | None) -> None:
-        if self.recipe.tracking.knn_images is not None and validation is not None:
-            refuse_unlabelled(images)
-            folder_set(validation, num_classes=len(images.classes), class_names=images.classes)
+        check_knn(self.recipe, images, validation)
         if self._words is not None:
             refuse_other_tokeniser(self.recipe, self._words, self.out)
             stored(self.recipe, self._words, images)
@@ -154,35 +146,8 @@ class MaskedAutoencoding(Task[Reconstruct]):
         return found
 
     def untrained_loss(self, context: RunContext, objective: Reconstruct) -> Untrained | None:
-        """Return the loss of predicting the mean of the target's values over some training images, or any word."""
-        if self._words is not None:
-            return Untrained(math.log(self._words.words), f"ln({self._words.words})", tolerance=0)
-        images = some_images(context.index, UNTRAINED_IMAGES, self.recipe, training_augmentation(self.recipe))
-        patches = patchify(images.to(context.device), objective.model.patch_size).flatten(0, 1)
-        with torch.inference_mode():
-            values = objective.model.target(patches)
-        loss = float((values - values.mean(dim=0)).square().mean())
-        return Untrained(loss, "the variance of what is predicted", tolerance=0.02)
+        """Return the loss of predicting the mean of the target's values, or all words alike."""
+        return loss_of_guessing(objective.model.target, context, objective.model.patch_size)
 
     def finish(self, context: RunContext, tracker: Tracker) -> str:
-        weights = context.out / "export" / "model.safetensors"
-        trained = cache(lambda: _trained_autoencoder(context))
-        if not weights.exists():
-            export_weights(trained(), weights, "official")
-        if tracker.mlflow is not None:
-            keep_model(
-                tracker.mlflow,
-                context.out,
-                lambda: (
-                    ServedEncoder(trained().encoder, "mean"),
-                    np.rint(255 * pictures_of(shown_images(context, 1))),
-                ),
-                metadata={"features": "mean of the patches' normed tokens"},
-            )
-        return f"weights in {weights}"
-
-
-def _trained_autoencoder(context: RunContext) -> MaskedAutoencoder:
-    model, _ = checkpoint_model(list_checkpoints(context.checkpoints)[-1][1])
-    assert isinstance(model, MaskedAutoencoder)
-    return model
+        return leave_weights(context, tracker, "mean")

@@ -2,32 +2,25 @@
 
 import math
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import ClassVar
 
-import numpy as np
 import torch
 
 from data_pipeline.augment.kinds import SecondView, augmentation
 from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.errors import UsageError
 from data_pipeline.index import Index
-from mae_scale.checkpoints.export import checkpoint_model, export_weights
-from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.engines.base import Engine
 from mae_scale.models.build import build_moco_of, size_of
-from mae_scale.models.moco import Moco
 from mae_scale.planning.flops import vit_forward_macs
 from mae_scale.planning.workload import Stack, Workload
-from mae_scale.reports.style import pictures_of
-from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelled
-from mae_scale.tasks.mae.knn import KnnAccuracy
+from mae_scale.tasks.encoder_weights import leave_weights
+from mae_scale.tasks.knn_accuracy import KnnAccuracy, check_knn
 from mae_scale.tasks.moco.objective import Contrast
-from mae_scale.tracking.mlflow_models import ServedEncoder, keep_model
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.self_check import Untrained
-from mae_scale.training.shown_images import shown_images
 from mae_scale.training.task import Evaluator, Task
 from mae_scale.training.workload import workload_of
 
@@ -62,9 +55,7 @@ class MomentumContrast(Task[Contrast]):
             raise UsageError(f"data.global_batch={data.global_batch}: task: moco needs other images to compare with")
 
     def check_fit(self, images: Index, validation: Index | None) -> None:
-        if self.recipe.tracking.knn_images is not None and validation is not None:
-            refuse_unlabelled(images)
-            folder_set(validation, num_classes=len(images.classes), class_names=images.classes)
+        check_knn(self.recipe, images, validation)
 
     def second_view(self) -> SecondView:
         data = self.recipe.data
@@ -102,13 +93,13 @@ class MomentumContrast(Task[Contrast]):
             objective = self._objective()
         section, size, patches = self.recipe.contrast, objective.model.encoder.size, objective.model.encoder.grid**2
         width, hidden, dim = size.width, section.hidden, section.dim
-        stack = Stack(1 + patches, width, size.heads, size.depth, 0)
+        stack = Stack(VIEWS * (1 + patches), width, size.heads, size.depth, 0, sequences=VIEWS)
         projector = ((1, width, hidden), (1, hidden, hidden), (1, hidden, dim))
         predictor = ((1, dim, hidden), (1, hidden, dim))
         work = workload_of(
             objective,
             self.recipe,
-            stacks=(*VIEWS * [stack], *VIEWS * [replace(stack, trained=size.depth)]),
+            stacks=(stack, replace(stack, trained=size.depth)),
             products=(
                 (2 * VIEWS * patches, 3 * size.patch_size**2, width, False),
                 *((VIEWS * m, k, n, False) for m, k, n in projector),
@@ -127,21 +118,4 @@ class MomentumContrast(Task[Contrast]):
         return Untrained(4 * temperature * math.log(images), f"4 x {temperature:g} x ln({images})", tolerance=0.01)
 
     def finish(self, context: RunContext, tracker: Tracker) -> str:
-        weights = context.out / "export" / "model.safetensors"
-        trained = cache(lambda: _trained(context))
-        if not weights.exists():
-            export_weights(trained(), weights, "timm")
-        if tracker.mlflow is not None:
-            keep_model(
-                tracker.mlflow,
-                context.out,
-                lambda: (ServedEncoder(trained().encoder, "cls"), np.rint(255 * pictures_of(shown_images(context, 1)))),
-                metadata={"features": "the normed cls token"},
-            )
-        return f"weights of the encoder in {weights}"
-
-
-def _trained(context: RunContext) -> Moco:
-    model, _ = checkpoint_model(list_checkpoints(context.checkpoints)[-1][1])
-    assert isinstance(model, Moco)
-    return model
+        return leave_weights(context, tracker, "cls", "timm")

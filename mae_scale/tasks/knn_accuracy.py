@@ -5,11 +5,19 @@ import torch
 
 from data_pipeline.index import Index, load_index
 from data_pipeline.rng import generator
+from mae_scale.config.schema import Recipe
 from mae_scale.engines.base import Engine
-from mae_scale.tasks.classification.datasets import folder_set
+from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelled
 from mae_scale.tasks.classification.knn import NEIGHBOURS, Features, accuracy_of, features, gathered
 from mae_scale.training.context import RunContext
 from mae_scale.training.inputs import VALIDATION
+
+
+def check_knn(recipe: Recipe, images: Index, validation: Index | None) -> None:
+    """Raise UsageError when k-NN is asked for and the images have no classes, or the validation images others."""
+    if recipe.tracking.knn_images is not None and validation is not None:
+        refuse_unlabelled(images)
+        folder_set(validation, num_classes=len(images.classes), class_names=images.classes)
 
 
 class KnnAccuracy:

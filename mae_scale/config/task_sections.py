@@ -1,0 +1,68 @@
+"""The sections of a recipe that belong to single tasks: the classifier, MoCo v3, the tokeniser."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from mae_scale.config.section import Section
+
+
+class ClassifierSection(Section):
+    """The classifier on the encoder, its starting weights, and which part of both is trained."""
+
+    weights: Path | None = Field(None, description="starting weights: a file, a checkpoint or a run's folder")
+    from_scratch: bool = Field(False, description="train from random weights")
+    pool: Literal["mean", "cls"] = Field("mean", description="mean of the patch tokens, then a norm; or the cls token")
+    batch_norm: bool = Field(False, description="affine-free BatchNorm before the head, over all ranks; frozen encoder")
+    trained_blocks: float | None = Field(
+        None,
+        ge=0,
+        description="number of final blocks to train; 0.5: the last block's MLP only; 0: the head alone; null: all",
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target spread over all classes")
+    mixup: float = Field(0.0, ge=0, description="alpha of the Beta distribution; 0: off")
+    cutmix: float = Field(0.0, ge=0, description="alpha of the Beta distribution; 0: off")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of the moving average of the weights, which is what is evaluated; null: none",
+    )
+
+
+class MocoSection(Section):
+    """MoCo v3's objective; its views are those of data.augmentation=moco_v3."""
+
+    temperature: float = Field(0.2, gt=0, description="by which similarities are divided")
+    momentum: float = Field(
+        0.99, ge=0, lt=1, description="decay of the momentum encoder's average at the start; rises to 1 by a cosine"
+    )
+    hidden: int = Field(4096, gt=0, description="width of the hidden layers of projector and predictor")
+    dim: int = Field(256, gt=0, description="width of queries and keys")
+
+
+class TokeniserSection(Section):
+    """The discrete VAE of the words of images: the one that a task takes its targets from, or that task dvae trains."""
+
+    weights: Path | None = Field(
+        None, description="tokeniser that a task takes its words from: a file, or the folder of a run of task dvae"
+    )
+    tokens: Path | None = Field(
+        None, description="words of the training images, by `mae-scale tokens`; null: computed while training"
+    )
+    width: int = Field(256, gt=0, multiple_of=4, description="channels of the first group, for task dvae")
+    words: int = Field(8192, gt=1, description="size of the vocabulary, for task dvae")
+    blocks_per_group: int = Field(2, gt=0, description="residual blocks in each of the four groups, for task dvae")
+    temperature: float = Field(
+        0.0625, gt=0, le=1, description="relaxation temperature of the Gumbel-softmax at its end; it begins at 1"
+    )
+    temperature_share: float = Field(
+        0.05, ge=0, le=1, description="share of the schedule over which the temperature falls by a cosine"
+    )
+    kl_weight: float = Field(
+        6.6, ge=0, description="weight of the divergence from the uniform prior, per word; it begins at 0"
+    )
+    kl_weight_share: float = Field(
+        1 / 600, ge=0, le=1, description="share of the schedule over which kl_weight is reached by a cosine"
+    )
