@@ -23,8 +23,6 @@ def open_tokeniser(path: Path) -> Tokeniser:
 
     Raises UsageError when there is none, RunError when a checkpoint is damaged.
     """
-    if not path.exists():
-        raise UsageError(f"no tokeniser at {path}; give a file of weights, or the folder of a run of task dvae")
     if not path.is_dir():
         return read_tokeniser(path)
     checkpoint = find_checkpoint(path)

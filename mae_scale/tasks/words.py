@@ -64,16 +64,14 @@ class TokenisedWords:
 
 
 class StoredWords:
-    """The words on the disk of training images; those of others, whose batches have a second view, are found."""
+    """The words on the disk of the training images, and of no others."""
 
-    def __init__(self, tokens: StoredTokens, found: WordSource):
-        self.words, self.digest = found.words, found.digest
-        self._tokens, self._found = tokens, found
+    def __init__(self, tokens: StoredTokens):
+        self.words, self.digest = tokens.heading.words, tokens.heading.tokeniser
+        self._tokens = tokens
 
     def of(self, batch: Batch, device: torch.device) -> Tensor:
         """Return the words int64 [B, L] of a batch's images, on the device."""
-        if batch.second is not None:
-            return self._found.of(batch, device)
         return torch.from_numpy(self._tokens.rows(batch.sample_ids)).to(device, non_blocking=True)
 
 
@@ -104,7 +102,7 @@ def stored(recipe: Recipe, found: WordSource | None, index: Index) -> WordSource
         image_size=recipe.model.image_size,
         exif_orientation=recipe.data.exif_orientation,
     )
-    return StoredWords(tokens, found)
+    return StoredWords(tokens)
 
 
 def training_view(recipe: Recipe) -> SecondView | None:
