@@ -112,6 +112,7 @@ speed() {
 profile() {
     part "three steps" 180 "deepspeed pydantic" "$python" bench/profile_step.py "${profiled[@]}" --json "$out/profile_step.json"
     part "stall of a save" 240 "deepspeed pydantic" "$python" bench/checkpoint_stall.py "${saved[@]}" --out "$out/checkpoint_stall.json"
+    part "methods" 150 "deepspeed pydantic" "$python" bench/methods.py "${methods[@]}" --json "$out/methods.json"
 }
 
 data() {
@@ -157,12 +158,12 @@ gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))' 2>/dev/
 if [ "$gpu" = 1 ]; then
     attention=() timer=(--sizes huge --micro-batches 32 --rounds 2) profiled=() decoding=()
     huge=(--sizes huge --micro-batches 256 32 128 64 --zero-stages 2 1 --rounds 1) large=(--sizes large --micro-batches 512 128 256 --zero-stages 2 1 --rounds 1)
-    mask_tokens=() saved=(--width 1024 --depth 24 --saves 1) cifar=(data.global_batch=512 data.threads=8) half=60
+    mask_tokens=() saved=(--width 1024 --depth 24 --saves 1) methods=(--rounds 2) cifar=(data.global_batch=512 data.threads=8) half=60
 else
     say "no GPU: the smallest sizes"
     attention=(--shapes tiny) timer=(--sizes tiny --rounds 1) profiled=(--size tiny) decoding=(--size tiny --images 32 --threads 1)
     huge=(--sizes tiny --rounds 1 --zero-stages 1) large=(--sizes tiny --rounds 1 --zero-stages 2 --ways engine)
-    mask_tokens=(--sizes tiny --rounds 1) saved=(--width 64 --depth 2 --saves 1) cifar=() half=3
+    mask_tokens=(--sizes tiny --rounds 1) saved=(--width 64 --depth 2 --saves 1) methods=(--size tiny --rounds 1) cifar=() half=3
 fi
 
 "$stage"

@@ -35,8 +35,8 @@ from mae_scale.distributed.ranks import ranks_from_environment
 from mae_scale.engines.base import Objective
 from mae_scale.engines.policy import layout_of
 from mae_scale.engines.select import scale_out
-from mae_scale.models.build import build_beit, build_classifier_of, build_moco_of, build_model
-from mae_scale.models.tokeniser import STRIDE, Tokeniser
+from mae_scale.models.build import build_beit, build_classifier_of, build_moco_of, build_model, size_of
+from mae_scale.models.tokeniser import STRIDE, Tokeniser, TokeniserSize
 from mae_scale.tasks.beit.objective import PredictRemoved
 from mae_scale.tasks.classification.objective import Classify
 from mae_scale.tasks.mae.objective import Reconstruct
@@ -45,6 +45,14 @@ from mae_scale.tasks.registry import task_of
 from mae_scale.tasks.words import TokenisedWords, products_of
 
 CLASSES = 1000
+TINY = [f"model.{key}" for key in ("name=null", "image_size=32", "patch_size=8", "width=32", "depth=2", "heads=2")]
+    "model.name=null",
+    "model.image_size=32",
+    "model.patch_size=8",
+    "model.width=32",
+    "model.depth=2",
+    "model.heads=2",
+]
 LR = 1e-4
 WARM_UP_STEPS, GROUPS = {"cpu": 1, "cuda": 3}, {"cpu": 2, "cuda": 5}
 
@@ -72,12 +80,14 @@ class Method:
 
 
 def methods_of(size: str) -> list[Method]:
-    """Return the methods for ViT-B ("base") or ViT-L ("large"), MAE first."""
+    """Return the methods for ViT-B ("base"), ViT-L ("large") or a tiny ViT, MAE first."""
+    words = TokeniserSize(8, 16, 1) if size == "tiny" else TokeniserSize()
+    size = "base" if size == "tiny" else size
     beit = f"pretrain/beit_vit_{size}_800ep"
     return [
         Method("MAE", f"pretrain/vit_{size}_1600ep", 1600, lambda r: Reconstruct(build_model(r), seed=0)),
-        Method("BEiT, words in each step", beit, 800, lambda r: _beit(r, TokenisedWords(Tokeniser().eval()))),
-        Method("BEiT, words stored", beit, 800, lambda r: _beit(r, StoredWords(8192))),
+        Method("BEiT, words in each step", beit, 800, lambda r: _beit(r, TokenisedWords(Tokeniser(words).eval()))),
+        Method("BEiT, words stored", beit, 800, lambda r: _beit(r, StoredWords(words.words))),
         Method("MoCo v3", f"pretrain/moco_v3_vit_{size}", 300, lambda r: Contrast(build_moco_of(r), temperature=0.2)),
         Method(
             "supervised",
@@ -112,7 +122,7 @@ def lap(method: Method, options: argparse.Namespace, device: torch.device) -> tu
         engine.close()
     flops = task_of(recipe, Path("unused")).training_flops()
     if isinstance(getattr(objective, "words", None), StoredWords):
-        with torch.device("meta"):
+        with torch.device("meta"):  # the size that a plan takes where there is no file
             products = products_of(Tokeniser(), batch.second.shape[-1])
         flops -= sum(2 * rows * inner * outer for rows, inner, outer in products)
     return times, flops / 1e9
@@ -128,6 +138,7 @@ def recipe_of(method: Method, options: argparse.Namespace) -> Recipe:
             "engine.zero_stage=1",
             f"engine.precision={options.precision}",
             *(["tokeniser.weights=unused"] if "beit" in method.recipe else []),
+            *(TINY if options.size == "tiny" else []),
         ],
     )
 
@@ -136,7 +147,7 @@ def batch_of(recipe: Recipe, objective: Objective) -> Batch:
     """Return a batch of random images, with a second view, and what the objective draws for it."""
     n, side = recipe.data.global_batch, recipe.model.image_size
     random, positions = torch.Generator().manual_seed(1), np.arange(n)
-    second = side if recipe.moco else side // 16 * STRIDE
+    second = side if recipe.moco else side // size_of(recipe.model).patch_size * STRIDE
     return Batch(
         torch.randn(n, 3, side, side, generator=random),
         torch.from_numpy(positions % CLASSES),
@@ -187,7 +198,7 @@ def report(methods, results, flops, options, where) -> None:
                 "step_s": results[method.name],
             }
         )
-    print(f"ViT-{options.size}, {options.micro_batch} images per step, {options.precision}, on {where['device']}")
+    print(f"{options.size}, {options.micro_batch} images per step, {options.precision}, on {where['device']}")
     show(["", "images/s", "step / MAE's", "GFLOPs/image", "epochs", "published schedule / MAE's"], rows)
     if options.json:
         command = " ".join(["python", *sys.argv])
@@ -198,7 +209,7 @@ def report(methods, results, flops, options, where) -> None:
 def parse() -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--size", choices=("base", "large"), default="large" if gpu else "base")
+    parser.add_argument("--size", choices=("tiny", "base", "large"), default="large" if gpu else "base")
     parser.add_argument("--micro-batch", type=int, default=128 if gpu else 4, help="images in one step")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16" if gpu else "fp32")
     parser.add_argument("--rounds", type=int, default=3 if gpu else 2, help="laps of each method")

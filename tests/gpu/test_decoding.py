@@ -8,7 +8,7 @@ pytest.importorskip("nvidia.dali")
 pytest.importorskip("sklearn")
 
 from data_pipeline import dali_graph
-from data_pipeline.augment.kinds import augmentation
+from data_pipeline.augment.kinds import SecondView, augmentation
 from data_pipeline.batch_layout import batch_layout
 from data_pipeline.batch_order import TrainingOrder
 from data_pipeline.byte_reader import ByteReader
@@ -23,7 +23,7 @@ from data_pipeline.samples import write_photos
 pytestmark = pytest.mark.timeout(300)
 
 COUNT = 16
-KINDS = ("random_resized_crop", "fixed_crop", "evaluation", "random_resized_crop_color_jitter")
+KINDS = ("random_resized_crop", "fixed_crop", "evaluation", "random_resized_crop_color_jitter", "moco_v3")
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +46,21 @@ def levels(images: torch.Tensor) -> np.ndarray:
     return (images.cpu().double().numpy() * std + mean) * 255
 
 
-def decoded(index, kind, device, size=224, micro_batch=None, order=1):
-    """Pixels of every image, decoded `micro_batch` at a time (all), in the order of the index or backwards (-1)."""
+def decoded(index, kind, device, size=224, micro_batch=None, order=1, second=None):
+    """Pixels of every image, decoded `micro_batch` at a time (all), in the order of the index or backwards (-1); of
+    their second view where one is given."""
     kind = augmentation(kind)
     ids = np.arange(len(index))
-    plan = plan_batch(index, kind, seed=0, number=1, global_batch=len(index), sample_ids=ids, image_size=size)
+    plan = plan_batch(
+        index, kind, seed=0, number=1, global_batch=len(index), sample_ids=ids, image_size=size, second=second
+    )
     reader = ByteReader(index)
     micro_batch = micro_batch or len(index)
-    decoder = Decoder(Decoding(kind, size, device=device, device_id=0), micro_batch)
+    decoder = Decoder(Decoding(kind, size, device=device, device_id=0, second=second), micro_batch)
     found = []
     for first in range(0, len(index), micro_batch):
         rows = ids[::order][first : first + micro_batch]
-        (images,) = decoder.decode([reader.read(i) for i in rows], plan[rows])
+        images = decoder.decode([reader.read(i) for i in rows], plan[rows])[-1]
         images = images.as_cpu() if device == "mixed" else images
         found.append(levels(torch.from_numpy(np.array(images.as_array()))))
     return np.concatenate(found)[::order]
@@ -80,6 +83,12 @@ def test_pixels_are_the_cpus(index, kind):
     on_gpu, on_cpu = decoded(index, kind, "mixed"), decoded(index, kind, "cpu")
     close(on_gpu, on_cpu)
     assert np.abs(on_gpu - on_gpu[::-1]).mean() > 10  # different images do differ
+
+
+@pytest.mark.parametrize("second", [SecondView(None, 112), SecondView(augmentation("random_resized_crop"), 224)])
+def test_second_views_are_the_cpus(index, second):
+    kind = "random_resized_crop"
+    close(decoded(index, kind, "mixed", second=second), decoded(index, kind, "cpu", second=second))
 
 
 @pytest.mark.parametrize("fancy", [True, False])
