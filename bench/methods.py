@@ -46,13 +46,6 @@ from mae_scale.tasks.words import TokenisedWords, products_of
 
 CLASSES = 1000
 TINY = [f"model.{key}" for key in ("name=null", "image_size=32", "patch_size=8", "width=32", "depth=2", "heads=2")]
-    "model.name=null",
-    "model.image_size=32",
-    "model.patch_size=8",
-    "model.width=32",
-    "model.depth=2",
-    "model.heads=2",
-]
 LR = 1e-4
 WARM_UP_STEPS, GROUPS = {"cpu": 1, "cuda": 3}, {"cpu": 2, "cuda": 5}
 

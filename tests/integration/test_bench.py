@@ -162,6 +162,8 @@ def test_gpu_script_goes_through_all_stages_and_on_after_a_part_that_fails(tmp_p
         written["profile_step"]["wall_ms_per_step"], rel=0.5
     )
     assert written["rates"]
+    assert len(written["methods"]["methods"]) == 5
+    assert all(row["images_per_s"] > 0 for row in written["methods"]["methods"])
     for stage in ("engine-huge", "engine-large"):
         (setting,) = written[stage]["settings"]
         assert all(way["state"] == "measured" for way in setting["ways"].values()), stage
