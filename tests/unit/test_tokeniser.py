@@ -178,7 +178,7 @@ def test_what_is_no_tokeniser_is_refused(peer, tmp_path):
         "cut.pkl": "is not a whole torch file",
         "numbers.pkl": "is not a whole torch file",
         "empty.pkl": "holds no torch module with weights",
-        "none.pkl": "no file at",
+        "none.pkl": "no (file|tokeniser) at",
         "none.pt": "no weights file at",
     }.items():
         with pytest.raises(UsageError, match=message):
