@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +120,7 @@ def do(runs: Sequence[Run], jobs: int, told: Callable[[Run], None]) -> None:
                 for run in [run for run in waiting if done.issuperset(run.needs)][: jobs - len(at_work)]:
                     waiting.remove(run)
                     at_work[pool.submit(_do, run)] = run
-                for future in _ended(at_work):
+                for future in wait(at_work, return_when=FIRST_COMPLETED).done:
                     run = at_work.pop(future)
                     future.result()
                     done.add(run.name)
@@ -139,16 +139,9 @@ def top1(scale: Scale, seed: int, pretraining: str, transfer: str) -> float:
 
 
 def images_per_second(scale: Scale, seed: int, pretraining: str) -> float:
-    """Return the median rate of a pre-training's logged steps but the first."""
+    """Return the median rate of a pre-training's logged steps, the first left out where there are more."""
     rows = read_metrics(folder_of(scale, seed, pretraining) / "metrics.jsonl")
-    return statistics.median(row["perf/images_per_second"] for row in rows[1:])
-
-
-def _ended(at_work: dict[Future[None], Run]) -> Iterator[Future[None]]:
-    from concurrent.futures import FIRST_COMPLETED, wait
-
-    ended, _ = wait(at_work, return_when=FIRST_COMPLETED)
-    yield from ended
+    return statistics.median(row["perf/images_per_second"] for row in rows[1:] or rows)
 
 
 def _do(run: Run) -> None:
