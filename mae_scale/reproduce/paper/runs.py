@@ -108,7 +108,7 @@ def check_runs(runs: Sequence[Run]) -> None:
 def do(runs: Sequence[Run], jobs: int, told: Callable[[Run], None]) -> None:
     """Do the runs that are not done, up to `jobs` side by side, each after those that it needs.
 
-    told: called after each run, from its thread. Raises RunError when a run fails, once those at work have ended;
+    told: called after each run. Raises RunError when a run fails, once those at work have ended;
     SystemExit with 75 when asked to stop, once they are saved.
     """
     with ThreadPoolExecutor(jobs) as pool:

@@ -44,6 +44,10 @@ class BeitPretraining(Task[PredictRemoved]):
     command: ClassVar[str] = "pretrain"
 
     @property
+    def kind(self) -> str:
+        return "beit"
+
+    @property
     def _predicts_words(self) -> bool:
         return self.recipe.model.target == "tokens"
 

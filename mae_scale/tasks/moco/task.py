@@ -32,6 +32,10 @@ class MomentumContrast(Task[Contrast]):
 
     command: ClassVar[str] = "pretrain"
 
+    @property
+    def kind(self) -> str:
+        return "moco"
+
     def check(self, layout: BatchLayout) -> None:
         data, model = self.recipe.data, self.recipe.model
         with torch.device("meta"):
