@@ -72,6 +72,9 @@ def test_it_goes_on_where_it_was_stopped_and_says_what_its_runs_have_measured(im
     assert len(children) == 2 * RUNS
     assert "# The paper's findings in small" in parent.data.tags["mlflow.note.content"]
 
+    other = mae_scale(*words, "--epochs", 8)
+    assert other.returncode == 2
+    assert "holds another comparison (epochs: 4 -> 8); choose another --out" in other.stderr
     again = mae_scale(*words)
     assert again.returncode == 0
     assert json.loads((out / "paper.json").read_text()) == kept

@@ -15,7 +15,7 @@ from mae_scale.reproduce.paper.page import as_json, look_up, markdown
 from mae_scale.reproduce.paper.runs import Run, Scale, do, runs_of
 from mae_scale.reproduce.paper.verdict import OPPOSITE, SAME, UNDECIDED, decide
 
-SCALE = Scale(Path("data"), Path("out"), epochs=20, labels=10, images=1442, classes=10, findings=FINDINGS)
+SCALE = Scale(Path("data"), Path("out"), epochs=20, labels=10, images=1442, classes=10, digest="", findings=FINDINGS)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -87,7 +87,7 @@ def test_transfers_make_as_many_updates_whatever_the_number_of_labels():
 
 def test_only_the_findings_that_are_named_are_run():
     (one,) = findings_named(["mask-ratio"])
-    scale = Scale(Path("data"), Path("out"), 20, 10, 1442, 10, (one,))
+    scale = Scale(Path("data"), Path("out"), 20, 10, 1442, 10, "", (one,))
     assert len(runs_of(scale, 0)) == 4 + 8
     with pytest.raises(UsageError, match=r"--finding masks is not known; expected one of mask-ratio, .*, methods"):
         findings_named(["masks"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from functools import cache, partial
@@ -24,7 +25,7 @@ from mae_scale.reproduce.paper.runs import SWEEP, Run, Scale, check_runs, do, im
 from mae_scale.reproduce.paper.verdict import OPPOSITE, SAME, UNDECIDED
 from mae_scale.tracking.mlflow_sweep import MlflowSweep, SweepResults
 
-JSON, PAGE, FIGURE = "paper.json", "paper.md", "paper.png"
+JSON, PAGE, FIGURE, KEPT = "paper.json", "paper.md", "paper.png", "comparison.json"
 HOLDS = {SAME: True, OPPOSITE: False, UNDECIDED: None}
 
 
@@ -48,7 +49,21 @@ def scale_of(
     index = open_index(data / "train")
     if len(index.classes) < 2:
         raise UsageError(f"--data {data}/train has {len(index.classes)} classes; expected a folder per class")
-    return Scale(data, out, epochs, labels, len(index), len(index.classes), findings, overrides)
+    scale = Scale(data, out, epochs, labels, len(index), len(index.classes), index.digest(), findings, overrides)
+    _refuse_another(scale)
+    return scale
+
+
+def _refuse_another(scale: Scale) -> None:
+    """Raise UsageError when the folder holds runs of other images or settings."""
+    path, meant = scale.out / KEPT, scale.kept()
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else meant
+    except ValueError as error:
+        raise UsageError(f"{path} cannot be read ({error}); choose another --out") from None
+    different = [f"{key}: {kept.get(key)} -> {value}" for key, value in meant.items() if kept.get(key) != value]
+    if different:
+        raise UsageError(f"--out {scale.out} holds another comparison ({'; '.join(different)}); choose another --out")
 
 
 def run_paper(scale: Scale, *, seeds: int, jobs: int) -> None:
@@ -60,6 +75,8 @@ def run_paper(scale: Scale, *, seeds: int, jobs: int) -> None:
     began, console = time.monotonic(), Console(highlight=False, soft_wrap=True)
     for seed in range(seeds):
         check_runs(runs_of(scale, seed))
+    scale.out.mkdir(parents=True, exist_ok=True)
+    write_json(scale.out / KEPT, scale.kept())
     tracking = load_recipe("paper/mae", list(scale.overrides)).tracking
     mlflow = MlflowSweep.of(tracking, scale.runs, SWEEP, None)
     scale.runs.mkdir(parents=True, exist_ok=True)

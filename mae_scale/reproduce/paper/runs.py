@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.errors import EXIT_STOPPED, RunError, UsageError
 from mae_scale.config.load import load_recipe
@@ -43,12 +44,23 @@ class Scale:
     images: int
     """Training images."""
     classes: int
+    digest: str
+    """Of the index of the training images."""
     findings: tuple[Finding, ...]
     overrides: tuple[str, ...] = ()
 
     @property
     def runs(self) -> Path:
         return self.out / "runs"
+
+    def kept(self) -> dict[str, Any]:
+        """Return what all runs in the folder have in common."""
+        return {
+            "images": self.digest,
+            "epochs": self.epochs,
+            "labels": self.labels,
+            "overrides": list(self.overrides),
+        }
 
     def labelled(self, multiple: int | None) -> int:
         """Return the number of images with labels, at `multiple` times the few labels; None: all images."""
