@@ -8,11 +8,12 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: setup demo paper test test-slow test-all test-cluster test-browser torture lint format docs bench bench-gpu clean
 .DEFAULT_GOAL := help
 
-# DATA: a folder of train/ and val/, each with a folder per class; without it the digits. ARGS: further words of the command.
+# DATA: a folder of train/ and val/, each with a folder per class; without it the digits. OUT: the folder of the runs. ARGS: further words.
 DATA ?=
 ARGS ?=
+OUT ?= paper
 paper: setup
-	$(BIN)/mae-scale paper --out paper $(if $(DATA),--data $(DATA)) $(ARGS)
+	$(BIN)/mae-scale paper --out $(OUT) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 help:
 	@echo "make demo    the whole story on this machine: data, pre-training, pictures, MLflow (about 5 minutes)"

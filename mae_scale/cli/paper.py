@@ -22,7 +22,7 @@ def paper(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Images: train/ and val/, each with a folder per class; without it scikit-learn's digits.",
+            help="Images, resized to 32 px: train/ and val/, each with a folder per class. Without it the digits.",
             show_default=False,
         ),
     ] = None,
@@ -37,7 +37,9 @@ def paper(
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Runs side by side, each on one core.", show_default="one per core"),
+        typer.Option(
+            metavar="N", min=1, help="Runs side by side.", show_default="one per core; with a GPU, which all share, 4"
+        ),
     ] = None,
 ) -> None:
     """Run the comparisons of the MAE paper in small, and say of each finding whether it shows here.
@@ -47,11 +49,14 @@ def paper(
 
     Example: `mae-scale paper --out paper`, or `mae-scale paper --data cifar10 --out paper --epochs 4 --labels 100`
     """
+    import torch
+
     from mae_scale.reproduce.paper.command import run_paper, scale_of
     from mae_scale.reproduce.paper.findings import findings_named
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # several run side by side
-    side_by_side = jobs or len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0))
+    side_by_side = jobs or (min(4, cores) if torch.cuda.is_available() else cores)
     findings = findings_named(finding or ())
     scale = scale_of(data, out, epochs=epochs, labels=labels, findings=findings, overrides=tuple(overrides or ()))
     run_paper(scale, seeds=seeds, jobs=side_by_side)

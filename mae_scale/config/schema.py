@@ -107,7 +107,7 @@ class ScheduleSection(Section):
     """Linear warm-up, then half-cycle cosine to 0 at the end of the last epoch; set every step."""
 
     epochs: int = Field(800, gt=0, description="length of the schedule")
-    warmup_epochs: int = Field(40, ge=0, description="epochs of linear warm-up")
+    warmup_epochs: int | float = Field(40, ge=0, description="epochs of linear warm-up")
     stop_after_steps: int | None = Field(
         None, gt=0, description="end after this many steps, without changing the schedule"
     )

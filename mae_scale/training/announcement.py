@@ -65,7 +65,7 @@ def plan(recipe: Recipe, out: Path, index: Index, layout: BatchLayout, device: t
 
 
 def _schedule(recipe: Recipe, steps: Steps) -> str:
-    checkpoint, warmup = recipe.checkpoint, recipe.schedule.warmup_epochs * steps.per_epoch
+    checkpoint, warmup = recipe.checkpoint, round(recipe.schedule.warmup_epochs * steps.per_epoch)
     every = [f"{checkpoint.every_steps} steps"] if checkpoint.every_steps else []
     if checkpoint.every_epochs:
         every.append(f"{checkpoint.every_epochs * steps.per_epoch} steps ({checkpoint.every_epochs} epochs)")

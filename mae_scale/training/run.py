@@ -226,7 +226,7 @@ def _course(task: Task[Any], context: RunContext, objective: Objective) -> Cours
 
     return Course(
         steps_per_epoch=steps.per_epoch,
-        warmup_steps=context.recipe.schedule.warmup_epochs * steps.per_epoch,
+        warmup_steps=round(context.recipe.schedule.warmup_epochs * steps.per_epoch),
         total_steps=steps.total,
         learns_steadily=task.command == "pretrain",
         untrained=untrained,

@@ -24,7 +24,7 @@ def steps_of(recipe: Recipe, images: int) -> Steps:
     return Steps(per_epoch, total, min(total, recipe.schedule.stop_after_steps or total))
 
 
-def learning_rate(step: int, *, peak_lr: float, steps_per_epoch: int, epochs: int, warmup_epochs: int) -> float:
+def learning_rate(step: int, *, peak_lr: float, steps_per_epoch: int, epochs: int, warmup_epochs: float) -> float:
     """Return the rate of update `step` (from 0): linear warm-up, then half-cycle cosine to 0 (He et al., table 8).
 
     With e = step / steps_per_epoch: peak * e / warmup_epochs while e < warmup_epochs, then

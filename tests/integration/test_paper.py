@@ -12,7 +12,6 @@ import pytest
 from mae_scale.tracking.metrics_log import read_metrics
 
 FINDING = ["--finding", "mask-tokens-in-the-encoder"]
-SHORT = ["schedule.epochs=2", "schedule.warmup_epochs=0", "data.global_batch=50"]
 RUNS = 6  # per seed: two pre-trainings, each fine-tuned and probed
 
 
@@ -32,7 +31,7 @@ def images(digits, tmp_path_factory):
 @pytest.mark.slow
 def test_it_goes_on_where_it_was_stopped_and_says_what_its_runs_have_measured(images, tmp_path, mae_scale):
     out = tmp_path / "paper"
-    words = ["paper", "--data", images, "--out", out, "--seeds", 2, "--jobs", 2, "--epochs", 4, *FINDING, *SHORT]
+    words = ["paper", "--data", images, "--out", out, "--seeds", 2, "--jobs", 2, "--epochs", 4, *FINDING]
     started = subprocess.Popen([sys.executable, "-m", "mae_scale", *map(str, words)], stdout=subprocess.PIPE, text=True)
     for _ in range(600):  # until a pre-training is at work
         if any(read_metrics(path) for path in out.glob("runs/*/metrics.jsonl")):
@@ -71,6 +70,7 @@ def test_it_goes_on_where_it_was_stopped_and_says_what_its_runs_have_measured(im
     children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert len(children) == 2 * RUNS
     assert "# The paper's findings in small" in parent.data.tags["mlflow.note.content"]
+    assert parent.info.run_name == "paper"
 
     other = mae_scale(*words, "--epochs", 8)
     assert other.returncode == 2
@@ -88,11 +88,18 @@ def test_it_goes_on_where_it_was_stopped_and_says_what_its_runs_have_measured(im
             ["--finding", "depth"],
             "--finding depth is not known; expected one of mask-ratio, mask-tokens-in-the-",
         ),
-        (["optim.lr=1"], "optim.lr"),
+        (["optim.base_lr=1"], "optim.base_lr: what is compared is fixed; only settings that change no result"),
+        (["seed=7"], "seed: what is compared is fixed"),
+        (["tracking.uri=http://me:secret@host", "data.root=x"], "data.root: what is compared is fixed"),
+        (
+            ["--labels", "200"],
+            "the smallest of 139; expected at least 64 images of two classes, and --labels 200 of each",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_a_run_is_started(more, said, call, tmp_path):
     code, _, stderr = call("paper", "--out", tmp_path / "paper", *more)
     assert (code, stderr.count("\n")) == (2, 1)
     assert said in stderr
+    assert "secret" not in stderr
     assert not (tmp_path / "paper" / "runs").exists()

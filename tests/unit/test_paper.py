@@ -15,7 +15,9 @@ from mae_scale.reproduce.paper.page import as_json, look_up, markdown
 from mae_scale.reproduce.paper.runs import Run, Scale, do, runs_of
 from mae_scale.reproduce.paper.verdict import OPPOSITE, SAME, UNDECIDED, decide
 
-SCALE = Scale(Path("data"), Path("out"), epochs=20, labels=10, images=1442, classes=10, digest="", findings=FINDINGS)
+SCALE = Scale(
+    Path("data"), Path("out"), epochs=20, labels=10, images=1442, classes=10, smallest_class=139, findings=FINDINGS
+)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -69,25 +71,35 @@ def test_every_run_has_a_recipe_that_loads_and_comes_after_what_it_needs():
         assert recipe.seed == 1
         if run.name in PRETRAININGS:
             assert recipe.schedule.epochs == 20 * PRETRAININGS[run.name].share
+            assert recipe.schedule.warmup_epochs == pytest.approx(0.1 * recipe.schedule.epochs)
         names.add(run.name)
     asked = {f"{arm.pretraining}.{m}" for one in FINDINGS for arm in one.arms for m in one.measures if m != SPEED}
     assert names - set(PRETRAININGS) - {TOKENISER} == asked
 
 
-def test_transfers_make_as_many_updates_whatever_the_number_of_labels():
-    updates = []
-    for run in runs_of(SCALE, 0):
-        if run.name in ("mae.finetune", "mae.finetune-4x", "mae.finetune-all"):
+@pytest.mark.parametrize(
+    ("images", "classes", "smallest", "labels"), [(1442, 10, 139, 10), (50_000, 10, 5000, 100), (1000, 2, 500, 10)]
+)
+def test_transfers_make_about_as_many_updates_of_the_same_batch_whatever_the_number_of_labels(
+    images, classes, smallest, labels
+):
+    scale = Scale(Path("data"), Path("out"), 20, labels, images, classes, smallest, FINDINGS)
+    updates, batches, shares = {}, set(), set()
+    for run in runs_of(scale, 0):
+        if run.name in ("mae.finetune", "mae.finetune-4x", "mae.finetune-16x"):
             recipe = load_recipe(run.words[1], list(run.words[4:]))
-            labels = recipe.data.labels_per_class
-            images = 1442 if labels is None else 10 * labels
-            updates.append(recipe.schedule.epochs * (images // recipe.data.global_batch))
-    assert updates == [120, 120, 112]
+            labelled = classes * recipe.data.labels_per_class
+            updates[run.name] = recipe.schedule.epochs * (labelled // recipe.data.global_batch)
+            batches.add(recipe.data.global_batch)
+            shares.add(round(recipe.schedule.warmup_epochs / recipe.schedule.epochs, 6))
+    few = updates["mae.finetune"]
+    assert all(abs(found - few) <= 0.25 * few for found in updates.values()), updates
+    assert (len(batches), shares) == (1, {0.1})
 
 
 def test_only_the_findings_that_are_named_are_run():
     (one,) = findings_named(["mask-ratio"])
-    scale = Scale(Path("data"), Path("out"), 20, 10, 1442, 10, "", (one,))
+    scale = Scale(Path("data"), Path("out"), 20, 10, 1442, 10, 139, (one,))
     assert len(runs_of(scale, 0)) == 4 + 8
     with pytest.raises(UsageError, match=r"--finding masks is not known; expected one of mask-ratio, .*, methods"):
         findings_named(["masks"])

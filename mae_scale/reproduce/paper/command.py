@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
+import uuid
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -16,16 +20,23 @@ from data_pipeline.errors import UsageError
 from data_pipeline.files import write_atomically, write_json
 from data_pipeline.index_build import open_index
 from data_pipeline.samples import write_digits
-from mae_scale.config.load import load_recipe
+from mae_scale.config.load import load_recipe, packaged_recipes
+from mae_scale.config.schema import FREE_KEYS, FREE_SECTIONS
 from mae_scale.distributed.stop_requests import passing_on
 from mae_scale.reports.paper import ClaimBar, paper_figure
 from mae_scale.reproduce.paper.findings import SPEED, Finding
 from mae_scale.reproduce.paper.page import Found, as_json, look_up, markdown, summary
-from mae_scale.reproduce.paper.runs import SWEEP, Run, Scale, check_runs, do, images_per_second, runs_of, top1
+from mae_scale.reproduce.paper.runs import Run, Scale, check_runs, do, images_per_second, runs_of, top1, words_used
 from mae_scale.reproduce.paper.verdict import OPPOSITE, SAME, UNDECIDED
+from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelled
 from mae_scale.tracking.mlflow_sweep import MlflowSweep, SweepResults
 
 JSON, PAGE, FIGURE, KEPT = "paper.json", "paper.md", "paper.png", "comparison.json"
+OURS = {
+    *("data.root", "data.val_root", "data.index", "classifier.weights", "tokeniser.weights", "tokeniser.tokens"),
+    *("schedule.stop_after_steps", "tracking.sweep", "tracking.run_name", "tracking.evaluate_every_epochs"),
+}
+"""Keys that are set for each run."""
 HOLDS = {SAME: True, OPPOSITE: False, UNDECIDED: None}
 
 
@@ -38,7 +49,17 @@ def scale_of(
     findings: tuple[Finding, ...],
     overrides: tuple[str, ...],
 ) -> Scale:
-    """Return the scale of the comparison on a folder's images, or on the digits; raise UsageError for other folders."""
+    """Return the scale of the comparison on a folder's images, or on the digits.
+
+    Raises UsageError for a folder that cannot be compared on, and for overrides that would change what is compared.
+    """
+    for word in overrides:
+        key = word.partition("=")[0]
+        if key in OURS or not (key in FREE_KEYS or key.startswith(FREE_SECTIONS)):
+            raise UsageError(
+                f"{key}: what is compared is fixed; only settings that change no result can be given, "
+                "such as engine.precision, data.threads or tracking.uri"
+            )
     if data is None:
         data = write_digits(out / "digits")
     for part in ("train", "val"):
@@ -46,24 +67,37 @@ def scale_of(
             raise UsageError(
                 f"--data {data} has no folder {part}; expected train/ and val/, each with a folder per class"
             )
-    index = open_index(data / "train")
-    if len(index.classes) < 2:
-        raise UsageError(f"--data {data}/train has {len(index.classes)} classes; expected a folder per class")
-    scale = Scale(data, out, epochs, labels, len(index), len(index.classes), index.digest(), findings, overrides)
-    _refuse_another(scale)
+    train, val = open_index(data / "train"), open_index(data / "val")
+    refuse_unlabelled(train)
+    folder_set(val, num_classes=len(train.classes), class_names=train.classes)
+    smallest, batch = int(np.bincount(train.label).min()), load_recipe("paper/mae").data.global_batch
+    if smallest < labels or len(train) < batch or len(train.classes) < 2:
+        raise UsageError(
+            f"--data {data}/train has {len(train)} images of {len(train.classes)} classes, the smallest of {smallest}; "
+            f"expected at least {batch} images of two classes, and --labels {labels} of each"
+        )
+    scale = Scale(data, out, epochs, labels, len(train), len(train.classes), smallest, findings, overrides)
+    recipes = "".join(load_recipe(name).digest() for name in packaged_recipes() if name.startswith("paper/"))
+    same = {"images": train.digest(), "val_images": val.digest(), "epochs": epochs, "labels": labels}
+    keep(scale, {**same, "recipes": hashlib.sha256(recipes.encode()).hexdigest()[:16]})
     return scale
 
 
-def _refuse_another(scale: Scale) -> None:
-    """Raise UsageError when the folder holds runs of other images or settings."""
-    path, meant = scale.out / KEPT, scale.kept()
+def keep(scale: Scale, meant: dict[str, Any]) -> None:
+    """Write what all runs in the folder have in common. Raises UsageError when it holds runs of something else."""
+    path = scale.out / KEPT
     try:
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else meant
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
         raise UsageError(f"{path} cannot be read ({error}); choose another --out") from None
     different = [f"{key}: {kept.get(key)} -> {value}" for key, value in meant.items() if kept.get(key) != value]
-    if different:
+    if different and scale.runs.exists():
         raise UsageError(f"--out {scale.out} holds another comparison ({'; '.join(different)}); choose another --out")
+    try:
+        scale.out.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"key": uuid.uuid4().hex, **kept, **meant})
+    except OSError as error:
+        raise UsageError(f"--out {scale.out} cannot be written to: {error.strerror}") from None
 
 
 def run_paper(scale: Scale, *, seeds: int, jobs: int) -> None:
@@ -75,10 +109,9 @@ def run_paper(scale: Scale, *, seeds: int, jobs: int) -> None:
     began, console = time.monotonic(), Console(highlight=False, soft_wrap=True)
     for seed in range(seeds):
         check_runs(runs_of(scale, seed))
-    scale.out.mkdir(parents=True, exist_ok=True)
-    write_json(scale.out / KEPT, scale.kept())
     tracking = load_recipe("paper/mae", list(scale.overrides)).tracking
-    mlflow = MlflowSweep.of(tracking, scale.runs, SWEEP, None)
+    key = json.loads((scale.out / KEPT).read_text(encoding="utf-8"))["key"]
+    mlflow = MlflowSweep.of(tracking, scale.runs, scale.sweep, key)
     scale.runs.mkdir(parents=True, exist_ok=True)
     mlflow.claim()
     for seed in range(seeds):
@@ -106,13 +139,12 @@ def write_page(scale: Scale, seeds: int, mlflow: MlflowSweep, console: Console) 
         return top1(scale, seed, pretraining, measure)
 
     found = look_up([partial(value, seed) for seed in range(seeds)], scale.findings)
-    about = {
+    about: dict[str, Any] = {
         "version": mae_scale.__version__,
         "images": scale.images,
         "classes": scale.classes,
         "epochs": scale.epochs,
         "labels_per_class": scale.labels,
-        "overrides": list(scale.overrides),
         "seeds": seeds,
     }
     said = (
@@ -120,6 +152,10 @@ def write_page(scale: Scale, seeds: int, mlflow: MlflowSweep, console: Console) 
         f"{scale.labels} labels per class, seeds 0 to {seeds - 1}; top-1 on the validation images in percent, mean ± "
         "standard deviation over the seeds."
     )
+    used = [share for seed in range(seeds) if (share := words_used(scale, seed)) is not None]
+    if used:
+        about["words_used"] = used
+        said += f" The tokenisers use {', '.join(f'{share:.0%}' for share in used)} of their words."
     write_json(scale.out / JSON, as_json(found, about))
     text = markdown(found, [said])
     write_atomically(scale.out / PAGE, f"{text}\n![{FIGURE}]({FIGURE})\n".encode())

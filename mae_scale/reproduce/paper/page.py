@@ -17,7 +17,7 @@ NAMES = {
     "partial-1": "1 block",
     "partial-2": "2 blocks",
     "finetune-4x": "4 x the labels",
-    "finetune-all": "all labels",
+    "finetune-16x": "16 x the labels",
     SPEED: "images/s",
 }
 

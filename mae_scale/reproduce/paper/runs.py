@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.errors import EXIT_STOPPED, RunError, UsageError
 from mae_scale.config.load import load_recipe
@@ -26,9 +25,6 @@ from mae_scale.tracking.metrics_log import read_metrics
 from mae_scale.training.preflight import check
 from mae_scale.training.run_state import DONE, run_state
 
-SWEEP = "paper"
-"""The sweep in MLflow that all runs are children of."""
-
 
 @dataclass(frozen=True)
 class Scale:
@@ -44,8 +40,7 @@ class Scale:
     images: int
     """Training images."""
     classes: int
-    digest: str
-    """Of the index of the training images."""
+    smallest_class: int
     findings: tuple[Finding, ...]
     overrides: tuple[str, ...] = ()
 
@@ -53,18 +48,14 @@ class Scale:
     def runs(self) -> Path:
         return self.out / "runs"
 
-    def kept(self) -> dict[str, Any]:
-        """Return what all runs in the folder have in common."""
-        return {
-            "images": self.digest,
-            "epochs": self.epochs,
-            "labels": self.labels,
-            "overrides": list(self.overrides),
-        }
+    @property
+    def sweep(self) -> str:
+        """The sweep in MLflow that all runs are children of."""
+        return self.out.absolute().name
 
-    def labelled(self, multiple: int | None) -> int:
-        """Return the number of images with labels, at `multiple` times the few labels; None: all images."""
-        return self.images if multiple is None else min(self.images, multiple * self.labels * self.classes)
+    def labels_per_class(self, multiple: int) -> int:
+        """Return `multiple` times the few labels, as many as the smallest class has at most."""
+        return min(multiple * self.labels, self.smallest_class)
 
 
 @dataclass(frozen=True)
@@ -156,6 +147,12 @@ def images_per_second(scale: Scale, seed: int, pretraining: str) -> float:
     return statistics.median(row["perf/images_per_second"] for row in rows[1:] or rows)
 
 
+def words_used(scale: Scale, seed: int) -> float | None:
+    """Return the share, 0 to 1, of its words that the tokeniser uses on the validation images; None without one."""
+    rows = read_metrics(folder_of(scale, seed, TOKENISER) / "metrics.jsonl")
+    return next((row["val/words_used"] for row in reversed(rows) if "val/words_used" in row), None)
+
+
 def _do(run: Run) -> None:
     """Do a run, with what it prints in a file beside its folder."""
     if run_state(run.folder) == DONE:
@@ -166,30 +163,32 @@ def _do(run: Run) -> None:
         raise SystemExit(code)
     if code:
         last = " / ".join(log.read_text(encoding="utf-8").strip().splitlines()[-3:])
-        raise RunError(f"`mae-scale {' '.join(run.words)}` ended with exit code {code}: {last} (all in {log})")
+        raise RunError(f"{run.name} ended with exit code {code}: {last} (all in {log})")
 
 
 def _pretraining(scale: Scale, seed: int, name: str, asked: Pretraining) -> Run:
     epochs = max(1, round(scale.epochs * asked.share))
-    overrides = [*asked.overrides, f"schedule.epochs={epochs}", f"schedule.warmup_epochs={round(0.1 * epochs)}"]
+    overrides = [*asked.overrides, f"schedule.epochs={epochs}", f"schedule.warmup_epochs={0.1 * epochs:g}"]
     if asked.words:
         overrides.append(f"tokeniser.weights={folder_of(scale, seed, TOKENISER)}")
     return _run(scale, seed, name, asked.recipe, overrides, needs=(TOKENISER,) if asked.words else ())
 
 
 def _transfer(scale: Scale, seed: int, pretraining: str, name: str) -> Run:
-    """Return a transfer's run: as many updates whatever the number of labels, of the pre-training's model."""
+    """Return a transfer's run, of about as many updates whatever the number of labels."""
     transfer = TRANSFERS[name]
     recipe = "paper/scratch" if pretraining == SCRATCH else transfer.recipe
-    few, labelled = scale.labelled(1), scale.labelled(transfer.labels)
-    loaded = load_recipe(recipe)
-    epochs = max(1, round(loaded.schedule.epochs * few / labelled))
+    loaded, labels = load_recipe(recipe), scale.labels_per_class(transfer.labels)
+    few = scale.labels_per_class(1) * scale.classes
+    batch = min(loaded.data.global_batch, few)
+    updates = loaded.schedule.epochs * (few // batch)
+    epochs = max(1, round(updates / (labels * scale.classes // batch)))
     overrides = [
         *transfer.overrides,
-        f"data.labels_per_class={'null' if transfer.labels is None else transfer.labels * scale.labels}",
+        f"data.labels_per_class={labels}",
         f"schedule.epochs={epochs}",
-        f"schedule.warmup_epochs={round(0.1 * epochs)}",
-        f"data.global_batch={min(loaded.data.global_batch, labelled)}",
+        f"schedule.warmup_epochs={0.1 * epochs:g}",
+        f"data.global_batch={batch}",
     ]
     needs: tuple[str, ...] = ()
     if pretraining != SCRATCH:
@@ -205,7 +204,7 @@ def _run(scale: Scale, seed: int, name: str, recipe: str, overrides: Sequence[st
         f"data.root={scale.data / 'train'}",
         f"data.val_root={scale.data / 'val'}",
         f"seed={seed}",
-        f"tracking.sweep={SWEEP}",
+        f"tracking.sweep={scale.sweep}",
         f"tracking.run_name={folder.name}",
     ]
     loaded = load_recipe(recipe)
