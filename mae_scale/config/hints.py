@@ -47,8 +47,13 @@ def contradiction(recipe: Recipe) -> str | None:
 def _of_beit(recipe: Recipe) -> str | None:
     """Return which of BEiT's keys the recipe has in vain or lacks; else None."""
     model = recipe.model
-    if (recipe.task == "beit" and model.encoder != "beit") or (recipe.task == "mae" and model.encoder != "vit"):
+    takes = {"beit": ("beit",), "classification": ("vit", "beit")}.get(recipe.task, ("vit",))
+    if model.encoder not in takes:
         return f"task: {recipe.task} does not train model.encoder={model.encoder}; task: beit and it belong together"
+    if recipe.task == "beit" and model.target == "pca":
+        return "model.target=pca belongs to task: mae; task: beit predicts tokens, normalised_pixels or pixels"
+    if recipe.task != "mae" and model.encoder_mask_tokens:
+        return f"model.encoder_mask_tokens belongs to task: mae; task: {recipe.task} does not have it"
     if model.encoder == "beit" and model.layer_scale is None:
         return "model.encoder=beit needs model.layer_scale, the initial scale of its branches: 0.1 for B, 1e-5 for L"
     if model.encoder != "beit" and model.layer_scale is not None:

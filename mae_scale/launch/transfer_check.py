@@ -29,6 +29,8 @@ def refuse_other_model(name: str, start: Recipe, recipe: Recipe) -> None:
                 left = beit_to_official(build_beit(start, 2))
             elif start.task == "moco":
                 left = to_official(build_moco_of(start).encoder)
+            elif start.task == "dvae":
+                raise UsageError("that trains a tokeniser, and no encoder")
             else:
                 left = build_classifier_of(start, classes).state_dict()
             load_classifier(build_classifier_of(recipe, classes), left)

@@ -45,8 +45,10 @@ class FrozenProjection(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or convert the module; its values stay float32, so that a checkpoint holds them unrounded."""
+        before = self.weight, self.bias
         super()._apply(fn, recurse)
-        self.weight, self.bias = self.weight.float(), self.bias.float()
+        if self.weight.dtype != torch.float32:
+            self.weight, self.bias = (old.to(self.weight.device) for old in before)
         return self
 
 
@@ -159,7 +161,8 @@ def contrast(queries: Tensor, keys: Tensor, temperature: float, rank: int) -> Te
     queries = functional.normalize(queries.float(), dim=-1)
     keys = from_all_ranks(functional.normalize(keys.detach().float(), dim=-1))  # [ranks, 2, B, C]
     keys = keys.transpose(0, 1).flatten(1, 2).flip(0)  # [2, N, C], of the other view
-    logits = queries @ keys.transpose(1, 2) / temperature  # [2, B, N]
+    with torch.autocast(queries.device.type, enabled=False):
+        logits = queries @ keys.transpose(1, 2) / temperature  # [2, B, N]
     images = queries.shape[1]
     own = torch.arange(rank * images, (rank + 1) * images, device=logits.device)  # [B]
     both = functional.cross_entropy(logits.flatten(0, 1), own.repeat(2))  # the mean of the two directions

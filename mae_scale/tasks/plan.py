@@ -38,6 +38,8 @@ IMAGE_BYTES = 110_000
 MOST_GPUS = 4096
 SAVED_BYTES = 12
 """Per trained parameter in a checkpoint: weight and two moments in float32."""
+AVERAGE_BYTES = 4
+"""The same of an average of the weights, where one is kept."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,15 @@ class Plan:
         return self.hours(one) * self.asked.cluster.ranks
 
     @property
+    def saved_bytes(self) -> int:
+        """Return the bytes of a checkpoint."""
+        return (SAVED_BYTES + AVERAGE_BYTES * self.work.ema) * self.work.trained
+
+    @property
     def failures(self) -> Failures:
         """Return how often the run fails and how often to save: copied to the host's memory, then written beside."""
         shown, cluster = self.best or self.as_is, self.asked.cluster
-        size = SAVED_BYTES * self.work.trained
+        size = self.saved_bytes
         return failures_of(
             cluster.ranks,
             SAVE_S + size / cluster.ranks / self.rates.host_bytes_per_s,
@@ -128,7 +135,7 @@ class Plan:
             "choices": [self._numbers(one) for one in self.choices],
             "strong_scaling": [asdict(scale) for scale in self.strong],
             "weak_scaling": [asdict(scale) for scale in self.weak],
-            "checkpoint_gib": SAVED_BYTES * self.work.trained / GIB,
+            "checkpoint_gib": self.saved_bytes / GIB,
             "data_mb_per_s": self.as_is.images_per_second * IMAGE_BYTES / 1e6,
             "failures": asdict(self.failures),
             "steps": self.steps,

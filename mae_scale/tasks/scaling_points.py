@@ -152,7 +152,7 @@ def _refuse_mixed(runs: list[Run], y: str) -> None:
 def _kind(run: Run, y: str) -> dict[str, object]:
     """Return what must be the same for the values of y to be comparable."""
     kind: dict[str, object] = {"task": run.recipe.task}
-    if y.endswith("loss") and run.recipe.task == "mae":
+    if y.endswith("loss") and run.recipe.task in ("mae", "beit"):
         kind |= {f"model.{key}": getattr(run.recipe.model, key) for key in LOSS_KEYS}
     if y.endswith("loss") and run.recipe.moco is not None:  # it grows with the number of images to tell apart
         kind |= {"moco": run.recipe.moco, "data.global_batch": run.recipe.data.global_batch}

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.errors import UsageError
+from data_pipeline.bad_images import BadImagePolicy
+from data_pipeline.errors import RunError, UsageError
 from data_pipeline.files import write_atomically, write_json
 from data_pipeline.index import Index
 from data_pipeline.index_build import open_index
@@ -74,7 +75,9 @@ def write_tokens(recipe: Recipe, tokeniser: Path, out: Path, shard_images: int =
         parts = from_all(
             lambda: [_shard(recipe, index, source, out, heading, number, ranks, device) for number in mine]
         )
-        from_first(lambda: _finish(out, heading, [record for part in parts for record in part]))
+        records = [record for part in parts for record in part]
+        from_first(lambda: _check_readable(recipe, index, records))
+        from_first(lambda: _finish(out, heading, records))
         return heading if ranks.is_first else None
 
 
@@ -123,7 +126,14 @@ def _shard(
     words = np.zeros((len(rows), heading.grid**2), heading.dtype)
     readable = np.zeros(len(rows), bool)
     alone = Ranks(0, 1, ranks.local_rank)
-    loading = evaluation_loader(recipe, index.take(rows), alone, batch_size=BATCH_SIZE, second=view_of(recipe))
+    loading = evaluation_loader(
+        recipe,
+        index.take(rows),
+        alone,
+        batch_size=BATCH_SIZE,
+        second=view_of(recipe),
+        bad_images=BadImagePolicy(1.0, recipe.data.on_bad_image),  # the limit is on all of them: _finish
+    )
     with loading as loader, torch.inference_mode():
         for batch in loader:
             found = source.of(batch, device).cpu().numpy()
@@ -149,6 +159,17 @@ def _known(out: Path, number: int) -> Record | None:
     except (FileNotFoundError, ValueError):
         found = read_heading(out / MANIFEST)
         return found[1][number] if found is not None and number < len(found[1]) else None
+
+
+def _check_readable(recipe: Recipe, index: Index, records: list[Record]) -> None:
+    """Raise RunError when more images could not be read than data.bad_image_limit allows of all."""
+    unreadable = [row for record in records for row in record["unreadable"]]
+    allowed = max(1, int(recipe.data.bad_image_limit * len(index)))
+    if len(unreadable) > allowed:
+        raise RunError(
+            f"{len(unreadable)} of {len(index)} images cannot be read, such as {index.name(unreadable[0])}; "
+            f"data.bad_image_limit allows {allowed}; restore them, and the same command goes on"
+        )
 
 
 def _finish(out: Path, heading: Heading, records: list[Record]) -> None:

@@ -59,7 +59,8 @@ class TokenisedWords:
         assert batch.second is not None  # `view_of` asks for it
         self._tokeniser.to(device)
         views = batch.second.to(device, non_blocking=True)
-        with torch.autocast(device.type, enabled=False):
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        with exact, torch.autocast(device.type, enabled=False):
             return torch.cat([self._tokeniser.tokens(part) for part in views.split(CHUNK)])
 
 
@@ -72,7 +73,8 @@ class StoredWords:
 
     def of(self, batch: Batch, device: torch.device) -> Tensor:
         """Return the words int64 [B, L] of a batch's images, on the device."""
-        return torch.from_numpy(self._tokens.rows(batch.sample_ids)).to(device, non_blocking=True)
+        words = torch.from_numpy(self._tokens.rows(batch.sample_ids))
+        return (words.pin_memory() if device.type == "cuda" else words).to(device, non_blocking=True)
 
 
 def view_of(recipe: Recipe) -> SecondView:

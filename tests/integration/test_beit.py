@@ -138,6 +138,8 @@ def test_a_run_does_not_go_on_with_another_tokeniser(whole, command, call, tmp_p
         (["model.target=pixels"], "the section tokeniser gives words, and model.target=pixels predicts none"),
         (["model.encoder=vit"], "task: beit does not train model.encoder=vit"),
         (["model.layer_scale=null"], "model.encoder=beit needs model.layer_scale"),
+        (["model.target=pca"], "model.target=pca belongs to task: mae"),
+        (["model.encoder_mask_tokens=true"], "model.encoder_mask_tokens belongs to task: mae"),
         (["model.patch_size=5"], "image_size 32 px is not a multiple of patch_size 5 px"),
         (["model.masking=grid"], "grid masking cannot remove 0.38 of 4 x 4 patches"),
         (["optim.layer_decay=0.5"], "optim.layer_decay belongs to task: classification"),

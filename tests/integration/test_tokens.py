@@ -63,6 +63,26 @@ def opened(folder, digits, tokeniser, **changes):
 
 
 @pytest.mark.slow
+def test_the_limit_on_bad_images_is_on_all_of_them_and_not_on_a_file_s(write, digits, tmp_path):
+    """Three of the first file's hundred; without a limit of its own a file of 2,048 could allow two."""
+    images = tmp_path / "val"
+    shutil.copytree(digits / "val", images)
+    index = open_index(images, progress=False)
+    for row in (3, 4, 5):
+        content = index.path(row).read_bytes()
+        index.path(row).write_bytes(content[:2] + bytes(len(content) - 2))
+    out = tmp_path / "words"
+    done = write(out, f"data.root={images}")
+    assert done.returncode == 1, done.stderr
+    assert "3 of 355 images cannot be read, such as 0/" in done.stderr
+    assert done.stderr.splitlines()[-1].endswith("allows 1; restore them, and the same command goes on")
+    done = write(out, f"data.root={images}", "data.bad_image_limit=0.01")
+    assert done.returncode == 0, done.stderr
+    records = json.loads((out / "manifest.json").read_text())["shards"]
+    assert [record["unreadable"] for record in records] == [[3, 4, 5], [], [], []]
+
+
+@pytest.mark.slow
 def test_they_are_the_tokeniser_s_of_the_evaluation_crop_in_the_index_s_order(written, digits, tokeniser):
     from PIL import Image
 

@@ -129,6 +129,10 @@ REFUSED = {
     "best loss": (["checkpoint.keep_best=val/loss"], "val/loss is not measured by task: moco"),
     "fully sharded": (["engine.backend=fairscale", "engine.zero_stage=3"], "fully sharded"),
     "patch": (["model.patch_size=5"], "not a multiple"),
+    "another encoder": (
+        ["model.encoder=beit", "model.layer_scale=0.1"],
+        "task: moco does not train model.encoder=beit",
+    ),
     "another task": (["task=mae"], "the section moco belongs to task: moco"),
 }
 

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,6 +17,14 @@ from data_pipeline.errors import UsageError
 
 StateDict = dict[str, Tensor]
 WRAPPERS = ("model", "state_dict")
+
+
+def is_export(path: Path) -> bool:
+    """Return whether a file was written here: its safetensors metadata name a layout."""
+    if path.suffix != ".safetensors":
+        return False
+    with safe_open(path, "pt") as file:
+        return "layout" in (file.metadata() or {})
 
 
 def read_weights(path: str | Path) -> StateDict:

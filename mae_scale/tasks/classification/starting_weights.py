@@ -13,9 +13,11 @@ from mae_scale.checkpoints.shards import digest_of
 from mae_scale.checkpoints.store import FROZEN
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others
+from mae_scale.models.beit import BeitEncoder
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.weights.checked_copy import LoadReport
 from mae_scale.models.weights.classifier import load_classifier
+from mae_scale.models.weights.files import is_export
 from mae_scale.training.inputs import has_checkpoint, started_from
 from mae_scale.training.task import Origin
 
@@ -64,7 +66,13 @@ def _load(model: Classifier, path: Path) -> tuple[Path, list[str]]:
     loaded = load_weights(model, source)
     fresh = f"; fresh: {_places(loaded.not_set)}" if loaded.not_set else ""
     unused = f"; unused: {_places(loaded.unused)}" if loaded.unused else ""
-    return source, [f"{len(loaded.loaded)} tensors from {path}{fresh}{unused}"]
+    notes = [f"{len(loaded.loaded)} tensors from {path}{fresh}{unused}"]
+    if isinstance(model.encoder, BeitEncoder) and source.is_file() and not is_export(source):
+        notes.append(
+            "  BEiT's published files were trained on images normalised by mean and std 0.5, and here ImageNet's are "
+            "used: fine-tuning adapts to them, features of a frozen encoder are not what was published (docs/beit.md)"
+        )
+    return source, notes
 
 
 def _keep_frozen(model: Classifier, recipe: Recipe, out: Path, begun: bool) -> tuple[Path, list[str]] | None:
