@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import psutil
+import pytest
 from mlflow import MlflowClient
 
 from mae_scale.tracking.metrics_log import read_metrics
@@ -19,6 +20,7 @@ HOST = {
 }
 
 
+@pytest.mark.slow
 def test_each_node_has_its_own_metrics_once_in_a_while(tmp_path, digits):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
