@@ -100,6 +100,7 @@ truth() {
         --zero-stages 1 --throughput-timer --json "$out/timer.json"
     tests "tests of a step" 120 "" tests/gpu/test_step.py
     tests "tests of planning" 120 "deepspeed pydantic" tests/gpu/test_planned.py
+    tests "tests of the methods" 200 "deepspeed pydantic" tests/gpu/test_methods.py
     tests "tests of the engines" 400 "deepspeed pydantic fairscale" tests/gpu/test_engines.py
 }
 

@@ -52,7 +52,9 @@ def tiny_objective(overrides: list[str]) -> tuple[PredictRemoved, Recipe]:
     return PredictRemoved(model, words, seed=recipe.seed, global_batch=GLOBAL_BATCH), recipe
 
 
-def tensors(objective: PredictRemoved, step: int, positions: np.ndarray) -> tuple[torch.Tensor, ...]:
+def tensors(
+    objective: PredictRemoved, step: int, positions: np.ndarray, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, ...]:
     """The arguments of the objective for some positions of a step's global batch."""
     random = torch.Generator().manual_seed(step)
     images = torch.randn(GLOBAL_BATCH, 3, 32, 32, generator=random)[positions]
@@ -60,7 +62,7 @@ def tensors(objective: PredictRemoved, step: int, positions: np.ndarray) -> tupl
     known = np.ones(len(positions), bool)
     batch = Batch(images, images, positions, positions, known, step, 0, drawn=objective.draw(step, positions))
     batch.second = views
-    return objective.tensors(batch, torch.device("cpu"))
+    return objective.tensors(batch, torch.device(device))
 
 
 def rate(step: int) -> float:
@@ -100,7 +102,7 @@ def run_case(case: dict, ranks, device) -> list[float]:
     positions, losses = np.arange(GLOBAL_BATCH)[layout.positions(ranks.rank)], []
     for step in range(case["first"], case["last"]):
         micro = [positions[i : i + layout.micro_batch] for i in range(0, len(positions), layout.micro_batch)]
-        result = engine.train_step([tensors(objective, step, part) for part in micro], rate(step))
+        result = engine.train_step([tensors(objective, step, part, device) for part in micro], rate(step))
         loss = result.loss / ranks.world_size
         torch.distributed.all_reduce(loss)
         losses.append(loss.item())
