@@ -64,9 +64,10 @@ class Loop:
                     saver.wait()
                 if isinstance(error, RunError):
                     raise
+                cut = "a smaller one (the same batches, more accumulation)" if self.context.recipe.moco is None else ""
                 raise RunError(
-                    f"the GPU has too little memory for engine.micro_batch={micro_batch}; choose a smaller one "
-                    "(the same batches, more accumulation) or engine.activation_checkpointing=all: "
+                    f"the GPU has too little memory for engine.micro_batch={micro_batch}; choose "
+                    f"{cut or 'more ranks'} or engine.activation_checkpointing=all: "
                     f"{_first_sentences(error)}"
                 ) from error
 
