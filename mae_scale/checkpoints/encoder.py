@@ -66,7 +66,8 @@ class PretrainedEncoder(nn.Module):
 def load_encoder(path: str | Path, *, heads: int | None = None) -> PretrainedEncoder:
     """Return the encoder of a run's folder, a checkpoint, or a file of weights in any known layout, on the host.
 
-    Layouts: ours, the authors' release, timm's, Hugging Face's; pre-trained or fine-tuned; also of a BEiT. A file does
+    Layouts: ours, the authors' release, timm's, Hugging Face's; pre-trained or fine-tuned; also of a BEiT, whose
+    published files (not BEiT v2's) were trained on images normalised by 0.5 and not as `transform` does. A file does
     not hold its number of attention heads: `heads` gives it for a model other than ViT-B/16, L/16 and H/14.
     Raises UsageError when there is nothing usable at that place, RunError when a checkpoint is damaged.
     """
