@@ -163,6 +163,7 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_sigkill_leaves_no_trace_in_curve_and_accuracy(killed, start, whole, copied):
     kind, folder = killed
     out = copied(folder)
@@ -172,6 +173,7 @@ def test_sigkill_leaves_no_trace_in_curve_and_accuracy(killed, start, whole, cop
     assert top1(out) == top1(whole(kind))
 
 
+@pytest.mark.slow
 def test_after_sigkill_one_rank_follows_the_uninterrupted_run(killed, start, whole, copied):
     """A rank's micro-batch stays what it was, so there are twice as many."""
     kind, folder = killed
@@ -226,6 +228,7 @@ def test_lost_frozen_weights_are_asked_for(stopped, start, copied, tmp_path):
     is_refused(start("partial", out, whence=tmp_path / "gone"), 2, FROZEN, "is lost", "--weights PATH")
 
 
+@pytest.mark.slow
 def test_frozen_weights_of_a_start_without_a_checkpoint_are_written_anew(stopped, start, whole, copied):
     """The file that --weights names may have become another since."""
     out = copied(stopped)

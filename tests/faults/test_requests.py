@@ -59,7 +59,8 @@ def assert_nothing_is_left(running: Command, within_s: float = 30) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [1, 2])
 def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on_as_if_it_had_not_been(nproc, tmp_path, digits):
     out, whole = tmp_path / "run", tmp_path / "whole"
     start = command(digits, "--nproc", nproc)

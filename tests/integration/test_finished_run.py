@@ -27,6 +27,7 @@ def history(server, out, name) -> list[tuple[int, float]]:
     return [(metric.step, metric.value) for metric in found]
 
 
+@pytest.mark.slow
 def test_a_metric_is_sent_once_at_the_last_step_and_leaves_the_run_ended(server, trained):
     for value in (91.5, 91.5, 92.25, 92.25):
         add_metrics(trained, server.uri, {"probe/top1": value, "probe/top1_random_weights": 79.1})
@@ -37,6 +38,7 @@ def test_a_metric_is_sent_once_at_the_last_step_and_leaves_the_run_ended(server,
     assert run.info.status == "FINISHED"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("uri", "why"),
     [

@@ -152,6 +152,7 @@ def test_it_installs_and_leaves_the_names_slurm_and_ds_configs_to_others(kind, i
     assert "mae-scale" not in checked
 
 
+@pytest.mark.slow
 def test_it_trains_from_another_folder_with_the_packaged_recipe_and_deepspeed_file_and_compiles_nothing(
     installed, digits, tmp_path
 ):

@@ -106,6 +106,7 @@ def expected(run, pixels) -> np.ndarray:
     return probabilities.numpy()
 
 
+@pytest.mark.slow
 def test_loaded_model_gives_the_probabilities_of_the_checkpoint(run, pixels, expected):
     loaded = mlflow.pytorch.load_model(run.note["model_uri"])
     with torch.inference_mode():
@@ -114,6 +115,7 @@ def test_loaded_model_gives_the_probabilities_of_the_checkpoint(run, pixels, exp
     np.testing.assert_allclose(as_function.predict(pixels), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_model_has_signature_a_real_image_class_names_and_what_it_needs(run, digits, tmp_path):
     info = mlflow.models.get_model_info(run.note["model_uri"])
     (inputs,), (outputs,) = info.signature.inputs.inputs, info.signature.outputs.inputs
@@ -132,6 +134,7 @@ def test_model_has_signature_a_real_image_class_names_and_what_it_needs(run, dig
     assert {line.partition("==")[0] for line in requirements} == {"mae-scale", "torch", "mlflow"}
 
 
+@pytest.mark.slow
 def test_model_and_pictures_are_of_the_run_and_the_name_has_version_one(run):
     run_id = run.note["run_id"]
     assert run_id == json.loads((run.out / "mlflow.json").read_text())["run_id"]
@@ -149,6 +152,7 @@ def test_model_and_pictures_are_of_the_run_and_the_name_has_version_one(run):
     assert "warning" not in run.said
 
 
+@pytest.mark.slow
 def test_the_same_command_again_logs_nothing_twice_whether_it_knows_or_asks(run, server, finetune):
     for _ in range(2):
         assert "warning" not in finetune(run.out, server, f"tracking.registered_model={NAME}")
