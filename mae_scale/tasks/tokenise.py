@@ -76,7 +76,7 @@ def write_tokens(recipe: Recipe, tokeniser: Path, out: Path, shard_images: int =
             lambda: [_shard(recipe, index, source, out, heading, number, ranks, device) for number in mine]
         )
         records = [record for part in parts for record in part]
-        from_first(lambda: _check_readable(recipe, index, records))
+        from_first(lambda: check_readable(recipe, index, records))
         from_first(lambda: _finish(out, heading, records))
         return heading if ranks.is_first else None
 
@@ -161,7 +161,7 @@ def _known(out: Path, number: int) -> Record | None:
         return found[1][number] if found is not None and number < len(found[1]) else None
 
 
-def _check_readable(recipe: Recipe, index: Index, records: list[Record]) -> None:
+def check_readable(recipe: Recipe, index: Index, records: list[Record]) -> None:
     """Raise RunError when more images could not be read than data.bad_image_limit allows of all."""
     unreadable = [row for record in records for row in record["unreadable"]]
     allowed = max(1, int(recipe.data.bad_image_limit * len(index)))
