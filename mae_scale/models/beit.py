@@ -19,7 +19,7 @@ from data_pipeline.errors import UsageError
 from mae_scale.models.drop_path import drop_path_rates
 from mae_scale.models.masking import check_masking, kept_patches
 from mae_scale.models.targets import WORDS, Target, Words, make_target
-from mae_scale.models.vit import ViTSize, gather_tokens, grid_of, layer_norm, patchify
+from mae_scale.models.vit import ViTSize, check_images, gather_tokens, grid_of, layer_norm, patchify
 
 INIT_STD = 0.02
 TABLE = "relative_position_bias_table"
@@ -250,9 +250,7 @@ class Beit(nn.Module):
 
     def features(self, images: Tensor, mask: Tensor | None = None, branch_scales: Tensor | None = None) -> Tensor:
         """Return normed features [B, N, D] of normalised images [B, 3, S, S]; mask, branch_scales as the encoder's."""
-        side = self.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
-            raise UsageError(f"images have shape {tuple(images.shape)}, this model takes [B, 3, {side}, {side}]")
+        check_images(images, self.image_size)
         return self.encoder(patchify(images, self.patch_size), mask, branch_scales)
 
     def forward(

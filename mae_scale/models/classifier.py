@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import UsageError
 from mae_scale.models.beit import BeitEncoder
-from mae_scale.models.vit import Encoder, ViTSize, layer_norm, patchify, resolve_size
+from mae_scale.models.vit import Encoder, ViTSize, check_images, layer_norm, patchify, resolve_size
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -68,12 +68,7 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor, branch_scales: Tensor | None = None) -> Tensor:
         """Return pooled features [B, D] of images [B, 3, S, S], normalised by ImageNet's mean and std."""
-        side = self.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
-            raise UsageError(
-                f"images have shape {tuple(images.shape)}, this model takes [B, 3, {side}, {side}]: "
-                "resize them, or build the model with their image_size"
-            )
+        check_images(images, self.image_size)
         tokens = self.encoder(patchify(images, self.patch_size), branch_scales=branch_scales)  # [B, 1 + L, D]
         pooled = tokens[:, 1:].mean(dim=1) if self.pool == "mean" else tokens[:, 0]  # [B, D]
         return self.fc_norm(pooled)

@@ -18,6 +18,7 @@ from mae_scale.models.targets import Target, Words, make_target
 from mae_scale.models.vit import (
     Encoder,
     ViTSize,
+    check_images,
     gather_tokens,
     init_weights,
     layer_norm,
@@ -196,12 +197,7 @@ class MaskedAutoencoder(nn.Module):
         return {name for name, _ in self.named_parameters() if name.endswith(("cls_token", "mask_token"))}
 
     def _check(self, images: Tensor, noise: Tensor | None) -> None:
-        side = self.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
-            raise UsageError(
-                f"images have shape {tuple(images.shape)}, this model takes [B, 3, {side}, {side}]: "
-                "resize them, or build the model with their image_size"
-            )
+        check_images(images, self.image_size)
         if noise is not None and tuple(noise.shape) != (images.shape[0], self.patches):
             raise UsageError(
                 f"noise has shape {tuple(noise.shape)}, expected [{images.shape[0]}, {self.patches}], "

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data_pipeline.errors import UsageError
 from mae_scale.models.global_batch_norm import TrainedGlobalBatchNorm, from_all_ranks
-from mae_scale.models.vit import Encoder, ViTSize, patchify, resolve_size
+from mae_scale.models.vit import Encoder, ViTSize, check_images, patchify, resolve_size
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -94,10 +93,9 @@ class ProjectedEncoder(nn.Module):
 
     def features(self, *views: Tensor) -> Tensor:
         """Return the cls tokens [B, D] after the final norm of images [B, 3, S, S], those of several views in a row."""
-        side, size, dtype = self.encoder.image_size, self.encoder.size, self.encoder.cls_token.dtype
+        size, dtype = self.encoder.size, self.encoder.cls_token.dtype
         for images in views:
-            if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
-                raise UsageError(f"images have shape {tuple(images.shape)}, this model takes [B, 3, {side}, {side}]")
+            check_images(images, self.encoder.image_size)
         # In the encoder's precision at once, to hold no copy in float32.
         patches = [patchify(images.to(dtype), size.patch_size) for images in views]
         return self.encoder(torch.cat(patches))[:, 0]

@@ -73,6 +73,15 @@ def grid_of(image_size: int, patch_size: int) -> int:
     return image_size // patch_size
 
 
+def check_images(images: Tensor, image_size: int) -> None:
+    """Raise UsageError unless images are [B, 3, image_size, image_size]."""
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, image_size, image_size):
+        raise UsageError(
+            f"images have shape {tuple(images.shape)}, this model takes [B, 3, {image_size}, {image_size}]: "
+            "resize them, or build the model with their image_size"
+        )
+
+
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Return images [B, 3, H, W] as patches [B, L, p*p*3], row by row; a patch in the order (row, column, channel)."""
     batch, channels, height, width = images.shape

@@ -1,7 +1,5 @@
 """Figures of an autoencoder's reconstructions: during training, and by `mae-scale reconstruct`."""
 
-import logging
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +7,6 @@ import torch
 
 from data_pipeline.augment.kinds import augmentation
 from data_pipeline.errors import UsageError
-from data_pipeline.files import write_atomically
 from data_pipeline.index_build import open_index
 from mae_scale.checkpoints.export import checkpoint_model, find_checkpoint
 from mae_scale.config.required import required
@@ -22,22 +19,18 @@ from mae_scale.models.weights.autoencoder import load_hf, load_official
 from mae_scale.models.weights.files import read_weights
 from mae_scale.reports.pretraining import reconstruction_figure
 from mae_scale.tasks.mae.objective import Reconstruct
+from mae_scale.tasks.step_figures import StepFigures
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.shown_images import shown_images, some_images
 
 IMAGES = 16
-NAME = "reconstructions"
-
-log = logging.getLogger("mae_scale")
 
 
 class Reconstructions:
-    """An evaluator that draws reconstructions every tracking.reconstruct_every_epochs and at the end of each start.
+    """An evaluator that draws images, what of them is visible, and their reconstructions (StepFigures).
 
-    DIR/figures/reconstructions/step_00001250.png, the newest also as DIR/figures/reconstructions.png, and in MLflow as
-    steps of one figure. All ranks reconstruct, for each may hold a part of the weights. Rank 0 draws, in a thread: a
-    picture takes about a second, in which the others would wait.
+    All ranks reconstruct, for each may hold a part of the weights; rank 0 draws.
     """
 
     def __init__(self, context: RunContext, engine: Engine, tracker: Tracker, objective: Reconstruct):
@@ -45,23 +38,22 @@ class Reconstructions:
 
         objective: draws the masks; its weights are not used.
         """
-        self._context, self._engine, self._tracker = context, engine, tracker
+        self._context, self._engine, self._figures = context, engine, StepFigures(context, tracker)
         self._images = first_then_others(lambda: shown_images(context, IMAGES))
         self._noise = fixed_noise(objective, len(self._images))
-        self._painter, self._drawing = ThreadPoolExecutor(1, NAME), Future[None]()
-        self._drawing.set_result(None)
 
     def due(self, done: int) -> bool:
-        every = self._context.recipe.tracking.reconstruct_every_epochs * self._context.steps.per_epoch
-        return done % every == 0 or done == self._context.steps.last
+        return self._figures.due(done)
 
     def __call__(self, done: int) -> dict[str, float]:
         mask, pixels = self._reconstruct()
+
+        def paint(path: Path, title: str) -> None:
+            side = round((pixels.shape[-1] / 3) ** 0.5)
+            reconstruction_figure(self._images, mask, pixels, path, patch_size=side, title=title)
+
         if self._context.ranks.is_first:
-            self._drawing.result()  # at most one waits to be drawn
-            self._drawing = self._painter.submit(self._draw, done, mask, pixels)
-            if done == self._context.steps.last:
-                self._drawing.result()
+            self._figures.draw(done, paint)
         return {}
 
     def _reconstruct(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,22 +67,6 @@ class Reconstructions:
                 masks.append(mask.cpu())
                 pixels.append(predicted.cpu())
         return torch.cat(masks), torch.cat(pixels)
-
-    def _draw(self, done: int, mask: torch.Tensor, pixels: torch.Tensor) -> None:
-        """Draw one figure, in rank 0's thread; a failure is a warning, and training goes on."""
-        context, figures = self._context, self._context.out / "figures"
-        path, newest = figures / NAME / f"step_{done:08d}.png", figures / f"{NAME}.png"
-        title = f"epoch {round(done / context.steps.per_epoch, 2):g} of {context.recipe.schedule.epochs}, step {done:,}"
-        patch_size = round((pixels.shape[-1] / 3) ** 0.5)
-        try:
-            reconstruction_figure(self._images, mask, pixels, path, patch_size=patch_size, title=title)
-            write_atomically(newest, path.read_bytes())
-        except Exception as error:
-            log.warning("%s could not be drawn (%s: %s); training goes on", path, type(error).__name__, error)
-            return
-        self._tracker.figure(path, NAME, done)
-        if done == context.steps.last:
-            self._tracker.artifact(newest, "figures")
 
 
 def fixed_noise(objective: Reconstruct, count: int) -> torch.Tensor:

@@ -1,82 +1,47 @@
 """Pre-training as a task: train a masked autoencoder, draw its reconstructions, export its weights."""
 
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 
-from data_pipeline.augment.kinds import SecondView
 from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.index import Index
 from mae_scale.engines.base import Engine
 from mae_scale.models.build import build_model
-from mae_scale.models.targets import WORDS, PcaCoefficients
-from mae_scale.models.tokeniser import Tokeniser
+from mae_scale.models.targets import PcaCoefficients
 from mae_scale.models.vit import patchify
 from mae_scale.planning.flops import mae_forward_flops, training_flops
 from mae_scale.planning.workload import Stack, Workload
-from mae_scale.tasks.encoder_weights import leave_weights
-from mae_scale.tasks.knn_accuracy import KnnAccuracy, check_knn
+from mae_scale.tasks.knn_accuracy import KnnAccuracy
 from mae_scale.tasks.mae.objective import Reconstruct
 from mae_scale.tasks.mae.reconstruct import Reconstructions
 from mae_scale.tasks.mae.validation import reconstruction_loss
+from mae_scale.tasks.masked_images import MaskedImages
 from mae_scale.tasks.untrained import loss_of_guessing
-from mae_scale.tasks.words import (
-    WordSource,
-    add_tokeniser,
-    check_words,
-    origin_of,
-    refuse_other_tokeniser,
-    size_of_tokeniser,
-    source_of,
-    stored,
-    tokens_of,
-    training_view,
-    view_of,
-)
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.preflight import training_augmentation
 from mae_scale.training.self_check import Untrained
 from mae_scale.training.shown_images import some_images
-from mae_scale.training.task import Evaluator, Origin, Task
+from mae_scale.training.task import Evaluator, Origin
 from mae_scale.training.workload import workload_of
 
 PCA_IMAGES = 256
 
 
-class MaskedAutoencoding(Task[Reconstruct]):
+class MaskedAutoencoding(MaskedImages[Reconstruct]):
     """Train a masked autoencoder to reconstruct removed patches (He et al., section 3)."""
 
     command: ClassVar[str] = "pretrain"
 
-    @property
-    def _predicts_words(self) -> bool:
-        return self.recipe.model.target == WORDS
-
-    @cached_property
-    def _words(self) -> WordSource | None:
-        """What gives the words; None where pixels are predicted."""
-        return source_of(self.recipe) if self._predicts_words else None
-
     def check(self, layout: BatchLayout) -> None:
         with torch.device("meta"):
             build_model(self.recipe)
-        if self._predicts_words:
-            check_words(self.recipe)
-
-    def check_fit(self, images: Index, validation: Index | None) -> None:
-        check_knn(self.recipe, images, validation)
-        if self._words is not None:
-            refuse_other_tokeniser(self.recipe, self._words, self.out)
-            stored(self.recipe, self._words, images)
-
-    def second_view(self) -> SecondView | None:
-        return training_view(self.recipe) if self._predicts_words else None
+        super().check(layout)
 
     def build(self, index: Index) -> Reconstruct:
-        model = build_model(self.recipe, self._words.words if self._words else 2)
-        return Reconstruct(model, seed=self.recipe.seed, words=stored(self.recipe, self._words, index))
+        model = build_model(self.recipe, self.number_of_words)
+        return Reconstruct(model, seed=self.recipe.seed, words=self.training_words(index))
 
     def initialise(self, objective: Reconstruct, index: Index) -> Origin:
         """Fit the PCA target on the patches of the run's first images: the same on every rank and at every start."""
@@ -86,11 +51,11 @@ class MaskedAutoencoding(Task[Reconstruct]):
             target = objective.model.target
             assert isinstance(target, PcaCoefficients)
             target.fit(patches.flatten(0, 1))
-        return origin_of(self._words)
+        return super().initialise(objective, index)
 
     def training_flops(self) -> int:
         model = self.recipe.model
-        if self._predicts_words:
+        if self.predicts_words:
             work = self.workload(0)
             return work.forward_flops + work.backward_flops
         return training_flops(
@@ -109,7 +74,7 @@ class MaskedAutoencoding(Task[Reconstruct]):
 
     def workload(self, classes: int) -> Workload:
         with torch.device("meta"):
-            tokeniser = Tokeniser(size_of_tokeniser(self.recipe)) if self._predicts_words else None
+            tokeniser = self.planned_tokeniser()
             model = build_model(self.recipe, tokeniser.size.words if tokeniser else 2)
         size, pixels, width = model.encoder.size, 3 * model.patch_size**2, model.decoder.width
         removed, depth = model.patches - model.kept, len(model.decoder.blocks)
@@ -128,19 +93,16 @@ class MaskedAutoencoding(Task[Reconstruct]):
             ),
             predicted=removed * model.target.dim,
         )
-        if tokeniser is None or tokens_of(self.recipe) is not None:
-            return work
-        return add_tokeniser(work, tokeniser, model.grid)
+        return self.with_tokeniser(work, tokeniser, model.grid)
 
     def evaluators(self, context: RunContext, engine: Engine, tracker: Tracker) -> list[Evaluator]:
         with torch.device("meta"):  # only its masks and words are asked for
-            objective = Reconstruct(build_model(self.recipe), seed=self.recipe.seed, words=self._words)
+            objective = Reconstruct(build_model(self.recipe), seed=self.recipe.seed, words=self.words)
         found: list[Evaluator] = []
-        if not self._predicts_words:
+        if not self.predicts_words:
             found.append(Reconstructions(context, engine, tracker, objective))
         if self.recipe.data.val_root is not None:
-            view = view_of(self.recipe) if self._predicts_words else None
-            found.append(reconstruction_loss(context, engine, objective, view))
+            found.append(reconstruction_loss(context, engine, objective, self.evaluation_view()))
         if self.recipe.tracking.knn_images is not None:
             found.append(KnnAccuracy(context, engine))
         return found
@@ -148,6 +110,3 @@ class MaskedAutoencoding(Task[Reconstruct]):
     def untrained_loss(self, context: RunContext, objective: Reconstruct) -> Untrained | None:
         """Return the loss of predicting the mean of the target's values, or all words alike."""
         return loss_of_guessing(objective.model.target, context, objective.model.patch_size)
-
-    def finish(self, context: RunContext, tracker: Tracker) -> str:
-        return leave_weights(context, tracker, "mean")
