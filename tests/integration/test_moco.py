@@ -109,7 +109,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_curve_and_momentum_encoder(ran
         assert max((found[name] - expected[name]).abs().max().item() for name in expected) < 1e-3
 
 
-def test_the_encoder_is_left_for_timm_load_encoder_and_mlflow(whole):
+def test_the_encoder_is_left_for_timm_load_encoder_and_mlflow(whole, monkeypatch):
     out, _ = whole
     model, _ = checkpoint_model(list_checkpoints(out / "checkpoints")[-1][1])
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -122,7 +122,7 @@ def test_the_encoder_is_left_for_timm_load_encoder_and_mlflow(whole):
     loaded = package.load_encoder(out)
     from_file = package.load_encoder(out / "export" / "model.safetensors", heads=2)
     run = json.loads((out / "export" / "mlflow_model.json").read_text())
-    mlflow.set_tracking_uri(run["uri"])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", run["uri"])
     served = mlflow.pytorch.load_model(run["model_uri"])
     pixels = images.permute(0, 2, 3, 1) * served.std + served.mean
     with torch.no_grad():
