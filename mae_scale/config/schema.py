@@ -286,6 +286,13 @@ class Recipe(Section):
         write_atomically(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False).encode())
 
 
+TASKS_WITH_SECTION = {
+    "classifier": ("classification",),
+    "moco": ("moco",),
+    "tokeniser": ("dvae", "beit", "mae"),
+}
+"""Of the sections that not all tasks have: those that do."""
+
 # What may differ between one start of a run and the next, for it does not change what is computed. Paths are among it:
 # images are known by their index's digest, starting weights and tokenisers by their own (training.inputs).
 FREE_SECTIONS = ("engine.", "checkpoint.", "tracking.")

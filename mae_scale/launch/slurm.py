@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_pipeline.errors import RunError, UsageError
 from mae_scale.config.load import load_recipe
-from mae_scale.config.schema import Recipe
+from mae_scale.config.schema import TASKS_WITH_SECTION, Recipe
 from mae_scale.engines.policy import layout_of, refuse_wrong_combinations
 from mae_scale.launch.job_plan import Nodes, check_hardware, job_plan
 from mae_scale.launch.slurm_templates import (
@@ -109,9 +109,9 @@ class Link:
 def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool, force: bool) -> None:
     """Check, plan, render and send the chain of the recipes in `words`; what holds an = is an override for all of them.
 
-    Those of the section classifier are for classifiers only. A classifier that needs weights and has none set starts
-    from the link before it. force: send also what does not fit by its plan. Raises UsageError before anything is sent,
-    RunError when sbatch refuses a link after all.
+    Those of a section that not all tasks have, such as classifier, are for those that have it. A classifier that needs
+    weights and has none set starts from the link before it. force: send also what does not fit by its plan. Raises
+    UsageError before anything is sent, RunError when sbatch refuses a link after all.
     """
     names = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word]
@@ -128,9 +128,10 @@ def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool, force: b
         label = path.stem if path.is_file() else name.replace("/", "-")
         place = Place(label, out / label, out / "slurm" / f"{len(links) + 1}-{label}")
         links.append(make_link(name, overrides, shape, place, links))
-    unused = [override for override in overrides if _of_classifier(override)]
-    if unused and not any(link.recipe.task == "classification" for link in links):
-        raise UsageError(f"'{unused[0]}' is for recipes with a section classifier; found {', '.join(names)}")
+    for override in overrides:
+        if not any(_takes(link.recipe.task, override) for link in links):
+            tasks = " or ".join(TASKS_WITH_SECTION[_section(override)])
+            raise UsageError(f"'{override}' is for task {tasks}; found {', '.join(names)}")
     _refuse_shared_folders(links)
     plans = dict.fromkeys("\n".join(job_plan(link.name, link.recipe, link.nodes, force=force)) for link in links)
     slurm = shutil.which("sbatch") is not None and shutil.which("sinfo") is not None
@@ -250,8 +251,9 @@ def send(links: list[Link]) -> list[str]:
 
 def make_link(name: str, overrides: list[str], shape: Shape, place: Place, before: list[Link]) -> Link:
     """Return the link after those `before`, checked. Raises UsageError for what can be refused now."""
-    classifies = load_recipe(name).task == "classification"
-    overrides = [override for override in overrides if classifies or not _of_classifier(override)]
+    task = load_recipe(name).task
+    classifies = task == "classification"
+    overrides = [override for override in overrides if _takes(task, override)]
     recipe = load_recipe(name, overrides)
     if classifies and recipe.classification.weights is None and not recipe.classification.from_scratch:
         if not before:
@@ -286,9 +288,13 @@ def _template(name: str) -> str:
     return text
 
 
-def _of_classifier(override: str) -> bool:
-    """Return whether an override is of the section classifier, which would make a classifier of any recipe."""
-    return override.partition("=")[0].partition(".")[0] == "classifier"
+def _takes(task: str, override: str) -> bool:
+    """Return whether recipes of a task take an override: not that of a section which only other tasks have."""
+    return task in TASKS_WITH_SECTION.get(_section(override), (task,))
+
+
+def _section(override: str) -> str:
+    return override.partition("=")[0].partition(".")[0]
 
 
 def _refuse_shared_folders(links: list[Link]) -> None:

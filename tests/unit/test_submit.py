@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from mae_scale.cli.main import main
+from tests.integration.test_beit import tiny_tokeniser
 
 TEMPLATES = Path(__file__).parents[2] / "slurm"
 HUGE = "pretrain/vit_huge_1600ep"
 LARGE = "pretrain/vit_large_1600ep"
+BEIT, MOCO = "pretrain/beit_vit_base_800ep", "pretrain/moco_v3_vit_base"
 RUNS = [f'run_job {kind} "$@"' for kind in ("pretrain", "finetune", "finetune")]
 
 
@@ -126,6 +128,24 @@ def test_a_classifier_starts_from_the_link_before_it_and_alone_gets_the_override
     assert [line for line in out.splitlines() if line.startswith("run_job")] == RUNS
 
 
+@pytest.mark.parametrize(
+    ("chain", "own"),
+    [
+        (["pretrain/beit_vit_base_800ep", "finetune/beit_vit_base_224"], "tokeniser.weights={}"),
+        (["pretrain/moco_v3_vit_base", "finetune/moco_v3_vit_base"], "moco.momentum=0.99"),
+    ],
+)
+def test_a_classifier_after_beit_or_moco_gets_none_of_their_overrides(submit, no_slurm, tmp_path, chain, own):
+    own = own.format(tiny_tokeniser(tmp_path / "tokeniser.safetensors"))
+    code, out, error = submit(*chain, "data.root=/d", own, "--nodes", 4, "--out", "runs", "--dry-run")
+    assert code == 0, error
+    first = f"{tmp_path}/runs/{chain[0].replace('/', '-')}"
+    assert [arguments(script)[3:] for script in scripts(out)] == [
+        ["data.root=/d", own],
+        ["data.root=/d", f"classifier.weights={first}"],
+    ]
+
+
 def test_the_recipe_and_not_its_name_decides_the_template(submit, no_slurm, tmp_path):
     (tmp_path / "pretrain").mkdir()
     trains, classifies = tmp_path / "finetune.yaml", tmp_path / "pretrain" / "mine.yaml"
@@ -217,7 +237,13 @@ def test_the_site_is_what_its_environment_file_says_and_the_environment_wins(sub
             ["finetune/vit_huge_224", "classifier.weights=/no", "--nodes", 2],
             ["classifier.weights=/no (--weights) does not exist"],
         ),
-        ([HUGE, "classifier.mixup=0", "--nodes", 2], ["'classifier.mixup=0' is for recipes with a section", HUGE]),
+        ([HUGE, "classifier.mixup=0", "--nodes", 2], ["'classifier.mixup=0' is for task classification", HUGE]),
+        ([HUGE, "moco.momentum=0.9", "--nodes", 2], ["'moco.momentum=0.9' is for task moco", HUGE]),
+        ([BEIT, "--nodes", 2], ["beit_vit_base_800ep on", "needs a tokeniser", "tokeniser.weights=PATH"]),
+        ([BEIT, f"tokeniser.weights={__file__}", "--nodes", 2], ["beit_vit_base_800ep on", f"{__file__} was refused"]),
+        ([BEIT, "finetune/vit_base_224", "model.target=pixels", "--nodes", 2], ["starts from pretrain/beit", "BEiT"]),
+        ([MOCO, "finetune/beit_vit_base_224", "--nodes", 2], ["it starts from pretrain/moco_v3_vit_base"]),
+        (["pretrain/dvae_imagenet_256", "finetune/vit_base_224", "--nodes", 2], ["trains a tokeniser, and no encoder"]),
         (["pretrain/vit_hug_1600ep", "--nodes", 2], ["did you mean 'pretrain/vit_huge_1600ep'"]),
         ([HUGE, HUGE, "--nodes", 2], ["give each recipe once"]),
         ([HUGE, "--nodes", 2, "data.root=null"], ["data.root is not set"]),
