@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import save
 
 from data_pipeline.errors import UsageError
@@ -36,7 +37,8 @@ def trained_tokeniser(checkpoint: Path) -> Tokeniser:
     """Return the tokeniser of a checkpoint of task dvae, float32 on the host, frozen."""
     manifest = read_manifest(checkpoint)
     section = stored_recipe(manifest["recipe"], str(checkpoint)).tokenisation
-    model = Tokeniser(TokeniserSize(section.width, section.words, section.blocks_per_group))
+    with torch.device("meta"):  # drawing weights here would move the generator that the model's are drawn from
+        model = Tokeniser(TokeniserSize(section.width, section.words, section.blocks_per_group))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     with ShardReader(checkpoint / name for name in manifest["files"]) as reader:
         trained = {
@@ -44,7 +46,7 @@ def trained_tokeniser(checkpoint: Path) -> Tokeniser:
             for name, values in reader.model_state().items()
             if name.startswith(_ENCODER)
         }
-    model.load_state_dict({name: values.view(shapes[name]) for name, values in trained.items()})
+    model.load_state_dict({name: values.view(shapes[name]) for name, values in trained.items()}, assign=True)
     return model.requires_grad_(False).eval()
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from data_pipeline.errors import UsageError
 from mae_scale.config.hints import contradiction, reason, subject
 from mae_scale.config.old_names import with_new_names
-from mae_scale.config.schema import Recipe
+from mae_scale.config.schema import Recipe, takes_text
 
 
 def packaged_recipes() -> list[str]:
@@ -102,13 +102,19 @@ def merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_override(override: str) -> tuple[list[str], Any]:
-    """Return the parts of the key and the value of `section.key=value`. Raises UsageError for any other form."""
+    """Return the parts of the key and the value of `section.key=value`. Raises UsageError for any other form.
+
+    The value is read as YAML; of a key that takes a path or a name it is the text itself, unless that is quoted: YAML
+    would end `runs/a #2` at the blank, and make a number of the name 2024.
+    """
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise UsageError(f"'{override}' is not an override; expected section.key=value, such as data.global_batch=1024")
     try:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
+        value = text
+    if takes_text(key) and not isinstance(value, bool) and text not in ("", "null", "~") and text[0] not in "\"'":
         value = text
     return key.split("."), value
 

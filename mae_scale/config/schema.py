@@ -337,6 +337,12 @@ def keys() -> dict[str, FieldInfo]:
     return found
 
 
+def takes_text(key: str) -> bool:
+    """Return whether a key, such as data.root, takes a path or a text of any kind."""
+    field = keys().get(key)
+    return field is not None and not {str, Path}.isdisjoint(get_args(field.annotation) or (field.annotation,))
+
+
 def keys_of(section: str) -> dict[str, FieldInfo]:
     """Return the keys of a section and their fields; none for what is no section."""
     field = Recipe.model_fields.get(section)

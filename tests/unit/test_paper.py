@@ -8,7 +8,6 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from data_pipeline.errors import RunError, UsageError
-from mae_scale.config.load import load_recipe
 from mae_scale.reproduce.paper import runs
 from mae_scale.reproduce.paper.findings import FINDINGS, PRETRAININGS, SPEED, TOKENISER, findings_named
 from mae_scale.reproduce.paper.page import as_json, look_up, markdown
@@ -67,7 +66,7 @@ def test_every_run_has_a_recipe_that_loads_and_comes_after_what_it_needs():
     names = set()
     for run in runs_of(SCALE, 1):
         assert set(run.needs) <= names, run.name
-        recipe = load_recipe(run.words[1], list(run.words[4:]))
+        recipe = run.recipe()
         assert recipe.seed == 1
         if run.name in PRETRAININGS:
             assert recipe.schedule.epochs == 20 * PRETRAININGS[run.name].share
@@ -87,7 +86,7 @@ def test_transfers_make_about_as_many_updates_of_the_same_batch_whatever_the_num
     updates, batches, shares = {}, set(), set()
     for run in runs_of(scale, 0):
         if run.name in ("mae.finetune", "mae.finetune-4x", "mae.finetune-16x"):
-            recipe = load_recipe(run.words[1], list(run.words[4:]))
+            recipe = run.recipe()
             labelled = classes * recipe.data.labels_per_class
             updates[run.name] = recipe.schedule.epochs * (labelled // recipe.data.global_batch)
             batches.add(recipe.data.global_batch)

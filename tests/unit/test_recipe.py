@@ -18,6 +18,7 @@ from mae_scale.planning.hardware import DEFAULT_LINK
 from mae_scale.tasks.plan import asked_of, make_plan
 from mae_scale.tasks.registry import task_of
 from mae_scale.training.preflight import training_augmentation
+from tests.integration.test_beit import tiny_tokeniser
 
 IMAGENET = 1_281_167  # training images
 
@@ -114,8 +115,7 @@ def test_a_packaged_recipe_has_a_header_with_result_cost_and_command_and_runs_on
     predicts_words = recipe.model.target == "tokens"
     assert ("tokeniser.weights=" in command) == predicts_words
     if predicts_words:
-        (tmp_path / "encoder.pkl").touch()
-        recipe = load_recipe(name, [f"tokeniser.weights={tmp_path}/encoder.pkl"])
+        recipe = load_recipe(name, [f"tokeniser.weights={tiny_tokeniser(tmp_path / 'tokeniser.safetensors')}"])
     layout = layout_of(recipe, ranks_of(command))
     gpu = "H100" in head
     refuse_wrong_combinations(recipe, gpu=gpu)
@@ -197,6 +197,24 @@ def test_extends_takes_a_path_relative_to_the_recipe_and_not_to_where_the_comman
     (tmp_path / "recipes" / "base.yaml").write_text("extends: mine/../mine/top.yaml\n")
     with pytest.raises(UsageError, match="circle"):
         load_recipe(str(top))
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("classifier.weights=runs/a #2", "runs/a #2"),
+        ("data.root=2024", "2024"),
+        ("data.root=a: b", "a: b"),
+        ("data.root='a b'", "a b"),
+        ("data.root=null", None),
+        ("model.name=null", None),
+        ("tracking.run_name=1e3", "1e3"),
+        ("tracking.uri=off", "off"),
+        ("tracking.uri=false", "off"),
+    ],
+)
+def test_a_path_or_a_name_is_taken_as_it_is_written(override, value):
+    assert load_recipe("finetune/demo", [override]).flat()[override.partition("=")[0]] == value
 
 
 def test_a_recipe_extends_another_and_overrides_win(tmp_path):

@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,17 @@ from data_pipeline.errors import UsageError
 from data_pipeline.files import write_atomically, write_json
 from data_pipeline.index_build import open_index
 from data_pipeline.samples import write_digits
-from mae_scale.config.load import load_recipe, packaged_recipes
+from mae_scale.config.load import load_recipe
 from mae_scale.config.schema import FREE_KEYS, FREE_SECTIONS
+from mae_scale.distributed.ranks import launched
 from mae_scale.distributed.stop_requests import passing_on
 from mae_scale.reports.paper import ClaimBar, paper_figure
-from mae_scale.reproduce.paper.findings import SPEED, Finding
+from mae_scale.reproduce.paper.findings import FINDINGS, SPEED, TRANSFERS, Finding
 from mae_scale.reproduce.paper.page import Found, as_json, look_up, markdown, summary
 from mae_scale.reproduce.paper.runs import Run, Scale, check_runs, do, images_per_second, runs_of, top1, words_used
 from mae_scale.reproduce.paper.verdict import OPPOSITE, SAME, UNDECIDED
 from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelled
-from mae_scale.tracking.mlflow_sweep import MlflowSweep, SweepResults
+from mae_scale.tracking.mlflow_sweep import MlflowSweep, SweepResults, check_name
 
 JSON, PAGE, FIGURE, KEPT = "paper.json", "paper.md", "paper.png", "comparison.json"
 OURS = {
@@ -77,10 +79,15 @@ def scale_of(
             f"expected at least {batch} images of two classes, and --labels {labels} of each"
         )
     scale = Scale(data, out, epochs, labels, len(train), len(train.classes), smallest, findings, overrides)
-    recipes = "".join(load_recipe(name).digest() for name in packaged_recipes() if name.startswith("paper/"))
     same = {"images": train.digest(), "val_images": val.digest(), "epochs": epochs, "labels": labels}
-    keep(scale, {**same, "recipes": hashlib.sha256(recipes.encode()).hexdigest()[:16]})
+    keep(scale, {**same, "recipes": _digest(replace(scale, findings=FINDINGS, overrides=()))})
     return scale
+
+
+def _digest(scale: Scale) -> str:
+    """Return a digest of all that the runs compute, but for the seed."""
+    recipes = "".join(run.name + run.recipe().digest() for run in runs_of(scale, 0))
+    return hashlib.sha256(recipes.encode()).hexdigest()[:16]
 
 
 def keep(scale: Scale, meant: dict[str, Any]) -> None:
@@ -106,6 +113,9 @@ def run_paper(scale: Scale, *, seeds: int, jobs: int) -> None:
     Raises UsageError for what can be refused before a run is started, RunError when a run fails, SystemExit(75) when
     asked to stop; the same command goes on.
     """
+    check_name(scale.sweep)
+    if launched():
+        raise UsageError("paper starts its runs itself, one rank each; start it once, without srun or torchrun")
     began, console = time.monotonic(), Console(highlight=False, soft_wrap=True)
     for seed in range(seeds):
         check_runs(runs_of(scale, seed))
@@ -121,7 +131,7 @@ def run_paper(scale: Scale, *, seeds: int, jobs: int) -> None:
         def told(run: Run, names: list[str] = names, seed: int = seed, total: int = len(runs)) -> None:
             names.append(run.name)
             minutes = (time.monotonic() - began) / 60
-            console.print(f"seed {seed} of {seeds}: {len(names)}/{total} {run.name}  ({minutes:.0f} min)")
+            console.print(f"seed {seed} ({seed + 1} of {seeds}): {len(names)}/{total} {run.name}  ({minutes:.0f} min)")
 
         with passing_on("what runs is ended with a checkpoint, and the same command goes on"):
             do(runs, jobs, told)
@@ -139,18 +149,19 @@ def write_page(scale: Scale, seeds: int, mlflow: MlflowSweep, console: Console) 
         return top1(scale, seed, pretraining, measure)
 
     found = look_up([partial(value, seed) for seed in range(seeds)], scale.findings)
+    few, more, many = labels = [scale.labels_per_class(n) for n in sorted({one.labels for one in TRANSFERS.values()})]
     about: dict[str, Any] = {
         "version": mae_scale.__version__,
         "images": scale.images,
         "classes": scale.classes,
         "epochs": scale.epochs,
-        "labels_per_class": scale.labels,
+        "labels_per_class": labels,
         "seeds": seeds,
     }
     said = (
         f"{scale.images:,} training images of {scale.classes} classes, {scale.epochs} epochs of pre-training, "
-        f"{scale.labels} labels per class, seeds 0 to {seeds - 1}; top-1 on the validation images in percent, mean ± "
-        "standard deviation over the seeds."
+        f"{few} labels per class ({more} with 4 x, {many} with 16 x the labels: at most those of the smallest class), "
+        f"seeds 0 to {seeds - 1}; top-1 on the validation images in percent, mean ± standard deviation over the seeds."
     )
     used = [share for seed in range(seeds) if (share := words_used(scale, seed)) is not None]
     if used:

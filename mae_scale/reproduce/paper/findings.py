@@ -29,10 +29,10 @@ class Pretraining:
     recipe: str
     overrides: tuple[str, ...] = ()
     share: float = 1
-    words: bool = False
-    """Whether its targets are the words of the tokeniser that was trained on the same images."""
+    predicts_words: bool = False
+    """Of the tokeniser that was trained on the same images."""
     transfer: tuple[str, ...] = ()
-    """What a transfer's recipe changes to take this encoder."""
+    """Changes of a transfer's recipe, so that it takes this encoder."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ PRETRAININGS: dict[str, Pretraining] = {
     **{f"decoder-width-{width}": Pretraining(MAE, (f"model.decoder_width={width}",)) for width in (16, 96)},
     "pixels": Pretraining(MAE, ("model.target=pixels",)),
     "pca": Pretraining(MAE, ("model.target=pca",)),
-    "tokens": Pretraining(MAE, ("model.target=tokens",), words=True),
+    "tokens": Pretraining(MAE, ("model.target=tokens",), predicts_words=True),
     "no-augmentation": Pretraining(MAE, ("data.augmentation=none",)),
     "fixed-crop": Pretraining(MAE, ("data.augmentation=fixed_crop",)),
     "flip": Pretraining(MAE, ("data.flip=0.5",)),
@@ -105,7 +105,7 @@ PRETRAININGS: dict[str, Pretraining] = {
     "large": Pretraining(MAE, LARGE, transfer=LARGE),
     "moco": Pretraining(MOCO, transfer=CLS),
     "moco-schedule-0.5": Pretraining(MOCO, share=0.5, transfer=CLS),
-    "beit": Pretraining(BEIT, words=True, transfer=BEIT_ENCODER),
+    "beit": Pretraining(BEIT, predicts_words=True, transfer=BEIT_ENCODER),
     "beit-pixels": Pretraining(BEIT, ("model.target=normalised_pixels",), transfer=BEIT_ENCODER),
 }
 TRANSFERS: dict[str, Transfer] = {

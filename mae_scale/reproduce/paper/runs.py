@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data_pipeline.errors import EXIT_STOPPED, RunError, UsageError
 from mae_scale.config.load import load_recipe
+from mae_scale.config.schema import Recipe
 from mae_scale.launch.local import launch_local_ranks
 from mae_scale.reproduce.paper.findings import (
     PRETRAININGS,
@@ -21,7 +22,7 @@ from mae_scale.reproduce.paper.findings import (
     Pretraining,
 )
 from mae_scale.tasks.registry import task_of
-from mae_scale.tracking.metrics_log import read_metrics
+from mae_scale.tracking.metrics_log import after_warm_up, read_metrics
 from mae_scale.training.preflight import check
 from mae_scale.training.run_state import DONE, run_state
 
@@ -60,12 +61,16 @@ class Scale:
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its name, the words after `mae-scale` that start it, and the names of the runs it starts from."""
+    """A run: its name, the arguments after `mae-scale` that start it, and the names of the runs it starts from."""
 
     name: str
     folder: Path
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     needs: tuple[str, ...]
+
+    def recipe(self) -> Recipe:
+        """Return its recipe, loaded. Raises UsageError when it cannot be."""
+        return load_recipe(self.arguments[1], self.arguments[4:])
 
 
 def measured(findings: Sequence[Finding]) -> list[tuple[str, str]]:
@@ -79,7 +84,7 @@ def runs_of(scale: Scale, seed: int) -> list[Run]:
     pairs = measured(scale.findings)
     pretrainings = [name for name in dict.fromkeys(name for name, _ in pairs) if name != SCRATCH]
     runs = []
-    if any(PRETRAININGS[name].words for name in pretrainings):
+    if any(PRETRAININGS[name].predicts_words for name in pretrainings):
         runs.append(_run(scale, seed, TOKENISER, "paper/tokeniser", ()))
     runs += [_pretraining(scale, seed, name, PRETRAININGS[name]) for name in pretrainings]
     runs += [_transfer(scale, seed, pretraining, transfer) for pretraining, transfer in pairs]
@@ -99,11 +104,10 @@ def transfer_name(pretraining: str, transfer: str) -> str:
 def check_runs(runs: Sequence[Run]) -> None:
     """Raise UsageError when a run could not be started, as far as that can be told before those it needs are done."""
     for run in runs:
-        recipe, overrides = run.words[1], list(run.words[4:])
         try:
-            loaded = load_recipe(recipe, overrides)
+            recipe = run.recipe()
             if not run.needs:
-                check(task_of(loaded, run.folder), 1)
+                check(task_of(recipe, run.folder), 1)
         except UsageError as error:
             raise UsageError(f"{run.name}: {error}") from None
 
@@ -142,9 +146,9 @@ def top1(scale: Scale, seed: int, pretraining: str, transfer: str) -> float:
 
 
 def images_per_second(scale: Scale, seed: int, pretraining: str) -> float:
-    """Return the median rate of a pre-training's logged steps, the first left out where there are more."""
+    """Return the median rate of a pre-training's logged steps after its warm-up; of all where they are too few."""
     rows = read_metrics(folder_of(scale, seed, pretraining) / "metrics.jsonl")
-    return statistics.median(row["perf/images_per_second"] for row in rows[1:] or rows)
+    return statistics.median(row["perf/images_per_second"] for row in after_warm_up(rows) or rows)
 
 
 def words_used(scale: Scale, seed: int) -> float | None:
@@ -158,7 +162,7 @@ def _do(run: Run) -> None:
     if run_state(run.folder) == DONE:
         return
     log = run.folder.with_name(run.folder.name + ".log")
-    code = launch_local_ranks(1, list(run.words), log=log)
+    code = launch_local_ranks(1, list(run.arguments), log=log)
     if code == EXIT_STOPPED:
         raise SystemExit(code)
     if code:
@@ -169,9 +173,9 @@ def _do(run: Run) -> None:
 def _pretraining(scale: Scale, seed: int, name: str, asked: Pretraining) -> Run:
     epochs = max(1, round(scale.epochs * asked.share))
     overrides = [*asked.overrides, f"schedule.epochs={epochs}", f"schedule.warmup_epochs={0.1 * epochs:g}"]
-    if asked.words:
+    if asked.predicts_words:
         overrides.append(f"tokeniser.weights={folder_of(scale, seed, TOKENISER)}")
-    return _run(scale, seed, name, asked.recipe, overrides, needs=(TOKENISER,) if asked.words else ())
+    return _run(scale, seed, name, asked.recipe, overrides, needs=(TOKENISER,) if asked.predicts_words else ())
 
 
 def _transfer(scale: Scale, seed: int, pretraining: str, name: str) -> Run:

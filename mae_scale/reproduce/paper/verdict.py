@@ -25,7 +25,7 @@ class Verdict:
 
     @property
     def margin(self) -> float | None:
-        """What the mean must exceed, in either direction, to decide: t x sd / sqrt(n); None with one seed."""
+        """The distance from 0 from which on the mean decides: t x sd / sqrt(n); None with one seed."""
         return margin_of(self.differences)
 
 
