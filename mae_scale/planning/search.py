@@ -129,11 +129,13 @@ def scaling(
     gpus_per_node: int,
     up_to: int,
     global_batch: int | None,
+    whole_share: bool = False,
 ) -> list[Scale]:
     """Return the throughput on 1, 2, 4, ... GPUs, as far as `up_to`.
 
     global_batch: shared out among the ranks (strong scaling), as far as each has an image, in the largest micro-batches
     that fit into `capacity` bytes; None: each rank has the images and micro-batches of the setting (weak scaling).
+    whole_share: a rank's share is one micro-batch; numbers of GPUs where it does not fit are left out.
     """
     found: list[Scale] = []
     ranks = 1
@@ -143,17 +145,21 @@ def scaling(
         if global_batch is not None:
             if global_batch < ranks:
                 break
-            here = _largest(work, here, global_batch // ranks, capacity)
+            here = _largest(work, here, global_batch // ranks, capacity, whole_share)
+        ranks *= 2
+        if whole_share and memory_of(work, here).total > capacity:
+            continue
         share = here.micro_batch * here.accumulation
         rate = cluster.ranks * share / step_time(work, here, cluster, rates).total
         first = found[0].images_per_second / found[0].ranks if found else rate / cluster.ranks
         found.append(Scale(cluster.ranks, rate, rate / cluster.ranks / first))
-        ranks *= 2
     return found
 
 
-def _largest(work: Workload, setting: Setting, share: int, capacity: float) -> Setting:
+def _largest(work: Workload, setting: Setting, share: int, capacity: float, whole_share: bool) -> Setting:
     """Return the setting for a rank's share of images with the largest micro-batch that fits, else with 1."""
+    if whole_share:
+        return replace(setting, micro_batch=share, accumulation=1)
     for micro in range(share, 0, -1):
         found = replace(setting, micro_batch=micro, accumulation=share // micro)
         if share % micro == 0 and memory_of(work, found).total <= capacity:

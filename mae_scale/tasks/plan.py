@@ -185,7 +185,7 @@ def make_plan(asked: Asked) -> Plan:
     found = all_candidates(work, setting, cluster, rates, capacity, _choices(recipe, setting))
     best = recommended(found)
     scaled = best or min(found, key=lambda one: one.memory.total)
-    common = {"gpus_per_node": cluster.gpus_per_node, "up_to": MOST_GPUS}
+    common = {"gpus_per_node": cluster.gpus_per_node, "up_to": MOST_GPUS, "whole_share": _takes_whole_share(recipe)}
     return Plan(
         asked=asked,
         work=work,
@@ -210,7 +210,7 @@ def _choices(recipe: Recipe, setting: Setting) -> Choices:
     """
     share, section = setting.micro_batch * setting.accumulation, recipe.classifier
     micro_batches = [n for n in range(1, share + 1) if share % n == 0]
-    if recipe.moco is not None or (section is not None and section.batch_norm):
+    if _takes_whole_share(recipe):
         micro_batches = [share]
     elif section is not None and (section.mixup or section.cutmix):  # they mix neighbours
         micro_batches = [n for n in micro_batches if n % 2 == 0]
@@ -224,6 +224,11 @@ def _choices(recipe: Recipe, setting: Setting) -> Choices:
     return Choices(stages, micro_batches, compiled=recipe.engine.compile is not False)
 
 
+def _takes_whole_share(recipe: Recipe) -> bool:
+    """Return whether a rank's share must be one micro-batch: negatives or statistics are of the whole global batch."""
+    return recipe.moco is not None or (recipe.classifier is not None and recipe.classifier.batch_norm)
+
+
 def _larger(work: Workload, tried: list[Candidate], asked: Asked, rates: Rates) -> list[str]:
     """Return what would make a setting fit, the cheapest first."""
     found = []
@@ -232,9 +237,11 @@ def _larger(work: Workload, tried: list[Candidate], asked: Asked, rates: Rates) 
     while nodes <= MOST_GPUS // asked.cluster.gpus_per_node:
         nodes *= 2
         cluster = Cluster(nodes, asked.cluster.gpus_per_node)
-        if asked.recipe.data.global_batch % cluster.ranks:
+        share, rest = divmod(asked.recipe.data.global_batch, cluster.ranks)
+        if rest:
             break
-        setting = replace(smallest.setting, ranks=cluster.ranks, micro_batch=1, accumulation=1)
+        micro_batch = share if _takes_whole_share(asked.recipe) else 1
+        setting = replace(smallest.setting, ranks=cluster.ranks, micro_batch=micro_batch, accumulation=1)
         if candidate(work, setting, cluster, rates, capacity).fits:
             found.append(f"--nodes {nodes}: states are shared out among more GPUs")
             break

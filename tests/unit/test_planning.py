@@ -143,6 +143,21 @@ def test_throughput_grows_with_gpus_and_strong_scaling_ends_at_one_image():
     assert by_ranks[16] < 0.5 * by_ranks[8]
 
 
+def test_what_must_train_a_ranks_share_at_once_is_not_planned_where_that_does_not_fit():
+    """MoCo v3's negatives; nor is it advised where nothing fits."""
+    recipe = "pretrain/moco_v3_vit_large"
+    found = plan(recipe, gpu="a100-40gb", nodes=8)
+    engine = [*overrides_of(found, found.best).split(), "engine.micro_batch=null"]
+    for scale in found.strong:
+        nodes, each = max(1, scale.ranks // 8), min(scale.ranks, 8)
+        assert plan(recipe, *engine, gpu="a100-40gb", nodes=nodes, gpus_per_node=each).as_is.fits, scale
+    larger = [recipe, "model.image_size=448"]
+    (advice,) = [line for line in plan(*larger, gpu="a30").larger if "--nodes" in line]
+    nodes = int(advice.split()[1].rstrip(":"))
+    assert plan(*larger, gpu="a30", nodes=nodes).best is not None
+    assert plan(*larger, gpu="a30", nodes=nodes // 2).best is None
+
+
 @pytest.mark.parametrize(
     ("recipe", "gpu", "nodes", "micro_batch", "images_per_second", "factor"),
     [
