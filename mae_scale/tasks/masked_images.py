@@ -1,4 +1,4 @@
-"""What the tasks have in common that predict removed patches, or the words of a tokeniser for them."""
+"""Common part of MAE and BEiT: they predict the pixels of removed patches, or a tokeniser's words for them."""
 
 from functools import cached_property
 
@@ -38,7 +38,7 @@ class MaskedImages(Task[ObjectiveT]):
 
     @cached_property
     def words(self) -> WordSource | None:
-        """What finds the words; None where pixels are predicted."""
+        """The tokeniser that finds the words; None where pixels are predicted."""
         return source_of(self.recipe) if self.predicts_words else None
 
     def training_words(self, index: Index) -> WordSource | None:
@@ -71,6 +71,11 @@ class MaskedImages(Task[ObjectiveT]):
     def initialise(self, objective: ObjectiveT, index: Index) -> Origin:
         """Return the tokeniser's digest and number of words for the checkpoints; all ranks begin with equal weights."""
         return origin_of(self.words)
+
+    def training_flops(self) -> int:
+        """Return the FLOPs per image: the model's, forward and backward, and the tokeniser's, forward."""
+        work = self.workload(0)
+        return work.forward_flops + work.backward_flops
 
     def planned_tokeniser(self) -> Tokeniser | None:
         """Return a tokeniser of the recipe's size, on the device that is the default; None without one."""

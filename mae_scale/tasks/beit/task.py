@@ -41,11 +41,6 @@ class BeitPretraining(MaskedImages[PredictRemoved]):
         model = build_beit(self.recipe, self.number_of_words)
         return self._objective(model, self.training_words(index))
 
-    def training_flops(self) -> int:
-        """Return the FLOPs per image: the model's, forward and backward, and the tokeniser's, forward."""
-        work = self.workload(0)
-        return work.forward_flops + work.backward_flops
-
     def workload(self, classes: int) -> Workload:
         with torch.device("meta"):
             tokeniser = self.planned_tokeniser()

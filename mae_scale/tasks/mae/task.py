@@ -10,7 +10,6 @@ from mae_scale.engines.base import Engine
 from mae_scale.models.build import build_model
 from mae_scale.models.targets import PcaCoefficients
 from mae_scale.models.vit import patchify
-from mae_scale.planning.flops import mae_forward_flops, training_flops
 from mae_scale.planning.workload import Stack, Workload
 from mae_scale.tasks.knn_accuracy import KnnAccuracy
 from mae_scale.tasks.mae.objective import Reconstruct
@@ -52,25 +51,6 @@ class MaskedAutoencoding(MaskedImages[Reconstruct]):
             assert isinstance(target, PcaCoefficients)
             target.fit(patches.flatten(0, 1))
         return super().initialise(objective, index)
-
-    def training_flops(self) -> int:
-        model = self.recipe.model
-        if self.predicts_words:
-            work = self.workload(0)
-            return work.forward_flops + work.backward_flops
-        return training_flops(
-            mae_forward_flops(
-                model.name,
-                image_size=model.image_size,
-                patch_size=model.patch_size,
-                width=model.width,
-                depth=model.depth,
-                mask_ratio=model.mask_ratio,
-                decoder_width=model.decoder_width,
-                decoder_depth=model.decoder_depth,
-                way="encoder_mask_tokens" if model.encoder_mask_tokens else "fast",
-            )
-        )
 
     def workload(self, classes: int) -> Workload:
         with torch.device("meta"):
