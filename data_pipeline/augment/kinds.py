@@ -40,7 +40,7 @@ class Augmentation:
 
     @property
     def colours(self) -> bool:
-        """Whether brightness, contrast, saturation or hue may change."""
+        """Return whether brightness, contrast, saturation or hue may change."""
         return any(self.jitter) or self.grey > 0
 
 

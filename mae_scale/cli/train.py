@@ -63,7 +63,7 @@ def pretrain(
     quiet: Quiet = False,
     log_file: LogFile = None,
 ) -> None:
-    """Pre-train a masked autoencoder.
+    """Pre-train a masked autoencoder, BEiT, MoCo v3 or a tokeniser, as the recipe says.
 
     Example: `mae-scale pretrain demo --nproc 2 --out runs/demo data.root=digits/train`
     """

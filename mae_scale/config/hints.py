@@ -5,7 +5,7 @@ import difflib
 from pydantic_core import ErrorDetails
 
 from mae_scale.config.old_names import RENAMED
-from mae_scale.config.schema import Recipe, keys_of
+from mae_scale.config.schema import TASKS_WITH_SECTION, Recipe, keys_of
 
 
 def contradiction(recipe: Recipe) -> str | None:
@@ -18,8 +18,8 @@ def contradiction(recipe: Recipe) -> str | None:
     if (recipe.task == "classification") != (classifier is not None):
         section = "no section classifier" if classifier is None else "a section classifier"
         return f"task: {recipe.task}, and {section}; task: classification and the section classifier belong together"
-    if recipe.tokeniser is not None and recipe.task == "classification":
-        return "the section tokeniser belongs to pre-training; task: classification does not have it"
+    if recipe.tokeniser is not None and recipe.task not in TASKS_WITH_SECTION["tokeniser"]:
+        return f"the section tokeniser gives or trains words; task: {recipe.task} does not have it"
     if recipe.tokeniser is None and recipe.task == "dvae":
         return "task: dvae trains a tokeniser, and there is no section tokeniser; add one, such as tokeniser.words=8192"
     if (recipe.task == "moco") != (recipe.moco is not None):

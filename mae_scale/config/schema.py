@@ -59,8 +59,8 @@ class DataSection(Section):
         "moco_v3",
     ] = Field(
         "random_resized_crop",
-        description="none: centre crop; rand_augment: fine-tuning's, rand-m9-mstd0.5-inc1; moco_v3: crop from 8 % on, "
-        "colour jitter with hue, grey, blur",
+        description="none: centre crop; rand_augment: fine-tuning's, rand-m9-mstd0.5-inc1; moco_v3: crops of 8 to "
+        "100 % of the area, colour jitter with hue, grey, blur",
     )
     crop_scale: float | None = Field(
         None, gt=0, le=1, description="smallest crop as a share of the area; null: the augmentation's own"
@@ -96,7 +96,9 @@ class OptimSection(Section):
 
     name: Literal["adamw", "lars"] = Field("adamw", description="lars: for linear probing")
     base_lr: float = Field(1.5e-4, gt=0, description="peak learning rate per 256 images of the global batch")
-    weight_decay: float = Field(0.05, ge=0, description="not applied to biases, norms, cls and mask tokens")
+    weight_decay: float = Field(
+        0.05, ge=0, description="not applied to biases, norms, cls and mask tokens (but to BEiT's mask token)"
+    )
     betas: tuple[float, float] = Field((0.9, 0.95), description="coefficients of AdamW")
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of LARS")
     layer_decay: float = Field(1.0, gt=0, le=1, description="layer-wise lr decay factor (1: none)")
@@ -218,7 +220,9 @@ class TrackingSection(Section):
 class Recipe(Section):
     """A complete training run."""
 
-    task: str = Field("mae", description="task: mae (masked autoencoder), beit, dvae (discrete VAE) or classification")
+    task: str = Field(
+        "mae", description="mae (masked autoencoder), beit, moco (MoCo v3), dvae (discrete VAE) or classification"
+    )
     seed: int = Field(0, ge=0, description="seed of weights, order, augmentation, masks and mixing")
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()

@@ -34,7 +34,7 @@ class ClassifierSection(Section):
 class MocoSection(Section):
     """MoCo v3's objective; its views are those of data.augmentation=moco_v3."""
 
-    temperature: float = Field(0.2, gt=0, description="by which similarities are divided")
+    temperature: float = Field(0.2, gt=0, description="divisor of the similarities of queries and keys")
     momentum: float = Field(
         0.99, ge=0, lt=1, description="decay of the momentum encoder's average at the start; rises to 1 by a cosine"
     )
@@ -55,14 +55,22 @@ class TokeniserSection(Section):
     words: int = Field(8192, gt=1, description="size of the vocabulary, for task dvae")
     blocks_per_group: int = Field(2, gt=0, description="residual blocks in each of the four groups, for task dvae")
     temperature: float = Field(
-        0.0625, gt=0, le=1, description="relaxation temperature of the Gumbel-softmax at its end; it begins at 1"
+        0.0625, gt=0, le=1, description="last temperature of the Gumbel-softmax, for task dvae; it begins at 1"
     )
     temperature_share: float = Field(
-        0.05, ge=0, le=1, description="share of the schedule over which the temperature falls by a cosine"
+        0.05,
+        ge=0,
+        le=1,
+        description="share of the schedule over which it falls there by a cosine, for task dvae",
     )
     kl_weight: float = Field(
-        6.6, ge=0, description="weight of the divergence from the uniform prior, per word; it begins at 0"
+        6.6,
+        ge=0,
+        description="last weight of the divergence from the uniform prior, per word, for task dvae",
     )
     kl_weight_share: float = Field(
-        1 / 600, ge=0, le=1, description="share of the schedule over which kl_weight is reached by a cosine"
+        1 / 600,
+        ge=0,
+        le=1,
+        description="share of the schedule over which it rises there from 0 by a cosine, for task dvae",
     )

@@ -23,7 +23,7 @@ from mae_scale.models.vit import ViTSize, check_images, gather_tokens, grid_of, 
 
 INIT_STD = 0.02
 TABLE = "relative_position_bias_table"
-"""The recipe's name of the target that is a tokeniser's word."""
+"""The name of the parameter that all blocks share."""
 
 
 def relative_positions(grid: int) -> Tensor:
@@ -245,7 +245,7 @@ class Beit(nn.Module):
 
     @property
     def predicts_words(self) -> bool:
-        """Whether the targets are words, which forward() is given, and not values of pixels."""
+        """Return whether the targets are words, which forward() is given, and not values of pixels."""
         return isinstance(self.target, Words)
 
     def features(self, images: Tensor, mask: Tensor | None = None, branch_scales: Tensor | None = None) -> Tensor:

@@ -142,7 +142,7 @@ class MaskedAutoencoder(nn.Module):
 
     @property
     def predicts_words(self) -> bool:
-        """Whether the targets are words, which forward() is given, and not values of pixels."""
+        """Return whether the targets are words, which forward() is given, and not values of pixels."""
         return isinstance(self.target, Words)
 
     def forward(

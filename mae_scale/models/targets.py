@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 WORDS = "tokens"
+"""The recipe's name of the target that is a tokeniser's word."""
 
 
 class Target(nn.Module):

@@ -43,7 +43,7 @@ class Choices:
     micro_batches: Sequence[int]
     """Divisors of a rank's share."""
     compiled: bool
-    """Whether blocks are compiled, but in ZeRO 3."""
+    """True: blocks are compiled, but in ZeRO 3."""
 
 
 def candidate(work: Workload, setting: Setting, cluster: Cluster, rates: Rates, capacity: float) -> Candidate:

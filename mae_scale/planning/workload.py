@@ -15,7 +15,7 @@ class Stack:
     depth: int
     trained: float
     scaled: bool = False
-    """Whether each branch is multiplied by a learned scale (LayerScale)."""
+    """True: each branch is multiplied by a learned scale (LayerScale)."""
     sequences: int = 1
     """Number of equal parts of the tokens, such as views of the image, that attend within themselves."""
 
@@ -54,7 +54,7 @@ class Workload:
     """Size of each trained parameter, in elements."""
     buffer_bytes: int
     ema: bool = False
-    """Whether an average of the weights is kept."""
+    """True: an average of the weights is kept."""
     kept_values: int = 0
     """Values per image, in the step's precision, that a model without blocks keeps for the backward pass."""
     kept_bytes: int = 0

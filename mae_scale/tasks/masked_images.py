@@ -33,7 +33,7 @@ class MaskedImages(Task[ObjectiveT]):
 
     @property
     def predicts_words(self) -> bool:
-        """Whether words are predicted."""
+        """Return whether words are predicted."""
         return self.recipe.model.target == WORDS
 
     @cached_property

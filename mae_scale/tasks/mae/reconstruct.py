@@ -89,7 +89,7 @@ def reconstruct(recipe: Recipe, weights: Path, picture: Path) -> None:
     Hugging Face's layout, for the recipe's model. Raises UsageError for anything else.
     """
     if recipe.task != "mae":
-        raise UsageError(f"the recipe's task is {recipe.task}, which reconstructs nothing; give a pretrain/... recipe")
+        raise UsageError(f"the recipe's task is {recipe.task}, without a decoder of pixels; give a recipe of task mae")
     root = required(recipe.data.val_root, "data.val_root", "add data.val_root=/path/to/images")
     if picture.suffix != ".png":
         raise UsageError(f"--out {picture}: expected a name that ends in .png")
@@ -97,7 +97,10 @@ def reconstruct(recipe: Recipe, weights: Path, picture: Path) -> None:
     if weights.is_dir():
         found, recipe = checkpoint_model(find_checkpoint(weights))
         if not isinstance(found, MaskedAutoencoder):
-            raise UsageError(f"--weights {weights} is a classifier's run; give one of pre-training, with a decoder")
+            raise UsageError(
+                f"--weights {weights} is of a run of task {recipe.task}, without a decoder of pixels; "
+                "give one of task mae"
+            )
         model = found
     else:
         state = read_weights(weights)
