@@ -19,7 +19,7 @@ from data_pipeline.errors import UsageError
 from mae_scale.models.drop_path import drop_path_rates
 from mae_scale.models.masking import check_masking, kept_patches
 from mae_scale.models.targets import WORDS, Target, Words, make_target
-from mae_scale.models.vit import ViTSize, check_images, gather_tokens, grid_of, layer_norm, patchify
+from mae_scale.models.vit import ViTSize, check_images, gather_tokens, grid_of, layer_norm, patchify, run_blocks
 
 INIT_STD = 0.02
 TABLE = "relative_position_bias_table"
@@ -185,24 +185,12 @@ class BeitEncoder(nn.Module):
         the blocks' residual branches; without them, and in evaluation mode, nothing is dropped.
         Raises UsageError when branch_scales have another shape.
         """
-        if branch_scales is not None and tuple(branch_scales.shape) != (len(patches), len(self.blocks), 2):
-            raise UsageError(
-                f"branch_scales have shape {tuple(branch_scales.shape)}, "
-                f"expected [{len(patches)}, {len(self.blocks)}, 2]: one number per residual branch"
-            )
         x = self.patch_embed(patches.to(self.cls_token.dtype))  # [B, L, D]
         if mask is not None and self.mask_token is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)  # [B, N, D]
         position = self.rows if self.rel_pos_bias is None else self.rel_pos_bias(self.rows)
-        if branch_scales is None or not self.training:
-            for block in self.blocks:
-                x = block(x, position)
-        else:
-            # Contiguous [B, 2] for each block: a compiled block would copy parts that are not aligned.
-            for block, scales in zip(self.blocks, branch_scales.transpose(0, 1).contiguous(), strict=True):
-                x = block(x, position, scales)
-        return self.norm(x)
+        return self.norm(run_blocks(self.blocks, x, position, branch_scales=branch_scales))
 
 
 def init_weights(module: nn.Module) -> None:

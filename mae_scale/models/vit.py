@@ -148,6 +148,26 @@ def parameter_count(model: nn.Module, *, positions: bool = False) -> int:
     return count
 
 
+def run_blocks(blocks: nn.ModuleList, x: Tensor, *shared: Tensor, branch_scales: Tensor | None) -> Tensor:
+    """Return tokens [B, N, D] after all blocks; `shared` goes to each, and in training its branch_scales [B, 2].
+
+    Raises UsageError when branch_scales are not [B, depth, 2].
+    """
+    if branch_scales is not None and tuple(branch_scales.shape) != (len(x), len(blocks), 2):
+        raise UsageError(
+            f"branch_scales have shape {tuple(branch_scales.shape)}, "
+            f"expected [{len(x)}, {len(blocks)}, 2]: one number per residual branch"
+        )
+    if branch_scales is None or not blocks.training:
+        for block in blocks:
+            x = block(x, *shared)
+    else:
+        # Contiguous [B, 2] for each block: a compiled block would copy parts that are not aligned.
+        for block, scales in zip(blocks, branch_scales.transpose(0, 1).contiguous(), strict=True):
+            x = block(x, *shared, scales)
+    return x
+
+
 class Encoder(nn.Module):
     """ViT over the visible patches: cls token, fixed positions, pre-norm blocks, final norm.
 
@@ -206,11 +226,6 @@ class Encoder(nn.Module):
         blocks' residual branches; without them, and in evaluation mode, nothing is dropped.
         Raises UsageError when branch_scales have another shape.
         """
-        if branch_scales is not None and tuple(branch_scales.shape) != (len(patches), len(self.blocks), 2):
-            raise UsageError(
-                f"branch_scales have shape {tuple(branch_scales.shape)}, "
-                f"expected [{len(patches)}, {len(self.blocks)}, 2]: one number per residual branch"
-            )
         dtype = self.cls_token.dtype
         cls_position, positions = self.pos_embed.to(dtype).split([1, self.grid**2])  # [1, D], [L, D]
         if visible is not None:
@@ -222,11 +237,4 @@ class Encoder(nn.Module):
             x = torch.cat([x, masked], dim=1)  # [B, K + R, D]
         cls = (self.cls_token + cls_position).expand(x.shape[0], -1, -1)  # [B, 1, D]
         x = torch.cat([cls, x], dim=1)  # [B, 1 + K, D]
-        if branch_scales is None or not self.training:
-            for block in self.blocks:
-                x = block(x)
-        else:
-            # Contiguous [B, 2] for each block: a compiled block would copy parts that are not aligned.
-            for block, scales in zip(self.blocks, branch_scales.transpose(0, 1).contiguous(), strict=True):
-                x = block(x, scales)  # scales [B, 2]
-        return self.norm(x)
+        return self.norm(run_blocks(self.blocks, x, branch_scales=branch_scales))
