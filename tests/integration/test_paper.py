@@ -7,8 +7,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
+from mae_scale.config.load import load_recipe
+from mae_scale.reproduce.paper.findings import SPEED
 from mae_scale.tracking.metrics_log import read_metrics
 
 FINDING = ["--finding", "mask-tokens-in-the-encoder"]
@@ -28,6 +31,12 @@ def images(digits, tmp_path_factory):
     return root
 
 
+def starts(folder):
+    """The step after which each start of a run has begun."""
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [event["step"] for event in events if event["event"] == "start"]
+
+
 @pytest.mark.slow
 def test_it_goes_on_where_it_was_stopped_and_says_what_its_runs_have_measured(images, tmp_path, mae_scale):
     out = tmp_path / "paper"
@@ -40,10 +49,14 @@ def test_it_goes_on_where_it_was_stopped_and_says_what_its_runs_have_measured(im
     started.send_signal(signal.SIGTERM)
     assert started.wait(timeout=120) == 75
     assert not (out / "paper.md").exists()
+    stopped = {path.parent.parent.parent for path in out.glob("runs/*/checkpoints/*/manifest.json")}
+    assert stopped
 
     done = mae_scale(*words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"/{RUNS} ") == 2 * RUNS
+    for folder in stopped:
+        assert [start > 0 for start in starts(folder)] == [False, True], folder
     kept = json.loads((out / "paper.json").read_text())
     (finding,) = kept["findings"]
     for arm in finding["arms"]:
@@ -78,6 +91,35 @@ def test_it_goes_on_where_it_was_stopped_and_says_what_its_runs_have_measured(im
     again = mae_scale(*words)
     assert again.returncode == 0
     assert json.loads((out / "paper.json").read_text()) == kept
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_words_beit_and_moco_are_compared_by_their_own_runs(images, tmp_path, mae_scale):
+    out = tmp_path / "paper (1) #2"
+    words = ["paper", "--data", images, "--out", out, "--seeds", 1, "--jobs", 2, "--epochs", 4, "--labels", 2]
+    words += ["--finding", "methods", "--finding", "partial-fine-tuning"]
+    refused = mae_scale(*words)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "the sweep's name 'paper (1) #2' is not possible" in refused.stderr
+    words[4] = out = tmp_path / "a #b" / "paper"
+    done = mae_scale(*words, timeout=800)
+    assert done.returncode == 0, done.stderr
+    kept = json.loads((out / "paper.json").read_text())
+    partial, methods = kept["findings"]
+    assert [arm["run"] for arm in methods["arms"]] == ["mae", "beit", "beit-pixels", "moco"]
+    for finding in kept["findings"]:
+        for arm in finding["arms"]:
+            for measure, (found,) in arm["values"].items():
+                assert 0 < found < (np.inf if measure == SPEED else 100.1)
+    assert all(claim["verdict"] == "not decided" for one in (partial, methods) for claim in one["claims"])
+    assert 0 < kept["words_used"][0] <= 1
+    files = (out / "runs").glob("*/recipe.yaml")
+    recipe = {file.parent.name.removesuffix("_seed-0"): load_recipe(str(file)) for file in files}
+    assert recipe["beit"].tokeniser.weights == out / "runs" / "tokeniser_seed-0"
+    assert recipe["beit-pixels"].tokeniser is None
+    assert recipe["moco.partial-0.5"].classifier.weights == out / "runs" / "moco_seed-0"
+    assert recipe["beit.probe"].model.encoder == "beit"
 
 
 @pytest.mark.parametrize(

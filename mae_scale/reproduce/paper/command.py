@@ -53,8 +53,9 @@ def scale_of(
 ) -> Scale:
     """Return the scale of the comparison on a folder's images, or on the digits.
 
-    Raises UsageError for a folder that cannot be compared on, and for overrides that would change what is compared.
+    Raises UsageError for a folder that cannot be compared on, an `out` whose name no sweep can have, and for overrides that would change what is compared.
     """
+    check_name(out.absolute().name)  # of the sweep
     for word in overrides:
         key = word.partition("=")[0]
         if key in OURS or not (key in FREE_KEYS or key.startswith(FREE_SECTIONS)):
@@ -113,7 +114,6 @@ def run_paper(scale: Scale, *, seeds: int, jobs: int) -> None:
     Raises UsageError for what can be refused before a run is started, RunError when a run fails, SystemExit(75) when
     asked to stop; the same command goes on.
     """
-    check_name(scale.sweep)
     if launched():
         raise UsageError("paper starts its runs itself, one rank each; start it once, without srun or torchrun")
     began, console = time.monotonic(), Console(highlight=False, soft_wrap=True)
