@@ -10,28 +10,24 @@ import time
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from data_pipeline.errors import RunError, UsageError
 from data_pipeline.index_build import open_index
 from mae_scale import load_tokeniser
 from mae_scale.config.load import load_recipe
-from mae_scale.models.tokeniser import Tokeniser, TokeniserSize
 from mae_scale.models.weights.tokeniser import tokeniser_digest
 from mae_scale.tasks import tokenise
 from mae_scale.tasks.tokens import open_tokens
 from tests.tiny import arguments, losses
+from tests.tokenisers import tokeniser_file
 
 RECIPE = ["demo", "model.patch_size=8", "data.threads=1"]
 SHARD = ["--shard-images", "100"]
 
 
 @pytest.fixture(scope="module")
-def tokeniser(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("tokeniser") / "weights.safetensors"
-    save_file(Tokeniser(TokeniserSize(width=8, words=50, blocks_per_group=1)).state_dict(), path)
-    return path
+def tokeniser(digits, tmp_path_factory):
+    return tokeniser_file(tmp_path_factory.mktemp("tokeniser") / "weights.safetensors", digits, words=50)
 
 
 @pytest.fixture(scope="module")
