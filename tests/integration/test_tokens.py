@@ -104,7 +104,9 @@ def test_an_image_that_cannot_be_read_is_listed_and_replaced_in_training_and_onc
     assert files(words) == files(written)
 
 
-def test_the_limit_on_images_that_cannot_be_read_is_on_all_of_them_and_not_on_a_file_s(write, images, tmp_path):
+def test_the_limit_on_images_that_cannot_be_read_is_on_all_of_them_and_not_on_a_file_s(
+    write, images, digits, tokeniser, call, tmp_path
+):
     root = f"data.root={images.root}"
     for row in (150, 151, 152):  # 3 % of their file, 0.8 % of all
         spoil(images.path(row))
@@ -112,7 +114,10 @@ def test_the_limit_on_images_that_cannot_be_read_is_on_all_of_them_and_not_on_a_
     assert done.returncode == 1, done.stderr
     last = done.stderr.splitlines()[-1]
     assert f"error: 3 of 355 images cannot be read, such as {images.name(150)}; data.bad_image_limit allows 1" in last
-    assert not (tmp_path / "words" / "manifest.json").exists()
+    given = [f"tokeniser.weights={tokeniser}", f"tokeniser.tokens={tmp_path}/words", root, "data.augmentation=none"]
+    code, _, error = call("pretrain", "demo", "--out", tmp_path, *arguments(digits, "model.target=tokens", *given))
+    assert (code, error.count("\n")) == (2, 1), error
+    assert "words are not complete; run the same `mae-scale tokens` again to finish them" in error
     done = write(tmp_path / "words", root, "data.bad_image_limit=0.01")
     assert done.returncode == 0, done.stderr
     assert unreadable(tmp_path / "words") == [[], [150, 151, 152], [], []]
