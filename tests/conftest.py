@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -46,8 +47,9 @@ def call(monkeypatch, capsys):
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setenv("COLUMNS", "160")
         monkeypatch.setattr(stop_requests, "listen", lambda: None)  # signals are the test runner's
+        monkeypatch.setattr("mae_scale.cli.main.leave", sys.exit)  # a rank would end the test runner, with its own code
         monkeypatch.setattr(sys, "argv", ["mae-scale", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
+        with patch.dict(os.environ), pytest.raises(SystemExit) as ended:
             main()
         captured = capsys.readouterr()
         return int(ended.value.code or 0), captured.out, captured.err

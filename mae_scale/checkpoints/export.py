@@ -12,6 +12,7 @@ from data_pipeline.errors import RunError, UsageError
 from data_pipeline.files import whole_file
 from mae_scale.checkpoints.shards import ShardReader, digest_of
 from mae_scale.checkpoints.store import (
+    MANIFEST,
     Damaged,
     frozen_weights_of,
     list_checkpoints,
@@ -65,8 +66,9 @@ def find_checkpoint(path: Path) -> Path:
     for checkpoints in (path / "checkpoints", path):
         if list_checkpoints(checkpoints):
             return newest_whole(checkpoints)[0]
-    if not path.is_dir():
-        raise UsageError(f"{path} is not a folder; expected a run's folder, or one of its checkpoints/step_...")
+    if not (path / MANIFEST).exists():
+        what = "holds no checkpoint" if path.is_dir() else "is not a folder"
+        raise UsageError(f"{path} {what}; expected a run's folder, or one of its checkpoints/step_...")
     try:
         verify(path)
     except Damaged as damage:

@@ -27,7 +27,7 @@ def open_tokeniser(path: Path) -> Tokeniser:
     if not path.is_dir():
         return read_tokeniser(path)
     checkpoint = find_checkpoint(path)
-    task = read_manifest(checkpoint)["recipe"].get("task")
+    task = stored_recipe(read_manifest(checkpoint)["recipe"], str(checkpoint)).task
     if task != "dvae":
         raise UsageError(f"{path} is of a run of task {task}, which trains no tokeniser; give one of task dvae")
     return trained_tokeniser(checkpoint)

@@ -21,6 +21,8 @@ from data_pipeline.index import Index
 
 MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
 FORMAT = 1
+RECORD = {"name", "images", "sha256", "unreadable"}
+"""Keys of a shard's record."""
 AGAIN = "the same `mae-scale tokens` again"
 
 
@@ -69,13 +71,15 @@ def read_heading(path: Path) -> tuple[Heading, list[dict[str, Any]]] | None:
         shards = found.pop("shards", [])
         if found["format"] != FORMAT:
             raise UsageError(f"{path} is of format {found['format']}, expected {FORMAT}; write the words again")
+        if not all(shard.keys() >= RECORD for shard in shards):
+            raise ValueError("a record lacks a key")
         return Heading(**found), shards
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(f"{path} is damaged; remove it and run {AGAIN}") from None
+        raise UsageError(f"{path} is damaged; remove {path.parent} and run {AGAIN}") from None
 
 
 def read_manifest(folder: Path) -> tuple[Heading, list[dict[str, Any]]]:
@@ -134,7 +138,8 @@ class StoredTokens:
     def rows(self, sample_ids: np.ndarray) -> np.ndarray:
         """Return the words int64 [n, L] of images, by their rows int [n] in the index.
 
-        Raises UsageError for an image that could not be read when the words were written, and so has none.
+        Raises UsageError for an image that could not be read when the words were written, and so has none, and for
+        words that the tokeniser does not have.
         """
         found = np.empty((len(sample_ids), self.heading.grid**2), np.int64)
         for place, row in enumerate(map(int, sample_ids)):
@@ -145,6 +150,11 @@ class StoredTokens:
                 )
             shard, inside = divmod(row, self.heading.shard_images)
             found[place] = self._shards[shard][inside]
+        if found.max(initial=0) >= self.heading.words:
+            raise UsageError(
+                f"{self._folder} holds word {found.max()}, expected 0 to {self.heading.words - 1}: a file is damaged "
+                f"(`mae-scale tokens --verify {self._folder}` says which); run {AGAIN}"
+            )
         return found
 
 

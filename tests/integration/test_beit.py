@@ -7,36 +7,25 @@ import signal
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import mae_scale as package
 from mae_scale.checkpoints.export import checkpoint_model
 from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.models.beit import Beit
-from mae_scale.models.tokeniser import Tokeniser, TokeniserSize
 from mae_scale.models.weights.files import read_weights
 from mae_scale.tracking.metrics_log import read_metrics
 from tests.faults.harness import Training
 from tests.tiny import STEPS, arguments, losses
+from tests.tokenisers import tokeniser_file
 
 WORDS = 32
 OFF = ["--tracking-uri", "off"]
 BEIT = ["model.encoder=beit", "model.layer_scale=0.1"]
 
 
-def tiny_tokeniser(path, seed: int = 0):
-    torch.manual_seed(seed)
-    model = Tokeniser(TokeniserSize(width=8, words=WORDS, blocks_per_group=1))
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)
-    save_file(model.state_dict(), path)
-    return path
-
-
 @pytest.fixture(scope="module")
-def tokeniser(tmp_path_factory):
-    return tiny_tokeniser(tmp_path_factory.mktemp("tokeniser") / "tokeniser.safetensors")
+def tokeniser(digits, tmp_path_factory):
+    return tokeniser_file(tmp_path_factory.mktemp("tokeniser") / "tokeniser.safetensors", digits, WORDS)
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +111,9 @@ def test_a_run_is_fine_tuned_at_its_size_and_another_probed_and_exported(whole, 
 
 
 @pytest.mark.slow
-def test_a_run_does_not_go_on_with_another_tokeniser(whole, command, call, tmp_path):
-    run, other = shutil.copytree(whole, tmp_path / "run"), tiny_tokeniser(tmp_path / "other.safetensors", seed=1)
+def test_a_run_does_not_go_on_with_another_tokeniser(whole, digits, command, call, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    other = tokeniser_file(tmp_path / "other.safetensors", digits, WORDS, seed=1)
     overrides = [f"tokeniser.weights={other}", "tracking.knn_images=100"]
     code, _, error = call(*command, "--out", run, *overrides)
     assert (code, error.count("\n")) == (2, 1), error

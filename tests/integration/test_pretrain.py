@@ -256,7 +256,7 @@ def test_a_checkpoint_of_two_ranks_is_exported_in_every_layout(layout, suffix, l
         (["{missing}", "x.pth"], 2, "is not a folder; expected a run's folder"),
         (["{out}", "x.bin"], 2, "expected a name that ends in .safetensors or .pth"),
         (["{out}", "x.pth", "--format", "onnx"], 2, "--format onnx is not known; expected official, timm, hf"),
-        (["{out}/figures", "x.pth"], 1, "manifest.json is missing"),
+        (["{out}/figures", "x.pth"], 2, "holds no checkpoint; expected a run's folder"),
     ],
 )
 def test_an_export_that_cannot_be_done_is_one_clear_line(words, code, said, uninterrupted, call, tmp_path):

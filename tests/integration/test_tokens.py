@@ -1,6 +1,7 @@
 """`mae-scale tokens`: the words of a folder, the same on any ranks, resumed, verified, and trained on."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -10,28 +11,22 @@ import time
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from data_pipeline.errors import RunError, UsageError
+from data_pipeline.errors import UsageError
 from data_pipeline.index_build import open_index
 from mae_scale import load_tokeniser
-from mae_scale.config.load import load_recipe
-from mae_scale.models.tokeniser import Tokeniser, TokeniserSize
 from mae_scale.models.weights.tokeniser import tokeniser_digest
-from mae_scale.tasks import tokenise
 from mae_scale.tasks.tokens import open_tokens
 from tests.tiny import arguments, losses
+from tests.tokenisers import tokeniser_file
 
 RECIPE = ["demo", "model.patch_size=8", "data.threads=1"]
 SHARD = ["--shard-images", "100"]
 
 
 @pytest.fixture(scope="module")
-def tokeniser(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("tokeniser") / "weights.safetensors"
-    save_file(Tokeniser(TokeniserSize(width=8, words=50, blocks_per_group=1)).state_dict(), path)
-    return path
+def tokeniser(digits, tmp_path_factory):
+    return tokeniser_file(tmp_path_factory.mktemp("tokeniser") / "weights.safetensors", digits, words=50)
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +59,68 @@ def opened(folder, digits, tokeniser, **changes):
     return open_tokens(folder, index, digest, changes.pop("grid", 4), **{"image_size": 32, **changes})
 
 
-def test_the_limit_on_bad_images_is_on_all_of_them_and_not_on_a_file_s(digits):
-    index = open_index(digits / "val", progress=False)
-    records = [{"unreadable": [3, 4, 5]}, {"unreadable": []}]
-    tokenise.check_readable(load_recipe("demo", ["data.bad_image_limit=0.01"]), index, records)
-    with pytest.raises(
-        RunError, match=r"^3 of 355 images cannot be read, such as 0/.*bad_image_limit allows 1; restore"
-    ):
-        tokenise.check_readable(load_recipe("demo"), index, records)
+@pytest.fixture
+def images(digits, tmp_path):
+    """A copy of the digits' validation images, with its index."""
+    copy = shutil.copytree(digits / "val", tmp_path / "val", ignore=shutil.ignore_patterns(".*"))
+    return open_index(copy, progress=False)
+
+
+def spoil(path):
+    """Overwrite an image by garbage that its index does not notice; return the function that restores it."""
+    sound, status = path.read_bytes(), path.stat()
+    path.write_bytes(bytes(len(sound)))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    return lambda: path.write_bytes(sound)
+
+
+def unreadable(folder):
+    """The rows of the images that have no words, by shard."""
+    return [shard["unreadable"] for shard in json.loads((folder / "manifest.json").read_text())["shards"]]
+
+
+@pytest.mark.slow
+def test_an_image_that_cannot_be_read_is_listed_and_replaced_in_training_and_once_restored_has_its_words(
+    written, write, images, digits, tokeniser, mae_scale, tmp_path
+):
+    words, root = tmp_path / "words", f"data.root={images.root}"
+    restore = spoil(images.path(150))
+    done = write(words, root)
+    assert done.returncode == 0, done.stderr
+    assert unreadable(words) == [[], [150], [], []]
+    given = ["model.target=tokens", f"tokeniser.weights={tokeniser}", f"tokeniser.tokens={words}"]
+    # One step of all images.
+    given += [root, "data.augmentation=none", "data.global_batch=355", "schedule.epochs=1", "schedule.warmup_epochs=0"]
+    train = ["pretrain", "demo", *arguments(digits, *given, "tracking.uri=off")]
+    done = mae_scale(*train, "--out", tmp_path / "around")
+    assert done.returncode == 0, done.stderr
+    assert f"bad image {images.path(150)}" in "".join((done.stdout + done.stderr).split("\n"))
+    restore()
+    done = mae_scale(*train, "--out", tmp_path / "refused")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"image 150 of the index has no words in {words}, for it could not be read" in done.stderr
+    done = write(words, root)
+    assert done.returncode == 0, done.stderr
+    assert files(words) == files(written)
+
+
+def test_the_limit_on_images_that_cannot_be_read_is_on_all_of_them_and_not_on_a_file_s(
+    write, images, digits, tokeniser, call, tmp_path
+):
+    root = f"data.root={images.root}"
+    for row in (150, 151, 152):  # 3 % of their file, 0.8 % of all
+        spoil(images.path(row))
+    done = write(tmp_path / "words", root, "data.bad_image_limit=0.005")
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert f"error: 3 of 355 images cannot be read, such as {images.name(150)}; data.bad_image_limit allows 1" in last
+    given = [f"tokeniser.weights={tokeniser}", f"tokeniser.tokens={tmp_path}/words", root, "data.augmentation=none"]
+    code, _, error = call("pretrain", "demo", "--out", tmp_path, *arguments(digits, "model.target=tokens", *given))
+    assert (code, error.count("\n")) == (2, 1), error
+    assert "words are not complete; run the same `mae-scale tokens` again to finish them" in error
+    done = write(tmp_path / "words", root, "data.bad_image_limit=0.01")
+    assert done.returncode == 0, done.stderr
+    assert unreadable(tmp_path / "words") == [[], [150, 151, 152], [], []]
 
 
 @pytest.mark.slow
@@ -159,18 +208,6 @@ def test_other_inputs_are_refused_where_they_are_written_and_where_they_are_read
         assert "holds the words of other inputs" in str(error.value)
         if "tokeniser" not in message:
             assert message in str(error.value)
-
-
-@pytest.mark.slow
-def test_an_image_that_could_not_be_read_has_no_words(written, digits, tokeniser, tmp_path):
-    shutil.copytree(written, tmp_path / "words")
-    manifest = json.loads((tmp_path / "words" / "manifest.json").read_text())
-    manifest["shards"][1]["unreadable"] = [150]
-    (tmp_path / "words" / "manifest.json").write_text(json.dumps(manifest))
-    tokens = opened(tmp_path / "words", digits, tokeniser)
-    assert tokens.rows(np.array([149])).shape == (1, 16)
-    with pytest.raises(UsageError, match="image 150 of the index has no words"):
-        tokens.rows(np.array([149, 150]))
 
 
 @pytest.mark.slow

@@ -48,7 +48,8 @@ def read_weights(path: str | Path) -> StateDict:
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        cause = re.search(r"WeightsUnpickler error:\s*([^\n]+)", str(error))  # then comes advice to read it
+        # Then comes advice to read it all the same.
+        cause = re.search(r"WeightsUnpickler error:\s*(.+?)(?:\. Please |\n|$)", str(error))
         raise UsageError(
             f"{path} was refused: it is damaged, or holds more than tensors, which could run code when read"
             f"{f' ({cause[1]})' if cause else ''}. Expected weights only: fetch it again, or have its author save "
