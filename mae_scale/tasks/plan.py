@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,16 @@ def make_plan(asked: Asked) -> Plan:
     found = all_candidates(work, setting, cluster, rates, capacity, _choices(recipe, setting))
     best = recommended(found)
     scaled = best or min(found, key=lambda one: one.memory.total)
-    common = {"gpus_per_node": cluster.gpus_per_node, "up_to": MOST_GPUS, "whole_share": _takes_whole_share(recipe)}
+    scales = partial(
+        scaling,
+        work,
+        scaled.setting,
+        rates,
+        capacity,
+        gpus_per_node=cluster.gpus_per_node,
+        up_to=MOST_GPUS,
+        whole_share=_takes_whole_share(recipe),
+    )
     return Plan(
         asked=asked,
         work=work,
@@ -193,8 +203,8 @@ def make_plan(asked: Asked) -> Plan:
         as_is=candidate(work, setting, cluster, rates, capacity),
         best=best,
         choices=largest_that_fit(found),
-        strong=scaling(work, scaled.setting, rates, capacity, global_batch=recipe.data.global_batch, **common),
-        weak=scaling(work, scaled.setting, rates, capacity, global_batch=None, **common),
+        strong=scales(global_batch=recipe.data.global_batch),
+        weak=scales(global_batch=None),
         larger=[] if best else _larger(work, found, asked, rates),
     )
 

@@ -6,8 +6,8 @@ import hashlib
 import io
 import json
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,13 +24,12 @@ from mae_scale.distributed.collectives import first_then_others, from_all, from_
 from mae_scale.distributed.ranks import Ranks
 from mae_scale.models.tokeniser import STRIDE, Tokeniser
 from mae_scale.tasks.classification.evaluate import all_ranks
-from mae_scale.tasks.tokens import MANIFEST, UNFINISHED, Heading, damage, read_heading, shard_name
+from mae_scale.tasks.tokens import MANIFEST, UNFINISHED, Heading, Shard, damage, read_heading, shard_name
 from mae_scale.tasks.words import TokenisedWords, view_of
 from mae_scale.training.evaluation_loader import BATCH_SIZE, evaluation_loader
 
-SHARD_IMAGES = 2048
-
-Record = dict[str, Any]
+SLOWEST_SHARD = timedelta(hours=12)
+"""Time that a rank waits, at the end, for one with a file more. One that has died is noticed at once."""
 
 
 def check(recipe: Recipe, tokeniser: Path | None, out: Path) -> Path:
@@ -48,7 +47,7 @@ def check(recipe: Recipe, tokeniser: Path | None, out: Path) -> Path:
     return path
 
 
-def write_tokens(recipe: Recipe, tokeniser: Path, out: Path, shard_images: int = SHARD_IMAGES) -> Heading | None:
+def write_tokens(recipe: Recipe, tokeniser: Path, out: Path, shard_images: int) -> Heading | None:
     """Write the words of data.root's images, cut as in evaluation, into a folder; return its heading on rank 0.
 
     As a task computes them while it trains with data.augmentation=none, in float32. Each rank writes whole shards, each
@@ -72,8 +71,9 @@ def write_tokens(recipe: Recipe, tokeniser: Path, out: Path, shard_images: int =
         )
         from_first(lambda: _begin(out, heading))
         mine = range(ranks.rank, len(heading.shards), ranks.world_size)
+        others = torch.distributed.new_group(backend="gloo", timeout=SLOWEST_SHARD)
         parts = from_all(
-            lambda: [_shard(recipe, index, source, out, heading, number, ranks, device) for number in mine]
+            lambda: [_shard(recipe, index, source, out, heading, number, ranks, device) for number in mine], others
         )
         records = [record for part in parts for record in part]
         from_first(lambda: check_readable(recipe, index, records))
@@ -116,11 +116,11 @@ def _shard(
     number: int,
     ranks: Ranks,
     device: torch.device,
-) -> Record:
+) -> Shard:
     """Write a shard and its record, unless they are there; return the record."""
     name = shard_name(number)
     known = _known(out, number)
-    if known is not None and not known["unreadable"] and not damage(out, known):
+    if known is not None and not known.unreadable and not damage(out, known):
         return known
     rows = np.asarray(heading.shards[number])
     words = np.zeros((len(rows), heading.grid**2), heading.dtype)
@@ -141,29 +141,24 @@ def _shard(
             readable[batch.sample_ids[batch.valid]] = True
     content = io.BytesIO()
     np.save(content, words, allow_pickle=False)
-    record = {
-        "name": name,
-        "images": len(rows),
-        "sha256": hashlib.sha256(content.getvalue()).hexdigest(),
-        "unreadable": rows[~readable].tolist(),
-    }
+    shard = Shard(name, len(rows), hashlib.sha256(content.getvalue()).hexdigest(), rows[~readable].tolist())
     write_atomically(out / name, content.getvalue())
-    write_json(out / name.replace(".npy", ".json"), record)
-    return record
+    write_json(out / name.replace(".npy", ".json"), asdict(shard))
+    return shard
 
 
-def _known(out: Path, number: int) -> Record | None:
+def _known(out: Path, number: int) -> Shard | None:
     """Return a shard's record, of its own file or of the manifest; None where neither is there and whole."""
     try:
-        return json.loads((out / shard_name(number).replace(".npy", ".json")).read_bytes())
-    except (FileNotFoundError, ValueError):
+        return Shard(**json.loads((out / shard_name(number).replace(".npy", ".json")).read_bytes()))
+    except (FileNotFoundError, ValueError, TypeError):
         found = read_heading(out / MANIFEST)
         return found[1][number] if found is not None and number < len(found[1]) else None
 
 
-def check_readable(recipe: Recipe, index: Index, records: list[Record]) -> None:
+def check_readable(recipe: Recipe, index: Index, records: list[Shard]) -> None:
     """Raise RunError when more images could not be read than data.bad_image_limit allows of all."""
-    unreadable = [row for record in records for row in record["unreadable"]]
+    unreadable = [row for record in records for row in record.unreadable]
     allowed = max(1, int(recipe.data.bad_image_limit * len(index)))
     if len(unreadable) > allowed:
         raise RunError(
@@ -172,10 +167,10 @@ def check_readable(recipe: Recipe, index: Index, records: list[Record]) -> None:
         )
 
 
-def _finish(out: Path, heading: Heading, records: list[Record]) -> None:
+def _finish(out: Path, heading: Heading, records: list[Shard]) -> None:
     """Write the manifest, then remove what stood for it."""
-    records.sort(key=lambda record: record["name"])
-    write_json(out / MANIFEST, {**asdict(heading), "shards": records})
+    records.sort(key=lambda record: record.name)
+    write_json(out / MANIFEST, {**asdict(heading), "shards": [asdict(record) for record in records]})
     for record in records:
-        (out / record["name"].replace(".npy", ".json")).unlink(missing_ok=True)
+        (out / record.name.replace(".npy", ".json")).unlink(missing_ok=True)
     (out / UNFINISHED).unlink(missing_ok=True)

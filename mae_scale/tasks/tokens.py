@@ -1,7 +1,7 @@
 """The words of a folder's images, written once by `mae-scale tokens`: what the folder holds, and how it is read.
 
     DIR/words_00000.npy  [n, L] uint16 (int32 for more than 65,536 words): the images of a shard in the index's order
-    DIR/manifest.json    written last: the keys of Heading, "shards" ([{"name", "images", "sha256", "unreadable"}])
+    DIR/manifest.json    written last: the keys of Heading, and "shards", a list with those of Shard
 
 Until then unfinished.json holds the heading, and words_00000.json, beside each shard that is whole, its record.
 """
@@ -21,8 +21,6 @@ from data_pipeline.index import Index
 
 MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
 FORMAT = 1
-RECORD = {"name", "images", "sha256", "unreadable"}
-"""Keys of a shard's record."""
 AGAIN = "the same `mae-scale tokens` again"
 
 
@@ -56,23 +54,32 @@ class Heading:
         return [range(start, min(start + self.shard_images, self.images)) for start in starts]
 
 
+@dataclass(frozen=True)
+class Shard:
+    """The record of a file of words."""
+
+    name: str
+    images: int
+    sha256: str
+    unreadable: list[int]
+    """Rows of the index whose images could not be read, and so have no words."""
+
+
 def shard_name(number: int) -> str:
     """Return the name of a shard's file."""
     return f"words_{number:05d}.npy"
 
 
-def read_heading(path: Path) -> tuple[Heading, list[dict[str, Any]]] | None:
+def read_heading(path: Path) -> tuple[Heading, list[Shard]] | None:
     """Return the heading and the shards' records in a manifest.json or unfinished.json; None without the file.
 
     Raises UsageError when it is damaged or of another version.
     """
     try:
         found = json.loads(path.read_bytes())
-        shards = found.pop("shards", [])
+        shards = [Shard(**record) for record in found.pop("shards", [])]
         if found["format"] != FORMAT:
             raise UsageError(f"{path} is of format {found['format']}, expected {FORMAT}; write the words again")
-        if not all(shard.keys() >= RECORD for shard in shards):
-            raise ValueError("a record lacks a key")
         return Heading(**found), shards
     except FileNotFoundError:
         return None
@@ -82,7 +89,7 @@ def read_heading(path: Path) -> tuple[Heading, list[dict[str, Any]]] | None:
         raise UsageError(f"{path} is damaged; remove {path.parent} and run {AGAIN}") from None
 
 
-def read_manifest(folder: Path) -> tuple[Heading, list[dict[str, Any]]]:
+def read_manifest(folder: Path) -> tuple[Heading, list[Shard]]:
     """Return the heading and the shards' records of a finished folder. Raises UsageError when it is none."""
     found = read_heading(folder / MANIFEST)
     if found is not None:
@@ -98,42 +105,42 @@ def verify_tokens(folder: Path) -> tuple[Heading, list[tuple[str, str]]]:
     Raises UsageError when the folder is none of finished words.
     """
     heading, shards = read_manifest(folder)
-    return heading, [(shard["name"], reason) for shard in shards if (reason := damage(folder, shard))]
+    return heading, [(shard.name, reason) for shard in shards if (reason := damage(folder, shard))]
 
 
-def damage(folder: Path, shard: dict[str, Any]) -> str:
+def damage(folder: Path, shard: Shard) -> str:
     """Return the damage of a shard with that record, "" when it is whole."""
     digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
     try:
-        with open(folder / shard["name"], "rb") as file:
+        with open(folder / shard.name, "rb") as file:
             while some := file.read(2**20):
                 digest.update(some)
     except OSError as error:
         return error.strerror or str(error)
-    return "" if digest.hexdigest() == shard["sha256"] else "its bytes have changed since it was written (sha256)"
+    return "" if digest.hexdigest() == shard.sha256 else "its bytes have changed since it was written (sha256)"
 
 
 class StoredTokens:
     """The words of an index's images, on the disk."""
 
-    def __init__(self, folder: Path, heading: Heading, shards: list[dict[str, Any]]):
+    def __init__(self, folder: Path, heading: Heading, shards: list[Shard]):
         """Map the shards. Raises UsageError when one is missing or of another shape."""
         self._folder, self.heading = folder, heading
         self._shards: list[np.ndarray] = []
         for rows, shard in zip(heading.shards, shards, strict=True):
             try:
-                words = np.load(folder / shard["name"], mmap_mode="r", allow_pickle=False)
+                words = np.load(folder / shard.name, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError, EOFError) as error:
                 reason = getattr(error, "strerror", None) or error
-                raise UsageError(f"{folder / shard['name']} cannot be read ({reason}); run {AGAIN}") from None
+                raise UsageError(f"{folder / shard.name} cannot be read ({reason}); run {AGAIN}") from None
             expected = (len(rows), heading.grid**2)
             if words.shape != expected or words.dtype != heading.dtype:
                 raise UsageError(
-                    f"{folder / shard['name']} holds {words.dtype} {words.shape}, expected {heading.dtype} {expected}; "
+                    f"{folder / shard.name} holds {words.dtype} {words.shape}, expected {heading.dtype} {expected}; "
                     f"run {AGAIN}"
                 )
             self._shards.append(words)
-        self._unreadable = {row for shard in shards for row in shard["unreadable"]}
+        self._unreadable = {row for shard in shards for row in shard.unreadable}
 
     def rows(self, sample_ids: np.ndarray) -> np.ndarray:
         """Return the words int64 [n, L] of images, by their rows int [n] in the index.

@@ -250,3 +250,11 @@ def test_what_cannot_be_done_is_one_line(words, says, call, tmp_path, monkeypatc
     assert (code, error.count("\n")) == (2, 1), error
     assert says in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_rank_waits_for_one_with_a_file_more_longer_than_for_an_answer_in_training(write, tmp_path):
+    """One file, of the first rank: the other has none, and has waited when that is written."""
+    seconds = ["model.image_size=96", "--shard-images", "400", "engine.collective_timeout_s=2"]
+    done = write(tmp_path / "words", *seconds, nproc=2)
+    assert done.returncode == 0, done.stderr

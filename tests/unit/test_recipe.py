@@ -18,7 +18,7 @@ from mae_scale.planning.hardware import DEFAULT_LINK
 from mae_scale.tasks.plan import asked_of, make_plan
 from mae_scale.tasks.registry import task_of
 from mae_scale.training.preflight import training_augmentation
-from tests.integration.test_beit import tiny_tokeniser
+from tests.tokenisers import tokeniser_file
 
 IMAGENET = 1_281_167  # training images
 
@@ -101,7 +101,7 @@ def test_recipes_from_scratch_are_the_papers_settings(size, epochs, drop_path):
 
 @pytest.mark.parametrize("name", packaged_recipes())
 def test_a_packaged_recipe_has_a_header_with_result_cost_and_command_and_runs_on_the_ranks_that_this_names(
-    name, tmp_path
+    name, digits, tmp_path
 ):
     head, command = header(name), command_of(name)
     assert all(word in head for word in ("Expected:", "Cost:", "Command")), name
@@ -115,7 +115,7 @@ def test_a_packaged_recipe_has_a_header_with_result_cost_and_command_and_runs_on
     predicts_words = recipe.model.target == "tokens"
     assert ("tokeniser.weights=" in command) == predicts_words
     if predicts_words:
-        recipe = load_recipe(name, [f"tokeniser.weights={tiny_tokeniser(tmp_path / 'tokeniser.safetensors')}"])
+        recipe = load_recipe(name, [f"tokeniser.weights={tokeniser_file(tmp_path / 'words.safetensors', digits, 16)}"])
     layout = layout_of(recipe, ranks_of(command))
     gpu = "H100" in head
     refuse_wrong_combinations(recipe, gpu=gpu)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mae_scale.cli.main import main
-from tests.integration.test_beit import tiny_tokeniser
+from tests.tokenisers import tokeniser_file
 
 TEMPLATES = Path(__file__).parents[2] / "slurm"
 HUGE = "pretrain/vit_huge_1600ep"
@@ -135,8 +135,8 @@ def test_a_classifier_starts_from_the_link_before_it_and_alone_gets_the_override
         (["pretrain/moco_v3_vit_base", "finetune/moco_v3_vit_base"], "moco.momentum=0.99"),
     ],
 )
-def test_a_classifier_after_beit_or_moco_gets_none_of_their_overrides(submit, no_slurm, tmp_path, chain, own):
-    own = own.format(tiny_tokeniser(tmp_path / "tokeniser.safetensors"))
+def test_a_classifier_after_beit_or_moco_gets_none_of_their_overrides(submit, no_slurm, digits, tmp_path, chain, own):
+    own = own.format(tokeniser_file(tmp_path / "tokeniser.safetensors", digits, words=16))
     code, out, error = submit(*chain, "data.root=/d", own, "--nodes", 4, "--out", "runs", "--dry-run")
     assert code == 0, error
     first = f"{tmp_path}/runs/{chain[0].replace('/', '-')}"

@@ -53,7 +53,8 @@ def scale_of(
 ) -> Scale:
     """Return the scale of the comparison on a folder's images, or on the digits.
 
-    Raises UsageError for a folder that cannot be compared on, an `out` whose name no sweep can have, and for overrides that would change what is compared.
+    Raises UsageError for a folder that cannot be compared on, for an `out` whose name no sweep can have, and for
+    overrides that would change what is compared.
     """
     check_name(out.absolute().name)  # of the sweep
     for word in overrides:
