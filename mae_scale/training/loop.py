@@ -50,7 +50,8 @@ class Loop:
     def train(self, start: int, open_loader: OpenLoader) -> str | None:
         """Run the updates after `start` to the last of this start, and write a final checkpoint.
 
-        Returns None when all are done, or the signal that asked to stop. Raises RunError when the run cannot go on.
+        Returns None when all are done, or the signal that asked to stop. Raises RunError when the run cannot go on,
+        UsageError when that is for its input.
         """
         saver, micro_batch = self.context.saver, self.context.layout.micro_batch
         while True:
@@ -59,10 +60,10 @@ class Loop:
                     return self._updates(loader, start)
             except RollBack as reason:
                 start = self._roll_back(reason)
-            except (RunError, torch.OutOfMemoryError) as error:
+            except (RunError, UsageError, torch.OutOfMemoryError) as error:
                 with contextlib.suppress(RunError, RuntimeError):  # what is being written is not lost
                     saver.wait()
-                if isinstance(error, RunError):
+                if not isinstance(error, torch.OutOfMemoryError):
                     raise
                 cut = "a smaller one (the same batches, more accumulation)" if self.context.recipe.moco is None else ""
                 raise RunError(

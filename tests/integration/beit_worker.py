@@ -25,9 +25,9 @@ from mae_scale.engines.optimizers import parameter_groups
 from mae_scale.engines.policy import layout_of, refuse_wrong_combinations
 from mae_scale.engines.select import scale_out
 from mae_scale.models.build import build_beit
-from mae_scale.models.tokeniser import Tokeniser, TokeniserSize
 from mae_scale.tasks.beit.objective import PredictRemoved
 from mae_scale.tasks.words import TokenisedWords
+from tests.tokenisers import tiny_tokeniser
 
 GLOBAL_BATCH, WORDS, GRID = 24, 16, 8  # the batch divides by 1, 2 and 3 ranks, and by accumulation 2 on each
 TINY = [
@@ -44,9 +44,8 @@ TINY = [
 
 def tiny_objective(overrides: list[str]) -> tuple[PredictRemoved, Recipe]:
     recipe = load_recipe("pretrain/beit_demo", [*TINY, *overrides])
-    torch.manual_seed(5)
-    tokeniser = Tokeniser(TokeniserSize(width=8, words=WORDS, blocks_per_group=1)).requires_grad_(False).eval()
-    words = TokenisedWords(tokeniser) if recipe.model.target == "tokens" else None
+    views = torch.rand(GLOBAL_BATCH, 3, 8 * GRID, 8 * GRID, generator=torch.Generator().manual_seed(5))
+    words = TokenisedWords(tiny_tokeniser(views, WORDS)) if recipe.model.target == "tokens" else None
     torch.manual_seed(recipe.seed)
     model = build_beit(recipe, WORDS)
     return PredictRemoved(model, words, seed=recipe.seed, global_batch=GLOBAL_BATCH), recipe

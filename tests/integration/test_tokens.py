@@ -17,11 +17,14 @@ from data_pipeline.index_build import open_index
 from mae_scale import load_tokeniser
 from mae_scale.models.weights.tokeniser import tokeniser_digest
 from mae_scale.tasks.tokens import open_tokens
+from tests.faults.harness import newest_whole_step
 from tests.tiny import arguments, losses
 from tests.tokenisers import tokeniser_file
 
 RECIPE = ["demo", "model.patch_size=8", "data.threads=1"]
 SHARD = ["--shard-images", "100"]
+BAD = 152
+"""An image that is trained on in the second step of 120."""
 
 
 @pytest.fixture(scope="module")
@@ -84,24 +87,28 @@ def test_an_image_that_cannot_be_read_is_listed_and_replaced_in_training_and_onc
     written, write, images, digits, tokeniser, mae_scale, tmp_path
 ):
     words, root = tmp_path / "words", f"data.root={images.root}"
-    restore = spoil(images.path(150))
+    restore = spoil(images.path(BAD))
     done = write(words, root)
     assert done.returncode == 0, done.stderr
-    assert unreadable(words) == [[], [150], [], []]
-    given = ["model.target=tokens", f"tokeniser.weights={tokeniser}", f"tokeniser.tokens={words}"]
-    # One step of all images.
-    given += [root, "data.augmentation=none", "data.global_batch=355", "schedule.epochs=1", "schedule.warmup_epochs=0"]
-    train = ["pretrain", "demo", *arguments(digits, *given, "tracking.uri=off")]
+    assert unreadable(words) == [[], [BAD], [], []]
+    given = ["model.target=tokens", f"tokeniser.weights={tokeniser}", f"tokeniser.tokens={words}", root]
+    given += ["data.augmentation=none", "schedule.epochs=3", "checkpoint.every_steps=1", "tracking.uri=off"]
+    train = ["pretrain", "demo", *arguments(digits, *given)]
     done = mae_scale(*train, "--out", tmp_path / "around")
     assert done.returncode == 0, done.stderr
-    assert f"bad image {images.path(150)}" in "".join((done.stdout + done.stderr).split("\n"))
+    assert f"bad image {images.path(BAD)}" in "".join((done.stdout + done.stderr).split("\n"))
     restore()
-    done = mae_scale(*train, "--out", tmp_path / "refused")
+    out = tmp_path / "run"
+    done = mae_scale(*train, "--out", out)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert f"image 150 of the index has no words in {words}, for it could not be read" in done.stderr
+    assert f"image {BAD} of the index has no words in {words}, for it could not be read" in done.stderr
+    assert newest_whole_step(out) == max(losses(out)) > 0  # what was being written is there
     done = write(words, root)
     assert done.returncode == 0, done.stderr
     assert files(words) == files(written)
+    done = mae_scale(*train, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stdout
 
 
 def test_the_limit_on_images_that_cannot_be_read_is_on_all_of_them_and_not_on_a_file_s(
