@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import torch
+
+from mae_scale.checkpoints.shards import ShardReader
 from mae_scale.tracking.metrics_log import read_metrics
 
 TINY = [
@@ -40,3 +43,11 @@ def events(out: Path) -> list[tuple[str, int, str | None]]:
     """(event, step, reason) of a run's events.jsonl."""
     rows = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     return [(row["event"], row["step"], row.get("reason")) for row in rows]
+
+
+def stored(checkpoint: Path, part: str) -> dict[str, torch.Tensor]:
+    """{parameter: its values, flat} of a part of the state in a checkpoint's folder, such as `weight`."""
+    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    with ShardReader(checkpoint / name for name in files) as reader:
+        names = [name for name in reader.names if name.startswith(f"{part}/")]
+        return {name.partition("/")[2]: reader.whole(name) for name in names}

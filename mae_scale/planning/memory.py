@@ -18,6 +18,8 @@ PERSISTENT = 100_000
 """Parameters of at most so many elements are not sharded in ZeRO 3 (ds_configs: stage3_param_persistence_threshold)."""
 LIVE = 1_000_000_000
 """Elements that ZeRO 3 keeps gathered (ds_configs: stage3_max_live_parameters)."""
+GATHERED = 2**26
+"""Elements of a momentum encoder's average that are gathered at a time, of all ranks (engines/momentum.py)."""
 CONTEXT = 1.0 * 2**30
 """Assumed: CUDA context, cuBLAS workspace, kernels."""
 COMMUNICATION = 1.0 * 2**30
@@ -102,15 +104,16 @@ def memory_of(work: Workload, setting: Setting) -> Memory:
         optimizer=optimizer_bytes(work, setting) * (0 if setting.offload else 1),
         activations=kept,
         temporary=temporary,
-        buckets=_buckets(work, setting),
+        buckets=_buckets(work, setting) + _gathering(work, setting),
         data=(DECODER + setting.micro_batch * (DECODED_IMAGE + 2 * image)) if setting.decodes else 0,
         overhead=CONTEXT + more + FRAGMENTATION * (kept + temporary),
     )
 
 
 def states_of(work: Workload, setting: Setting) -> float:
-    """Return the bytes of weights, master weights, moments and gradient buffers on a rank between two steps."""
-    return _resting_weights(work, setting) + _resting_gradients(work, setting) + optimizer_bytes(work, setting)
+    """Return the bytes of weights, master weights, moments, averages and buffers on a rank between two steps."""
+    weights = _resting_weights(work, setting) + _gathering(work, setting)
+    return weights + _resting_gradients(work, setting) + optimizer_bytes(work, setting)
 
 
 def host_bytes(work: Workload, setting: Setting) -> float:
@@ -130,12 +133,12 @@ def activations_of(work: Workload, setting: Setting) -> tuple[float, float]:
     """Return the bytes of what the forward pass keeps for the backward pass, and of the largest temporary then.
 
     The temporary is the loss's, or that of the last block's backward pass: a checkpointed one is first computed anew,
-    and part of the prediction is gone by then.
+    and the prediction is gone by then.
     """
+    images, others = _image_bytes(work), setting.value_bytes * work.kept_values + work.kept_bytes
     if not work.stacks:
-        kept = _image_bytes(work) + setting.value_bytes * work.kept_values + work.kept_bytes
-        return setting.micro_batch * kept, setting.micro_batch * 16 * work.predicted
-    kept = _image_bytes(work) + 10 * work.predicted  # prediction in two precisions, and target
+        return setting.micro_batch * (images + others), setting.micro_batch * 16 * work.predicted
+    kept = images + others + work.loss.kept * work.predicted
     frozen = 0.0
     for stack, checkpointed in checkpointed_blocks(work, setting):
         block = _block_bytes(stack, setting)
@@ -148,8 +151,11 @@ def activations_of(work: Workload, setting: Setting) -> tuple[float, float]:
     value = setting.value_bytes * last.tokens * last.width
     backward: float = 6 * value
     if last.trained and _is_checkpointed(sum(stack.depth for stack in work.stacks) - 1, setting):
-        backward = _block_bytes(last, setting) + 4 * value - 6 * work.predicted
-    return setting.micro_batch * kept, setting.micro_batch * max(16 * work.predicted, backward, frozen)
+        behind = work.loss.kept * work.predicted + min(others, 2 * value)  # what the head and its norm keep is gone
+        backward = _block_bytes(last, setting) + 4 * value - behind
+    # A frozen block runs before there is anything else to keep.
+    temporary = max(work.loss.temporary * work.predicted, backward, images + frozen - kept)
+    return setting.micro_batch * kept, setting.micro_batch * temporary
 
 
 def first_block_of(work: Workload, setting: Setting) -> tuple[float, float]:
@@ -259,3 +265,17 @@ def _buckets(work: Workload, setting: Setting) -> float:
         return setting.value_bytes * setting.bucket
     overlapping = 2 if setting.zero_stage == 2 and setting.ranks > 1 else 1
     return overlapping * setting.value_bytes * min(work.trained, setting.bucket)
+
+
+def _gathering(work: Workload, setting: Setting) -> float:
+    """Return the bytes of the buffers in which ranks send and receive a momentum encoder's average.
+
+    They hold the longest share of it, which is that of the first rank: what has no average, the predictor, comes last.
+    """
+    if setting.zero_stage == 0:
+        return 0
+    if setting.zero_stage == 3:
+        longest = sum(math.ceil(n / setting.ranks) for n in work.followers)
+    else:
+        longest = min(_own(work, setting), sum(work.followers))
+    return setting.value_bytes * (1 + setting.ranks) * min(longest, GATHERED // setting.ranks)

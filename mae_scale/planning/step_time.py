@@ -82,7 +82,7 @@ def _attention(work: Workload, setting: Setting, rates: Rates) -> float:
 
 
 def _elementwise(work: Workload, setting: Setting, rates: Rates) -> float:
-    kept = setting.value_bytes * work.kept_values + work.kept_bytes
+    kept = 0 if work.stacks else setting.value_bytes * work.kept_values + work.kept_bytes
     size = float(setting.micro_batch * OTHER_VALUES * kept)
     for stack, again in checkpointed_blocks(work, setting):
         values = FORWARD_VALUES * (stack.depth + again) + BACKWARD_VALUES * stack.trained

@@ -37,6 +37,22 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class LossBytes:
+    """Bytes per predicted value that a loss takes, in a step in bf16."""
+
+    kept: int
+    """From the prediction to its backward pass."""
+    temporary: int
+    """Beside it, in the loss itself."""
+
+
+SQUARED_ERROR = LossBytes(kept=10, temporary=16)
+"""Keeps the prediction in two precisions, and the target."""
+CROSS_ENTROPY = LossBytes(kept=4, temporary=8)
+"""Keeps the logarithms of the probabilities; then computes their gradient, and that of the logits."""
+
+
+@dataclass(frozen=True)
 class Workload:
     """A task's model: its blocks, its other matrix products, and how many numbers it holds."""
 
@@ -55,10 +71,13 @@ class Workload:
     buffer_bytes: int
     ema: bool = False
     """True: an average of the weights is kept."""
+    followers: tuple[int, ...] = ()
+    """Size of each parameter of a momentum encoder, an average of trained ones, in elements; they are in `frozen`."""
+    loss: LossBytes = SQUARED_ERROR
     kept_values: int = 0
-    """Values per image, in the step's precision, that a model without blocks keeps for the backward pass."""
+    """Values per image, in the step's precision, kept for the backward pass outside of blocks."""
     kept_bytes: int = 0
-    """Bytes per image that it keeps in other precisions."""
+    """Bytes per image that are kept there in other precisions."""
 
     @property
     def trained(self) -> int:

@@ -1,5 +1,6 @@
 """Common part of MAE and BEiT: they predict the pixels of removed patches, or a tokeniser's words for them."""
 
+from dataclasses import replace
 from functools import cached_property
 
 from data_pipeline.augment.kinds import SecondView
@@ -7,7 +8,7 @@ from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.index import Index
 from mae_scale.models.targets import WORDS
 from mae_scale.models.tokeniser import Tokeniser
-from mae_scale.planning.workload import Workload
+from mae_scale.planning.workload import CROSS_ENTROPY, Workload
 from mae_scale.tasks.encoder_weights import leave_weights
 from mae_scale.tasks.knn_accuracy import check_knn
 from mae_scale.tasks.words import (
@@ -82,10 +83,11 @@ class MaskedImages(Task[ObjectiveT]):
         return Tokeniser(size_of_tokeniser(self.recipe)) if self.predicts_words else None
 
     def with_tokeniser(self, work: Workload, tokeniser: Tokeniser | None, grid: int) -> Workload:
-        """Return a workload with that of finding the words of grid x grid patches, unless they are on the disk."""
-        if tokeniser is None or tokens_of(self.recipe) is not None:
+        """Return a workload whose loss is of words, and where they are not on the disk that of finding grid x grid."""
+        if tokeniser is None:
             return work
-        return add_tokeniser(work, tokeniser, grid)
+        work = replace(work, loss=CROSS_ENTROPY)
+        return work if tokens_of(self.recipe) is not None else add_tokeniser(work, tokeniser, grid)
 
     def finish(self, context: RunContext, tracker: Tracker) -> str:
         return leave_weights(context, tracker, "mean")

@@ -18,6 +18,7 @@ def workload_of(
 ) -> Workload:
     """Return the workload of an objective, which may lie on the device "meta"."""
     groups = parameter_groups(objective, recipe.optim)
+    followers = tuple(parameter.numel() for parameter in objective.followers.values())
     return Workload(
         image_size=recipe.model.image_size,
         stacks=stacks,
@@ -26,8 +27,9 @@ def workload_of(
         kept_values=kept_values,
         kept_bytes=kept_bytes,
         groups=tuple(sum(p.numel() for p in group["params"]) for group in groups),
-        frozen=sum(p.numel() for p in objective.parameters() if not p.requires_grad),
+        frozen=sum(p.numel() for p in objective.parameters() if not p.requires_grad) + sum(followers),
         parameters=tuple(p.numel() for p in objective.parameters() if p.requires_grad),
         buffer_bytes=sum(b.numel() * b.element_size() for b in objective.buffers()),
-        ema=bool(recipe.classifier and recipe.classifier.ema),
+        ema=bool(recipe.classifier and recipe.classifier.ema) or bool(followers),
+        followers=followers,
     )

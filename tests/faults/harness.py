@@ -124,6 +124,13 @@ def newest_whole_step(out: Path) -> int:
     return 0
 
 
+def kill_after(out: Path, step: int, *arguments: object) -> None:
+    """Start a training, and kill it whole as soon as a checkpoint of that step or a later one verifies."""
+    with Training(out, *arguments) as training:
+        training.wait_until(lambda: newest_whole_step(out) >= step)
+        training.kill_all()
+
+
 def is_saving(out: Path) -> bool:
     """Whether a checkpoint is being written."""
     return any((out / "checkpoints").glob(".step_*.partial/rank_*"))

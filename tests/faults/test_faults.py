@@ -1,6 +1,7 @@
 """What happens to real runs of two ranks: signals, killed and hanging ranks, damaged files, full disks, NaNs."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -10,14 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from mae_scale.checkpoints.export import checkpoint_model, find_checkpoint
+from mae_scale.checkpoints.shards import MOMENTUM
 from mae_scale.checkpoints.store import list_checkpoints, verify
 from mae_scale.tracking.metrics_log import read_metrics
 from tests.faults.harness import Training, newest_whole_step
+from tests.faults.test_moco_spike import TINY as MOCO
 from tests.faults.torture import torture
-from tests.tiny import STEPS, arguments, events, losses
+from tests.tiny import STEPS, arguments, events, losses, stored
 
 SLOW = ["engine.micro_batch=5", "schedule.epochs=1000"]  # twelve micro-batches a step: a tenth of a second
 
@@ -241,6 +245,28 @@ def test_going_back_takes_the_same_steps_when_skips_are_read_a_step_late(tmp_pat
     assert found[1][1:-1] == [("skipped_step", 6, None), ("skipped_step", 7, None), ("rollback", 4, 3)]
     for key in ("train/loss", "train/grad_norm", "faults/skipped_steps", "faults/rollbacks"):
         assert rows[100][-1][key] == rows[1][-1][key], key
+
+
+@pytest.mark.slow
+def test_going_back_takes_the_momentum_encoders_average_back_to_the_checkpoints(tmp_path, digits):
+    """Steps 6 to 8 are skipped, and each moves the average; step 6 then moves that of step 5's checkpoint once."""
+    out, momentum, steps, done = tmp_path / "run", 0.9, 6 * (1442 // 48), 5
+    more = ["checkpoint.rollback_after_skips=3", "checkpoint.every_steps=1", "checkpoint.keep=9"]
+    more += [f"moco.momentum={momentum}", f"schedule.stop_after_steps={done + 4}"]
+    run = ["pretrain", "pretrain/moco_v3_vit_base", "--tracking-uri", "off", f"data.root={digits}/train", *MOCO, *more]
+    environment = {"POISON": f"{done}:{done + 3}", "OBJECTIVE": "mae_scale.tasks.moco.objective:Contrast"}
+    with Training(out, *run, program=POISONED, PYTHONPATH=os.getcwd(), **environment) as training:
+        assert training.wait() == 0, training.text()
+    happened = [(event, step) for event, step, _ in events(out)]
+    skipped = [("skipped_step", done + number) for number in (1, 2, 3)]
+    assert happened == [("start", 0), *skipped, ("rollback", done), ("end", done + 4)]
+    folders = dict(list_checkpoints(out / "checkpoints"))
+    before, weights = stored(folders[done], MOMENTUM), stored(folders[done], "weight")
+    after = stored(folders[done + 1], MOMENTUM)
+    decay = 1 - (1 - momentum) * (1 + math.cos(math.pi * done / steps)) / 2
+    for name, average in before.items():
+        assert torch.allclose(after[name], decay * average + (1 - decay) * weights[name], rtol=0, atol=1e-6), name
+    assert max((weights[name] - before[name]).abs().max().item() for name in before) > 1e-4
 
 
 def test_a_run_that_never_recovers_stops_after_so_many_rollbacks(tmp_path, digits):

@@ -85,9 +85,15 @@ def test_pixels_are_the_cpus(index, kind):
     assert np.abs(on_gpu - on_gpu[::-1]).mean() > 10  # different images do differ
 
 
-@pytest.mark.parametrize("second", [SecondView(None, 112), SecondView(augmentation("random_resized_crop"), 224)])
-def test_second_views_are_the_cpus(index, second):
-    kind = "random_resized_crop"
+VIEWS = [
+    ("random_resized_crop", SecondView(None, 112)),
+    ("random_resized_crop", SecondView(augmentation("random_resized_crop"), 224)),
+    ("moco_v3", SecondView(augmentation("moco_v3_second"), 224)),
+]
+
+
+@pytest.mark.parametrize(("kind", "second"), VIEWS)
+def test_second_views_are_the_cpus(index, kind, second):
     close(decoded(index, kind, "mixed", second=second), decoded(index, kind, "cpu", second=second))
 
 

@@ -1,6 +1,6 @@
 """One rank that trains under each case and counts the bytes of all tensors that are alive between two steps.
 
-Run by test_planned_states.py: CASES.json OUT.json; each case is a list of overrides of the demo.
+Run by test_planned_states.py: CASES.json OUT.json; each case is a recipe and overrides of it.
 """
 
 import gc
@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mae_scale.config.load import load_recipe
@@ -15,8 +16,7 @@ from mae_scale.distributed.collectives import process_group
 from mae_scale.distributed.ranks import leave, ranks_from_environment
 from mae_scale.engines.policy import layout_of
 from mae_scale.engines.select import scale_out
-from mae_scale.models.build import build_model
-from mae_scale.tasks.mae.objective import Reconstruct
+from mae_scale.tasks.registry import task_of
 
 SCALAR_BYTES = 8
 
@@ -32,19 +32,21 @@ def alive() -> dict[int, int]:
     return found
 
 
-def states_of_case(overrides: list[str], ranks: int, device: torch.device) -> int:
+def states_of_case(case: list[str], ranks: int, device: torch.device) -> int:
     gc.collect()
     before = alive()
-    recipe = load_recipe("demo", overrides)
+    recipe = load_recipe(case[0], case[1:])
     layout = layout_of(recipe, ranks)
-    engine = scale_out(Reconstruct(build_model(recipe), seed=0), recipe, layout, device)
-    for _ in range(2):
+    objective = task_of(recipe, Path()).build(None)  # none of these asks for the images
+    views, decay = (2, 0.99) if objective.followers else (1, None)
+    engine = scale_out(objective, recipe, layout, device)
+    for step in range(2):
+        drawn = objective.draw(step, np.arange(layout.micro_batch))
         micro_batches = [
-            (torch.randn(layout.micro_batch, 3, 32, 32), torch.rand(layout.micro_batch, 64))
-            for _ in range(layout.accumulation)
+            (*torch.randn(views, layout.micro_batch, 3, 32, 32).unbind(), *drawn) for _ in range(layout.accumulation)
         ]
-        engine.train_step(iter(micro_batches), 1e-4)
-    del micro_batches
+        engine.train_step(iter(micro_batches), 1e-4, decay)
+    del micro_batches, drawn
     gc.collect()
     size = sum(nbytes for storage, nbytes in alive().items() if storage not in before)
     engine.close()
@@ -56,8 +58,8 @@ def main() -> None:
     place = ranks_from_environment()
     with process_group(place, 120) as device:
         found = {
-            name: states_of_case(overrides, place.world_size, device)
-            for name, overrides in json.loads(Path(cases).read_text()).items()
+            name: states_of_case(case, place.world_size, device)
+            for name, case in json.loads(Path(cases).read_text()).items()
         }
     if place.rank == 0:
         Path(out).write_text(json.dumps(found))

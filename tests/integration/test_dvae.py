@@ -1,6 +1,7 @@
 """A tokeniser as a user trains it: on any ranks, micro-batches and engines, stopped and resumed, then used."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import mae_scale as package
 from mae_scale.models.weights.tokeniser import tokeniser_digest
 from mae_scale.tracking.metrics_log import read_metrics
+from tests.faults.harness import kill_after, newest_whole_step
 from tests.tiny import losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -27,12 +29,17 @@ STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def train(digits, mae_scale):
+def command(digits):
+    """Arguments of the tiny tokeniser's training."""
+    return ["pretrain", "pretrain/dvae_demo", f"data.root={digits}/train", f"data.val_root={digits}/val", *TINY]
+
+
+@pytest.fixture(scope="module")
+def train(command, mae_scale):
     """Train the tiny tokeniser in a folder; what it printed."""
 
     def run(out, *words, nproc=1):
-        data = [f"data.root={digits}/train", f"data.val_root={digits}/val"]
-        done = mae_scale("pretrain", "pretrain/dvae_demo", "--out", out, "--nproc", nproc, *data, *TINY, *words)
+        done = mae_scale(*command, "--out", out, "--nproc", nproc, *words)
         assert done.returncode == 0, done.stderr
         return done
 
@@ -90,6 +97,41 @@ def test_a_stopped_run_goes_on_bit_for_bit(train, whole, tmp_path):
     done = train(tmp_path / "run")
     assert "going on from step 5" in done.stdout
     assert losses(tmp_path / "run") == losses(whole)
+
+
+TWO_RANKS = ["engine.zero_stage=2", "engine.micro_batch=6"]
+
+
+@pytest.fixture(scope="module")
+def whole_on_two_ranks(train, tmp_path_factory):
+    out = tmp_path_factory.mktemp("dvae") / "two"
+    train(out, *TWO_RANKS, nproc=2)
+    return out
+
+
+@pytest.fixture(scope="module")
+def killed(command, tmp_path_factory):
+    """A run of two ranks that was killed after a checkpoint; its folder."""
+    out = tmp_path_factory.mktemp("dvae") / "killed"
+    kill_after(out, 4, *command, *TWO_RANKS, "checkpoint.every_steps=2", "--nproc", 2)
+    assert newest_whole_step(out) < STEPS
+    return out
+
+
+def test_sigkill_leaves_no_trace_in_the_curve(train, killed, whole_on_two_ranks, tmp_path):
+    out = shutil.copytree(killed, tmp_path / "run")
+    done = train(out, *TWO_RANKS, nproc=2)
+    assert "going on from step" in done.stdout
+    assert losses(out) == losses(whole_on_two_ranks)
+    found, expected = (package.load_tokeniser(folder) for folder in (out, whole_on_two_ranks))
+    assert tokeniser_digest(found) == tokeniser_digest(expected)
+
+
+def test_after_sigkill_one_rank_under_fairscale_has_the_same_curve(train, killed, whole_on_two_ranks, tmp_path):
+    out = shutil.copytree(killed, tmp_path / "run")
+    done = train(out, "engine.backend=fairscale", "engine.zero_stage=1", "engine.micro_batch=60")
+    assert "going on from step" in done.stdout
+    assert losses(out) == pytest.approx(losses(whole_on_two_ranks), abs=2e-5)
 
 
 def test_its_checkpoint_is_no_encoder_to_export_or_start_from(whole, digits, mae_scale, tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 
 import mlflow
 import pytest
@@ -11,12 +10,14 @@ from timm.models.vision_transformer import VisionTransformer
 
 import mae_scale as package
 from mae_scale.checkpoints.export import checkpoint_model
-from mae_scale.checkpoints.shards import MOMENTUM, ShardReader
+from mae_scale.checkpoints.shards import MOMENTUM
 from mae_scale.checkpoints.store import list_checkpoints
+from mae_scale.config.load import load_recipe
 from mae_scale.models.weights.files import read_weights
+from mae_scale.tasks.registry import task_of
 from mae_scale.tracking.metrics_log import read_metrics
-from tests.faults.harness import Training, newest_whole_step
-from tests.tiny import losses
+from tests.faults.harness import Training, kill_after, newest_whole_step
+from tests.tiny import losses, stored
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -26,6 +27,7 @@ TINY = [
     "model.name=null",
     "moco.hidden=64",
     "moco.dim=32",
+    "moco.momentum=0.9",  # at which two dozen steps move the average
     "data.global_batch=120",
     "data.threads=1",
     "engine.precision=null",
@@ -57,10 +59,40 @@ def whole(tmp_path_factory, mae_scale, command):
 
 def averages(out) -> dict[str, torch.Tensor]:
     """The momentum encoder's average in a run's newest checkpoint, by the parameter's name."""
-    _, folder = list_checkpoints(out / "checkpoints")[-1]
-    with ShardReader(folder / name for name in json.loads((folder / "manifest.json").read_text())["files"]) as reader:
-        names = [name for name in reader.names if name.startswith(f"{MOMENTUM}/")]
-        return {name: reader.whole(name) for name in names}
+    return stored(list_checkpoints(out / "checkpoints")[-1][1], MOMENTUM)
+
+
+UNDETERMINED = ("attn.qkv.bias", "encoder.norm.bias")
+"""Biases of keys, and before a BatchNorm: their gradients are rounding, of which AdamW makes whole steps."""
+
+
+def distance(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
+    """The norm of the difference of parameters with the same names, but for those that rounding decides."""
+    assert some.keys() == others.keys()
+    names = [name for name in others if not name.endswith(UNDETERMINED)]
+    return sum((some[name] - others[name]).double().square().sum().item() for name in names) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def ways(whole) -> dict[str, float]:
+    """Distances of the uninterrupted run: of its average and its weights from the initial ones, and of the two."""
+    recipe = load_recipe(str(whole[0] / "recipe.yaml"))
+    torch.manual_seed(recipe.seed)
+    objective = task_of(recipe, whole[0]).build(None)
+    initial = {name: parameter.detach().flatten() for name, parameter in objective.named_parameters()}
+    average, last = averages(whole[0]), stored(list_checkpoints(whole[0] / "checkpoints")[-1][1], "weight")
+    return {"average": distance(average, initial), "weights": distance(last, initial), "lag": distance(average, last)}
+
+
+@pytest.fixture(scope="module")
+def near(ways) -> float:
+    """A distance that is small beside the way that the average has come."""
+    return 1e-4 * ways["average"]
+
+
+def test_the_average_has_left_the_initial_weights_and_lags_behind_the_last_ones(ways):
+    assert ways["average"] > 0.2 * ways["weights"]
+    assert ways["lag"] > 0.2 * ways["weights"]
 
 
 def test_a_run_logs_every_step_learns_and_measures_k_nn(whole):
@@ -75,26 +107,23 @@ def test_a_run_logs_every_step_learns_and_measures_k_nn(whole):
     assert "Traceback" not in said
 
 
-def test_one_rank_and_another_engine_give_the_same_curve_and_momentum_encoder(whole, command, mae_scale, tmp_path):
+def test_one_rank_and_another_engine_give_the_same_curve_and_momentum_encoder(
+    whole, near, command, mae_scale, tmp_path
+):
     out = tmp_path / "run"
     other = ["engine.backend=fairscale", "engine.zero_stage=1", "--tracking-uri", "off"]
     done = mae_scale(*command, *other, "--out", out)
     assert done.returncode == 0, done.stderr
     mine, theirs = losses(out), losses(whole[0])
     assert max(abs(mine[step] - theirs[step]) for step in theirs) < 1e-4
-    found, expected = averages(out), averages(whole[0])
-    assert found.keys() == expected.keys()
-    assert max((found[name] - expected[name]).abs().max().item() for name in expected) < 1e-3
+    assert distance(averages(out), averages(whole[0])) < near
 
 
 @pytest.mark.parametrize("ranks", [2, 1])
-def test_a_run_that_is_killed_goes_on_to_the_same_curve_and_momentum_encoder(ranks, whole, command, tmp_path):
+def test_a_run_that_is_killed_goes_on_to_the_same_curve_and_momentum_encoder(ranks, whole, near, command, tmp_path):
     out = tmp_path / "run"
     quiet = ["--tracking-uri", "off"]
-    with Training(out, *command, *quiet, "--nproc", 2) as training:
-        training.wait_until(lambda: newest_whole_step(out) >= 4)
-        training.kill_all()
-    time.sleep(0.1)
+    kill_after(out, 4, *command, *quiet, "--nproc", 2)
     assert newest_whole_step(out) < STEPS
     with Training(out, *command, *quiet, "--nproc", ranks, log="again") as training:
         assert training.wait() == 0, training.text()
@@ -106,7 +135,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_curve_and_momentum_encoder(ran
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     else:
         assert max(abs(mine[step] - theirs[step]) for step in theirs) < 1e-4
-        assert max((found[name] - expected[name]).abs().max().item() for name in expected) < 1e-3
+        assert distance(found, expected) < near
 
 
 def test_the_encoder_is_left_for_timm_load_encoder_and_mlflow(whole, monkeypatch):

@@ -1,6 +1,7 @@
 """Learning rate and step metrics: the pure parts of training."""
 
 import math
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 from timm.scheduler import CosineLRScheduler
 
 from mae_scale.config.load import load_recipe
+from mae_scale.training.context import RunContext
 from mae_scale.training.schedule import learning_rate
 from mae_scale.training.step_metrics import StepClock
 
-STEPS_PER_EPOCH = 1_281_167 // 4096
+IMAGES = 1_281_167
+STEPS_PER_EPOCH = IMAGES // 4096
 
 
 def test_the_whole_1600_epoch_curve_is_the_papers():
@@ -45,6 +48,26 @@ def test_the_peak_is_at_the_end_of_warm_up():
     rates = [learning_rate(s, peak_lr=2.0, steps_per_epoch=10, epochs=20, warmup_epochs=5) for s in range(200)]
     assert math.isclose(max(rates), 2.0)
     assert rates.index(max(rates)) == 50
+
+
+def context_of(recipe: str) -> RunContext:
+    """The context of a run of a packaged recipe on ImageNet, as far as its schedules ask for it."""
+    unused = dict.fromkeys(field.name for field in fields(RunContext))
+    return RunContext(**unused | {"recipe": load_recipe(recipe), "index": range(IMAGES)})
+
+
+def test_a_run_of_moco_v3_has_the_published_momentum_at_every_step_and_another_task_none():
+    """From 0.99 to 1 over the whole schedule: adjust_moco_momentum() of the authors' release."""
+    context = context_of("pretrain/moco_v3_vit_base")
+    epochs, steps = 300, 300 * STEPS_PER_EPOCH
+    assert context.steps.total == steps
+    for step in (0, 1, STEPS_PER_EPOCH, steps // 4, steps // 2, steps - 1):
+        published = 1.0 - 0.5 * (1.0 + math.cos(math.pi * (step / STEPS_PER_EPOCH) / epochs)) * (1.0 - 0.99)
+        assert context.momentum(step) == pytest.approx(published, abs=1e-12)
+    assert context.momentum(0) == pytest.approx(0.99, abs=1e-12)
+    assert context.momentum(steps // 2) == pytest.approx(0.995, abs=1e-12)
+    assert 1 - 1e-9 < context.momentum(steps - 1) < 1
+    assert context_of("pretrain/vit_base_800ep").momentum(0) is None
 
 
 def test_images_that_were_replaced_before_a_save_are_in_the_next_log_line():

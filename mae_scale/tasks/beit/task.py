@@ -55,6 +55,7 @@ class BeitPretraining(MaskedImages[PredictRemoved]):
                 (model.removed, size.width, model.target.dim, True),
             ),
             predicted=model.removed * model.target.dim,
+            kept_values=(2 * (1 + model.patches) + model.removed) * size.width,  # of the last norm and the head
         )
         return self.with_tokeniser(work, tokeniser, model.grid)
 

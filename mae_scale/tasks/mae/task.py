@@ -72,6 +72,8 @@ class MaskedAutoencoding(MaskedImages[Reconstruct]):
                 (removed, width, model.target.dim, True),
             ),
             predicted=removed * model.target.dim,
+            # Of the encoder's last norm and the layer behind it, and of the decoder's.
+            kept_values=2 * encoded * size.width + (1 + model.patches + removed) * width,
         )
         return self.with_tokeniser(work, tokeniser, model.grid)
 

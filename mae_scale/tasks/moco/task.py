@@ -111,7 +111,8 @@ class MomentumContrast(Task[Contrast]):
             ),
             predicted=VIEWS * dim,
         )
-        return replace(work, frozen=sum(t.numel() for t in objective.followers.values()), ema=True)
+        positions = objective.model.encoder.pos_embed  # the momentum encoder has its own
+        return replace(work, buffer_bytes=work.buffer_bytes + positions.nbytes)
 
     def evaluators(self, context: RunContext, engine: Engine, tracker: Tracker) -> list[Evaluator]:
         return [] if self.recipe.tracking.knn_images is None else [KnnAccuracy(context, engine)]
