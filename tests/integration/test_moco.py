@@ -95,6 +95,11 @@ def test_the_average_has_left_the_initial_weights_and_lags_behind_the_last_ones(
     assert ways["lag"] > 0.2 * ways["weights"]
 
 
+def test_the_average_hardly_moves_in_the_last_steps_when_its_momentum_is_nearly_one(whole, ways):
+    before, last = (stored(folder, MOMENTUM) for _, folder in list_checkpoints(whole[0] / "checkpoints")[-2:])
+    assert 0 < distance(last, before) < 0.01 * ways["lag"]
+
+
 def test_a_run_logs_every_step_learns_and_measures_k_nn(whole):
     out, said = whole
     rows = read_metrics(out / "metrics.jsonl")

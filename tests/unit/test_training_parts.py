@@ -50,10 +50,10 @@ def test_the_peak_is_at_the_end_of_warm_up():
     assert rates.index(max(rates)) == 50
 
 
-def context_of(recipe: str) -> RunContext:
+def context_of(recipe: str, *overrides: str) -> RunContext:
     """The context of a run of a packaged recipe on ImageNet, as far as its schedules ask for it."""
     unused = dict.fromkeys(field.name for field in fields(RunContext))
-    return RunContext(**unused | {"recipe": load_recipe(recipe), "index": range(IMAGES)})
+    return RunContext(**unused | {"recipe": load_recipe(recipe, list(overrides)), "index": range(IMAGES)})
 
 
 def test_a_run_of_moco_v3_has_the_published_momentum_at_every_step_and_another_task_none():
@@ -67,6 +67,8 @@ def test_a_run_of_moco_v3_has_the_published_momentum_at_every_step_and_another_t
     assert context.momentum(0) == pytest.approx(0.99, abs=1e-12)
     assert context.momentum(steps // 2) == pytest.approx(0.995, abs=1e-12)
     assert 1 - 1e-9 < context.momentum(steps - 1) < 1
+    short = context_of("pretrain/moco_v3_vit_base", "schedule.stop_after_steps=900")
+    assert short.momentum(800) == context.momentum(800)
     assert context_of("pretrain/vit_base_800ep").momentum(0) is None
 
 
