@@ -22,10 +22,16 @@ _ENCODER = "model.encoder."
 def open_tokeniser(path: Path) -> Tokeniser:
     """Return the tokeniser of a file (read_tokeniser), or of a run of task dvae or one of its checkpoints, frozen.
 
-    Raises UsageError when there is none, RunError when a checkpoint is damaged.
+    Raises UsageError when there is none, or one with weights that are not finite: it would give words all the same.
+    RunError when a checkpoint is damaged.
     """
-    if not path.is_dir():
-        return read_tokeniser(path)
+    tokeniser = _of_run(path) if path.is_dir() else read_tokeniser(path)
+    if not all(weight.isfinite().all() for weight in tokeniser.parameters()):
+        raise UsageError(f"{path} holds weights that are not finite; give a tokeniser whose training went well")
+    return tokeniser
+
+
+def _of_run(path: Path) -> Tokeniser:
     checkpoint = find_checkpoint(path)
     task = stored_recipe(read_manifest(checkpoint)["recipe"], str(checkpoint)).task
     if task != "dvae":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.old_runs import unpack
 from tests.tiny import arguments
@@ -74,6 +75,13 @@ def cut(folder, sound):
     return folder / "cut.safetensors"
 
 
+def not_finite(folder, sound):
+    weights = load_file(sound)
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    save_file(weights, folder / "nan.safetensors")
+    return folder / "nan.safetensors"
+
+
 def empty(folder, _):
     (folder / "run").mkdir()
     return folder / "run"
@@ -84,6 +92,7 @@ BAD_TOKENISERS = [
     (hostile_plain, "was refused: it names io.open, which a module does not need"),
     (hostile("encoder.pth"), "was refused: it is damaged, or holds more than tensors, which could run code when read"),
     (cut, "is not a whole safetensors file"),
+    (not_finite, "holds weights that are not finite"),
     (empty, "holds no checkpoint; expected a run's folder"),
     (lambda folder, _: unpack("pretrain_one_rank", folder)[0], "is of a run of task mae, which trains no tokeniser"),
 ]

@@ -62,7 +62,9 @@ def test_a_run_learns_measures_its_words_and_leaves_its_tokeniser(whole):
     assert 1 <= last["val/perplexity"] <= 16 * last["val/words_used"]
     assert math.isfinite(last["val/loss"])
     assert (whole / "figures" / "reconstructions.png").exists()
+    state = torch.get_rng_state()
     found, file = package.load_tokeniser(whole), package.load_tokeniser(whole / "export" / "model.safetensors")
+    assert torch.equal(torch.get_rng_state(), state)  # a model that is built next is the same without it
     assert tokeniser_digest(found) == tokeniser_digest(file)
     assert (found.size.width, found.size.words, found.size.blocks_per_group) == (8, 16, 1)
     assert found.tokens(torch.rand(2, 3, 16, 16)).shape == (2, 4)
