@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 
 from data_pipeline.samples import write_digits
 from mae_scale.planning.hardware import peak_flops_per_s
-from tests.integration.test_beit import tiny_tokeniser
+from tests.tokenisers import tokeniser_file
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -38,10 +38,9 @@ def digits(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tokeniser(tmp_path_factory):
+def tokeniser(digits, tmp_path_factory):
     """The weights of an untrained tokeniser of 32 words."""
-    path = tmp_path_factory.mktemp("tokeniser") / "tokeniser.safetensors"
-    return tiny_tokeniser(path)
+    return tokeniser_file(tmp_path_factory.mktemp("tokeniser") / "tokeniser.safetensors", digits, words=32)
 
 
 def mae_scale(*words):

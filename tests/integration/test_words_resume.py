@@ -5,8 +5,8 @@ import shutil
 import pytest
 
 from tests.faults.harness import kill_after, newest_whole_step
-from tests.integration.test_beit import tiny_tokeniser
 from tests.tiny import STEPS, arguments, losses
+from tests.tokenisers import tokeniser_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -15,7 +15,7 @@ TWO_RANKS = ["engine.zero_stage=2", "engine.micro_batch=10", "--nproc", 2]
 
 @pytest.fixture(scope="module")
 def command(digits, tmp_path_factory):
-    tokeniser = tiny_tokeniser(tmp_path_factory.mktemp("tokeniser") / "tokeniser.safetensors")
+    tokeniser = tokeniser_file(tmp_path_factory.mktemp("tokeniser") / "tokeniser.safetensors", digits, words=12)
     target = ["model.target=tokens", f"tokeniser.weights={tokeniser}"]
     return ["pretrain", "demo", "--tracking-uri", "off", *arguments(digits, *target)]
 

@@ -75,7 +75,11 @@ class LogSumExp(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.blocks = model, model.encoder.blocks
+        self.model = model
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.encoder.blocks
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.model(images).float().logsumexp(1).mean()
