@@ -20,13 +20,17 @@ _ENCODER = "model.encoder."
 
 
 def open_tokeniser(path: Path) -> Tokeniser:
-    """Return the tokeniser of a file (read_tokeniser), or of a run of task dvae or one of its checkpoints, frozen.
+    """Return the tokeniser of a file (read_tokeniser), or of a run of task dvae or one of its checkpoints.
+
+    Frozen, float32, on the host.
 
     Raises UsageError when there is none, or one with weights that are not finite: it would give words all the same.
     RunError when a checkpoint is damaged.
     """
-    tokeniser = _of_run(path) if path.is_dir() else read_tokeniser(path)
-    if not all(weight.isfinite().all() for weight in tokeniser.parameters()):
+    with torch.device("cpu"):  # a plan asks for its size where the default device is meta
+        tokeniser = _of_run(path) if path.is_dir() else read_tokeniser(path)
+        finite = all(weight.isfinite().all() for weight in tokeniser.parameters())
+    if not finite:
         raise UsageError(f"{path} holds weights that are not finite; give a tokeniser whose training went well")
     return tokeniser
 
