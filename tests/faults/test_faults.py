@@ -48,7 +48,12 @@ def steps_done(out: Path) -> int:
 
 @pytest.mark.parametrize(
     ("signum", "to"),
-    [(signal.SIGTERM, 1), pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.slow), (signal.SIGUSR1, "launcher")],
+    [
+        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.slow),
+        (signal.SIGTERM, "launcher"),
+        pytest.param(signal.SIGUSR1, "launcher", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_to_any_one_rank_stops_all_at_one_step_with_a_checkpoint_and_code_75(signum, to, tmp_path, digits):
     """Tracked in MLflow, which has each step once after all the starts."""

@@ -107,6 +107,7 @@ def test_a_seed_gives_the_same_to_the_digit_and_another_gives_another():
     assert first == again != other
 
 
+@pytest.mark.slow
 def test_the_page_has_what_is_simulated():
     page = (ROOT / "docs" / "thousand_nodes.md").read_text(encoding="utf-8")
     site, work = (
