@@ -1,6 +1,7 @@
 """The small comparison of the paper: its rule, that every claim can be decided by what is run, and in which order."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from scipy.stats import ttest_1samp
 
 from data_pipeline.errors import RunError, UsageError
 from mae_scale.reproduce.paper import runs
+from mae_scale.reproduce.paper.command import scale_of
 from mae_scale.reproduce.paper.findings import FINDINGS, PRETRAININGS, SPEED, TOKENISER, findings_named
 from mae_scale.reproduce.paper.page import as_json, look_up, markdown
 from mae_scale.reproduce.paper.runs import Run, Scale, do, runs_of
@@ -102,6 +104,20 @@ def test_only_the_findings_that_are_named_are_run():
     assert len(runs_of(scale, 0)) == 4 + 8
     with pytest.raises(UsageError, match=r"--finding masks is not known; expected one of mask-ratio, .*, methods"):
         findings_named(["masks"])
+
+
+def test_runs_of_any_other_setting_are_not_taken_for_these(digits, tmp_path, monkeypatch):
+    def asked(**changes):
+        words = {"epochs": 20, "labels": 10, "findings": FINDINGS, "overrides": ()} | changes
+        return scale_of(digits, tmp_path / "paper", **words)
+
+    asked().runs.mkdir(parents=True)
+    asked(findings=FINDINGS[:1], overrides=("data.threads=2",))
+    with pytest.raises(UsageError, match=r"another comparison \(epochs: 20 -> 8\); choose another --out"):
+        asked(epochs=8)
+    monkeypatch.setitem(PRETRAININGS, "small", replace(PRETRAININGS["small"], overrides=("model.width=24",)))
+    with pytest.raises(UsageError, match=r"another comparison \(recipes: \w+ -> \w+\)"):
+        asked()
 
 
 def test_runs_are_done_side_by_side_each_after_what_it_needs_and_none_after_a_failure(monkeypatch, tmp_path):
