@@ -38,6 +38,7 @@ def starts(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_it_goes_on_where_it_was_stopped_and_says_what_its_runs_have_measured(images, tmp_path, mae_scale):
     out = tmp_path / "paper"
     words = ["paper", "--data", images, "--out", out, "--seeds", 2, "--jobs", 2, "--epochs", 4, *FINDING]
@@ -52,7 +53,7 @@ def test_it_goes_on_where_it_was_stopped_and_says_what_its_runs_have_measured(im
     stopped = {path.parent.parent.parent for path in out.glob("runs/*/checkpoints/*/manifest.json")}
     assert stopped
 
-    done = mae_scale(*words)
+    done = mae_scale(*words, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"/{RUNS} ") == 2 * RUNS
     for folder in stopped:
