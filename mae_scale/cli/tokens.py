@@ -66,8 +66,12 @@ def tokens(
     if heading is not None:
         typer.echo(
             f"{out}: {heading.images:,} images x {heading.grid**2} of {heading.words:,} words, "
-            f"{len(heading.shards)} files"
+            f"{_files(len(heading.shards))}"
         )
+
+
+def _files(count: int) -> str:
+    return f"{count:,} file{'s' if count != 1 else ''}"
 
 
 def _verify(folder: Path) -> None:
@@ -78,6 +82,6 @@ def _verify(folder: Path) -> None:
     for name, reason in damaged:
         typer.echo(f"{name}: {reason}")
     if damaged:
-        typer.echo(f"{len(damaged)} files are damaged; the same `mae-scale tokens` that wrote them writes them again")
+        typer.echo(f"{_files(len(damaged))} damaged; the same `mae-scale tokens` that wrote the words mends them")
         raise typer.Exit(EXIT_FAILED)
     typer.echo(f"{heading.images:,} images x {heading.grid**2} words, every file has its digest")

@@ -97,7 +97,7 @@ class OptimSection(Section):
     name: Literal["adamw", "lars"] = Field("adamw", description="lars: for linear probing")
     base_lr: float = Field(1.5e-4, gt=0, description="peak learning rate per 256 images of the global batch")
     weight_decay: float = Field(
-        0.05, ge=0, description="not applied to biases, norms, cls and mask tokens (but to BEiT's mask token)"
+        0.05, ge=0, description="not applied to biases, norms, cls and mask tokens, except BEiT's mask token"
     )
     betas: tuple[float, float] = Field((0.9, 0.95), description="coefficients of AdamW")
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of LARS")

@@ -61,7 +61,7 @@ class TokeniserSection(Section):
         0.05,
         ge=0,
         le=1,
-        description="share of the schedule over which it falls there by a cosine, for task dvae",
+        description="share of the schedule in which temperature falls by a cosine, for task dvae",
     )
     kl_weight: float = Field(
         6.6,
@@ -72,5 +72,5 @@ class TokeniserSection(Section):
         1 / 600,
         ge=0,
         le=1,
-        description="share of the schedule over which it rises there from 0 by a cosine, for task dvae",
+        description="share of the schedule in which kl_weight rises from 0 by a cosine, for task dvae",
     )

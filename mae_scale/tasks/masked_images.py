@@ -54,7 +54,6 @@ class MaskedImages(Task[ObjectiveT]):
     def check(self, layout: BatchLayout) -> None:
         if self.predicts_words:
             check_words(self.recipe)
-            assert self.words is not None  # opened now: one that cannot be read is refused before a job waits
 
     def check_fit(self, images: Index, validation: Index | None) -> None:
         check_knn(self.recipe, images, validation)

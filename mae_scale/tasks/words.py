@@ -85,7 +85,7 @@ def view_of(recipe: Recipe) -> SecondView:
 
 def source_of(recipe: Recipe) -> WordSource:
     """Return what gives a recipe's words. Raises UsageError when there is no tokeniser, RunError when it is damaged."""
-    return TokenisedWords(open_tokeniser(_path(recipe)))
+    return TokenisedWords(_opened(_path(recipe)))
 
 
 def stored(recipe: Recipe, found: WordSource | None, index: Index) -> WordSource | None:
@@ -124,14 +124,14 @@ def _path(recipe: Recipe) -> Path:
 
 
 @cache
-def _size(path: Path) -> TokeniserSize:
-    return open_tokeniser(path).size
+def _opened(path: Path) -> Tokeniser:
+    return open_tokeniser(path)  # by the checks, the plan and the training: each would read the same 200 MB
 
 
 def size_of_tokeniser(recipe: Recipe) -> TokeniserSize:
     """Return the size of the recipe's tokeniser; of the published one where its file is not there, for planning."""
     path = recipe.tokeniser.weights if recipe.tokeniser else None
-    return _size(path) if path is not None and path.exists() else TokeniserSize()
+    return _opened(path).size if path is not None and path.exists() else TokeniserSize()
 
 
 def products_of(tokeniser: Tokeniser, side: int) -> tuple[tuple[int, int, int], ...]:
@@ -170,7 +170,10 @@ def origin_of(words: WordSource | None) -> Origin:
 
 
 def check_words(recipe: Recipe) -> None:
-    """Raise UsageError when the recipe predicts words and does not say where they come from."""
+    """Raise UsageError when the recipe predicts words and does not say where they come from, or wrongly.
+
+    A tokeniser that cannot be read is refused here, before a job waits in a queue.
+    """
     path = recipe.tokeniser.weights if recipe.tokeniser else None
     if path is None:
         raise UsageError(
@@ -188,6 +191,7 @@ def check_words(recipe: Recipe) -> None:
             f"{f', data.flip={data.flip:g}' if data.flip else ''} trains on others; use data.augmentation=none without "
             "data.flip, or drop tokeniser.tokens: words are then found while training"
         )
+    _opened(path)
 
 
 def refuse_other_tokeniser(recipe: Recipe, words: WordSource, out: Path) -> None:

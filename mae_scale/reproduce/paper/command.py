@@ -56,7 +56,10 @@ def scale_of(
     Raises UsageError for a folder that cannot be compared on, for an `out` whose name no sweep can have, and for
     overrides that would change what is compared.
     """
-    check_name(out.absolute().name)  # of the sweep
+    try:
+        check_name(out.absolute().name)
+    except UsageError as error:
+        raise UsageError(f"--out {out}: {error}") from None
     for word in overrides:
         key = word.partition("=")[0]
         if key in OURS or not (key in FREE_KEYS or key.startswith(FREE_SECTIONS)):
