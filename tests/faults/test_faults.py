@@ -296,6 +296,7 @@ def test_a_gpu_without_enough_memory_is_said_in_one_line(tmp_path, digits):
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_two_to_three_to_one_rank_and_another_stage_by_the_same_command(tmp_path, digits, whole):
     """The curve within 1e-6 for 20 steps, the learning rate exactly; three ranks hold shards of ZeRO 3."""
     out = tmp_path / "run"

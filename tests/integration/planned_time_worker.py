@@ -76,12 +76,13 @@ def measured(recipe: Recipe, device: torch.device) -> dict[str, float]:
 
 
 def one_round(recipes: dict[str, Recipe], device: torch.device, precision: str) -> dict[str, dict[str, float]]:
-    """Return what is planned and measured for each recipe, by rates that are measured now.
+    """Return what is planned and measured for each recipe, by rates that are measured just before its steps.
 
-    A machine's rates change over minutes, by what else it does: the median of rounds forgives one.
+    A machine's rates change within a minute, by what else it does; the median of rounds forgives a change in between.
     """
-    rates, found = rates_of_device(device, precision), {}
+    found = {}
     for name, recipe in recipes.items():
+        rates = rates_of_device(device, precision)
         step = planned(recipe, rates, device.type == "cuda") | measured(recipe, device)
         found[name] = {**step, "ratio": step["planned_s"] / step["measured_s"]}
     return found

@@ -22,7 +22,7 @@ ENGINES = {
     "ZeRO 3, accumulation 2": ["engine.config={zero3}", TWO_MICRO_BATCHES],
     "ZeRO 3 as packaged": ["engine.zero_stage=3"],
 }
-QUICK = ["ZeRO 1", "FairScale OSS, accumulation 2"]
+QUICK = ["ZeRO 1"]
 DEEPSPEED = [engine for engine in ENGINES if "FairScale" not in engine]
 SHARE = {  # what is trained: recipe and overrides, and the number of parameters that are not
     "full": ("finetune/demo", ["optim.layer_decay=0.75"], 0),

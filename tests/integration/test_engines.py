@@ -158,6 +158,7 @@ def test_losses_on_one_rank_are_the_plain_loops(run_cases, plain):
         assert largest_difference(results[case]["losses"], plain[None]["losses"]) < 1e-6, case
 
 
+@pytest.mark.slow
 def test_bf16_follows_float32_on_every_engine(run_cases, plain):
     results = run_cases(BF16, 2)
     for case in BF16:

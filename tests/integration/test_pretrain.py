@@ -106,6 +106,7 @@ def test_a_run_is_in_mlflow_with_parameters_tags_metrics_and_files(uninterrupted
     assert expected <= set(files)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_bit_for_bit(tmp_path, digits, mae_scale, uninterrupted):
     """With a picture each epoch and at the end of each start, where the whole run has one: they change nothing."""
@@ -174,6 +175,7 @@ def test_bad_images_of_all_ranks_together_are_held_against_the_limit(tmp_path, d
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_cache_serves_the_second_epoch_and_changes_nothing(tmp_path, digits, mae_scale, uninterrupted):
     whole, _ = uninterrupted
     command = ["pretrain", "demo", "--nproc", 2, "--out", tmp_path / "r", "--tracking-uri", "off"]

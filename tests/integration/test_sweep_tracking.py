@@ -65,6 +65,7 @@ def test_what_a_server_misses_while_it_is_down_it_gets_from_the_same_command(ser
     assert rows_of(client, parent.info.run_id, "results_table.json", tmp_path) == ["0.5", "0.75", "0.9"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_name_that_another_sweep_has_is_refused_with_the_way_out(server, tmp_path, digits, mae_scale):
     one = tmp_path / "a" / "ratios"

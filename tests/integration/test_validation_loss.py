@@ -33,7 +33,7 @@ LAYOUTS = {
     ),
     "compiled": (1, ["engine.compile=true"]),
 }
-SLOW = ("compiled",)
+SLOW = ("two ranks, ZeRO 3", "compiled")
 
 
 def measured(out) -> list[tuple[int, float]]:
