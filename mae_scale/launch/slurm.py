@@ -21,7 +21,8 @@ from mae_scale.launch.slurm_templates import (
     render,
     sbatch_options,
 )
-from mae_scale.launch.transfer_check import refuse_other_model, without_weights
+from mae_scale.launch.transfer_check import refuse_other_model, without_weights, without_words
+from mae_scale.models.targets import WORDS
 from mae_scale.tasks.registry import TASKS, task_of
 from mae_scale.tracking.mlflow_uri import hide_password
 from mae_scale.training.preflight import training_augmentation
@@ -110,8 +111,9 @@ def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool, force: b
     """Check, plan, render and send the chain of the recipes in `words`; what holds an = is an override for all of them.
 
     Those of a section that not all tasks have, such as classifier, are for those that have it. A classifier that needs
-    weights and has none set starts from the link before it. force: send also what does not fit by its plan. Raises
-    UsageError before anything is sent, RunError when sbatch refuses a link after all.
+    weights and has none set starts from the link before it, and what predicts words and has no tokeniser set takes that
+    of the last link before it that trains one. force: send also what does not fit by its plan. Raises UsageError before
+    anything is sent, RunError when sbatch refuses a link after all.
     """
     names = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word]
@@ -165,14 +167,18 @@ def refuse_password(overrides: list[str]) -> None:
 def check(recipe: Recipe, name: str, shape: Shape, out: Path, start: Link | None = None) -> None:
     """Raise UsageError for all that can be refused before a job waits in a queue.
 
-    `out` is the job's folder, `start` the link whose weights, not there yet, the recipe starts from.
+    `out` is the job's folder, `start` the link whose weights or tokeniser, not there yet, the recipe takes.
     """
     try:
         if recipe.data.root is None:
             raise UsageError("data.root is not set; add data.root=/path/to/train, as the nodes see it")
         layout = layout_of(recipe, shape.ranks)
         refuse_wrong_combinations(recipe, gpu=bool(shape.gpus_per_node))
-        if start is not None:
+        if start is not None and recipe.model.target == WORDS:
+            if start.recipe.task != "dvae":
+                raise UsageError(f"{start.name} trains no tokeniser; give tokeniser.weights of task dvae")
+            recipe = without_words(recipe)
+        elif start is not None:
             refuse_other_model(start.name, start.recipe, recipe)
             recipe = without_weights(recipe)
         task_of(recipe, out).check(layout)
@@ -264,6 +270,12 @@ def make_link(name: str, overrides: list[str], shape: Shape, place: Place, befor
         overrides.append(f"classifier.weights={before[-1].out}")
         recipe = load_recipe(name, overrides)
     weights = recipe.classification.weights if classifies else None
+    if recipe.model.target == WORDS:
+        tokenisers = [link for link in before if link.recipe.task == "dvae"]
+        if tokenisers and (recipe.tokeniser is None or recipe.tokeniser.weights is None):
+            overrides.append(f"tokeniser.weights={tokenisers[-1].out}")
+            recipe = load_recipe(name, overrides)
+        weights = recipe.tokeniser.weights if recipe.tokeniser else None
     start = next((link for link in before if weights and link.out == weights.absolute()), None)
     template = _template(f"{TASKS[recipe.task].command}.sbatch")
     shape = shape.on(template)

@@ -1,4 +1,4 @@
-"""Checks on a classifier that will start from weights that a run before it has still to train."""
+"""Checks on a run that will start from weights, or take words, that a run before it has still to train."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ def without_weights(recipe: Recipe) -> Recipe:
     """Return a classifier's recipe for checks that would look for its starting weights, which are not there yet."""
     needs_none = recipe.classification.model_copy(update={"weights": None, "from_scratch": True})
     return recipe.model_copy(update={"classifier": needs_none})
+
+
+def without_words(recipe: Recipe) -> Recipe:
+    """Return a recipe that predicts words, for checks that would look for its tokeniser, which is not there yet."""
+    predicts_pixels = recipe.model.model_copy(update={"target": "normalised_pixels"})
+    return recipe.model_copy(update={"model": predicts_pixels, "tokeniser": None})
 
 
 def refuse_other_model(name: str, start: Recipe, recipe: Recipe) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from safetensors.torch import load_file
@@ -157,6 +158,16 @@ def test_the_ranks_of_a_lost_node_leave_once_the_next_start_has_the_run(cluster:
     assert losses(out)  # each step once
 
 
+def chain(cluster: Cluster, out: Path, recipes: list, overrides: list[str]) -> tuple[list[str], list[Path], list[Path]]:
+    """Submit recipes as a chain, two nodes with two ranks each; the jobs' ids, runs and logs."""
+    shape = ["--nodes", 2, "--gpus-per-node", 2, "--cpus-per-task", 1]
+    sent = cluster.call(sys.executable, "-m", "mae_scale", "submit", *recipes, *shape, "--out", out, *overrides)
+    jobs = [line.split()[1].strip(",:") for line in sent.stdout.splitlines() if line.startswith("job ")]
+    labels = [str(Path(recipe).stem if Path(recipe).is_file() else recipe).replace("/", "-") for recipe in recipes]
+    logs = [out / "slurm" / f"{i}-{labels[i - 1]}-{job}.log" for i, job in enumerate(jobs, start=1)]
+    return jobs, [out / label for label in labels], logs
+
+
 @pytest.mark.timeout(600)
 def test_a_chain_waits_for_the_real_end_of_a_requeued_link_and_starts_each_from_the_one_before(
     cluster: Cluster, tmp_path, digits
@@ -165,14 +176,7 @@ def test_a_chain_waits_for_the_real_end_of_a_requeued_link_and_starts_each_from_
     small, large = tmp_path / "small.yaml", tmp_path / "large.yaml"
     small.write_text("extends: finetune/demo\ndata: {labels_per_class: null}\n")
     large.write_text(f"extends: {small}\nmodel: {{image_size: 64}}\n")
-    shape = ["--nodes", 2, "--gpus-per-node", 2, "--cpus-per-task", 1]
-    mae_scale = [sys.executable, "-m", "mae_scale"]
-    recipe = arguments(digits, "schedule.epochs=4")
-    sent = cluster.call(*mae_scale, "submit", "demo", small, large, *shape, "--out", tmp_path / "c", *recipe)
-    jobs = [line.split()[1].strip(",:") for line in sent.stdout.splitlines() if line.startswith("job ")]
-    names = ("demo", "small", "large")
-    runs = [tmp_path / "c" / name for name in names]
-    logs = [tmp_path / "c" / "slurm" / f"{i}-{names[i - 1]}-{job}.log" for i, job in enumerate(jobs, start=1)]
+    jobs, runs, logs = chain(cluster, tmp_path / "c", ["demo", small, large], arguments(digits, "schedule.epochs=4"))
     cluster.wait_for_step(jobs[0], runs[0], 5, logs[0])
     cluster.call("scancel", "--batch", "--signal=USR1", jobs[0])
     cluster.wait_for_start(jobs[0], 1, logs[0])
@@ -188,6 +192,52 @@ def test_a_chain_waits_for_the_real_end_of_a_requeued_link_and_starts_each_from_
         assert json.loads((run / "evaluation.json").read_text())["images"] == VALIDATION_IMAGES
     positions = load_file(runs[2] / "export" / "model.safetensors")["pos_embed"]
     assert positions.shape == (1, 1 + (64 // 8) ** 2, 32)
+
+
+@pytest.mark.timeout(600)
+def test_a_chain_trains_a_tokeniser_then_beit_on_its_words_and_a_classifier_on_beit(cluster: Cluster, tmp_path, digits):
+    """BEiT loses a rank in the middle, and goes on with the words of the same tokeniser."""
+    beit, classifier = tmp_path / "beit.yaml", tmp_path / "classifier.yaml"
+    beit.write_text("extends: pretrain/beit_demo\nmodel: {target: tokens}\n")
+    classifier.write_text("extends: finetune/beit_demo\ndata: {labels_per_class: null}\n")
+    quick = ["schedule.epochs=4", "checkpoint.every_steps=5", "checkpoint.every_epochs=null", "tokeniser.width=8"]
+    recipes = ["pretrain/dvae_demo", beit, classifier]
+    jobs, runs, logs = chain(cluster, tmp_path / "c", recipes, tiny_arguments(digits, *quick))
+    cluster.wait_for_end(jobs[0], logs[0])
+    cluster.wait_for_step(jobs[1], runs[1], 7, logs[1])
+    cluster.rank(jobs[1], 3).send_signal(signal.SIGKILL)
+    cluster.wait_for_start(jobs[1], 1, logs[1])
+    for job, run, log in zip(jobs[1:], runs[1:], logs[1:], strict=True):
+        cluster.wait_for_end(job, log)
+        assert last_step(run) == 4 * STEPS_PER_EPOCH
+    assert "going on from step" in logs[1].read_text()
+    assert recipe_of(runs[1])["tokeniser"]["weights"] == str(runs[0])
+    assert f"tensors from {runs[1]}" in logs[2].read_text()
+    assert json.loads((runs[2] / "evaluation.json").read_text())["images"] == VALIDATION_IMAGES
+
+
+def recipe_of(out: Path) -> dict:
+    """A run's recipe, as it is written in its folder."""
+    return yaml.safe_load((out / "recipe.yaml").read_text())
+
+
+def test_moco_v3_loses_a_rank_and_its_curve_is_that_of_one_rank(cluster: Cluster, tmp_path, digits, mae_scale):
+    more = ["model.name=null", "model.image_size=32", "moco.hidden=64", "moco.dim=32", "engine.precision=null"]
+    quick = ["schedule.epochs=4", "checkpoint.every_steps=5", "checkpoint.every_epochs=null", *more]
+    recipe = ["pretrain/moco_v3_vit_base", "--out", "run", *tiny_arguments(digits, "tracking.uri=off", *quick)]
+    job = cluster.sbatch("--nodes=2", TEMPLATES / "pretrain.sbatch", *recipe, cwd=tmp_path)
+    out, log = tmp_path / "run", tmp_path / f"{job}.log"
+    cluster.wait_for_step(job, out, 7, log)
+    cluster.rank(job, 2).send_signal(signal.SIGKILL)
+    cluster.wait_for_start(job, 1, log)
+    cluster.wait_for_end(job, log)
+    assert "going on from step" in log.read_text()
+    recipe[2] = tmp_path / "whole"
+    done = mae_scale("pretrain", *recipe)
+    assert done.returncode == 0, done.stderr
+    mine, whole = losses(out), losses(tmp_path / "whole")
+    assert mine.keys() == whole.keys()
+    assert max(abs(mine[step] - whole[step]) for step in whole) < 1e-4
 
 
 def test_a_refused_recipe_is_not_requeued_and_ends_its_chain(cluster: Cluster, tmp_path, digits):

@@ -146,6 +146,24 @@ def test_a_classifier_after_beit_or_moco_gets_none_of_their_overrides(submit, no
     ]
 
 
+def test_what_predicts_words_takes_the_tokeniser_of_the_last_link_before_it_that_trains_one(submit, no_slurm, tmp_path):
+    large = tmp_path / "large.yaml"
+    large.write_text("extends: pretrain/dvae_imagenet_256\ntokeniser: {words: 16384}\n")
+    tokens = "pretrain/vit_large_tokens_800ep"
+    links = ["pretrain/dvae_imagenet_256", BEIT, large, tokens, "finetune/vit_large_224"]
+    code, out, error = submit(*links, "data.root=/d", "tokeniser.width=128", "--nodes", 4, "--out", "runs", "--dry-run")
+    assert code == 0, error
+    runs = [f"{tmp_path}/runs/{label}" for label in ("pretrain-dvae_imagenet_256", "large", tokens.replace("/", "-"))]
+    both = ["data.root=/d", "tokeniser.width=128"]
+    assert [arguments(script)[3:] for script in scripts(out)] == [
+        both,
+        [*both, f"tokeniser.weights={runs[0]}"],
+        both,
+        [*both, f"tokeniser.weights={runs[1]}"],
+        ["data.root=/d", f"classifier.weights={runs[2]}"],
+    ]
+
+
 def test_the_recipe_and_not_its_name_decides_the_template(submit, no_slurm, tmp_path):
     (tmp_path / "pretrain").mkdir()
     trains, classifies = tmp_path / "finetune.yaml", tmp_path / "pretrain" / "mine.yaml"
@@ -244,6 +262,10 @@ def test_the_site_is_what_its_environment_file_says_and_the_environment_wins(sub
         ([BEIT, "finetune/vit_base_224", "model.target=pixels", "--nodes", 2], ["starts from pretrain/beit", "BEiT"]),
         ([MOCO, "finetune/beit_vit_base_224", "--nodes", 2], ["it starts from pretrain/moco_v3_vit_base"]),
         (["pretrain/dvae_imagenet_256", "finetune/vit_base_224", "--nodes", 2], ["trains a tokeniser, and no encoder"]),
+        (
+            [MOCO, BEIT, "tokeniser.weights=runs/pretrain-moco_v3_vit_base", "--nodes", 2],
+            ["beit_vit_base_800ep on", f"{MOCO} trains no tokeniser"],
+        ),
         (["pretrain/vit_hug_1600ep", "--nodes", 2], ["did you mean 'pretrain/vit_huge_1600ep'"]),
         ([HUGE, HUGE, "--nodes", 2], ["give each recipe once"]),
         ([HUGE, "--nodes", 2, "data.root=null"], ["data.root is not set"]),
