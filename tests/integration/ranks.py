@@ -29,7 +29,7 @@ def fully_sharded_configs(folder: Path) -> dict[str, Path]:
     return files
 
 
-def run_worker(worker: Path, cases: dict, nproc: int, folder: Path) -> dict:
+def run_worker(worker: Path, cases: dict, nproc: int, folder: Path, *, timeout_s: float = TIMEOUT_S) -> dict:
     """Run `worker CASES.json OUT.json` as nproc ranks; return what it has written. Fails with what a rank has said."""
     (folder / "cases.json").write_text(json.dumps(cases))
     path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
@@ -47,7 +47,7 @@ def run_worker(worker: Path, cases: dict, nproc: int, folder: Path) -> dict:
             stack.callback(process.wait)
             stack.callback(process.kill)
             ranks.append(process)
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         while any(process.poll() is None for process in ranks):
             failed = [log for process, log in zip(ranks, logs, strict=True) if process.poll()]
             assert not failed, failed[0].read_text()[-6000:]

@@ -1,16 +1,17 @@
 """The time of a step that is planned from measured rates is that of the engine, on this machine's CPU."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from tests.integration.planned_time_worker import TOLERANCE
 from tests.integration.ranks import run_worker
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1500)]
 
 WORKER = Path(__file__).with_name("planned_time_worker.py")
 COMMON = ["data.root=unused", "engine.zero_stage=0", "engine.activation_checkpointing=none", "engine.compile=false"]
-TOLERANCE = 0.2
 
 
 def case(
@@ -31,6 +32,6 @@ CASES = {
 
 
 def test_planned_steps_of_five_sizes_take_the_time_that_is_measured(tmp_path):
-    found = run_worker(WORKER, CASES, 1, tmp_path)["steps"]
-    ratios = {name: step["ratio"] for name, step in found.items()}
-    assert all(abs(ratio - 1) < TOLERANCE for ratio in ratios.values()), ratios
+    found = run_worker(WORKER, CASES, 1, tmp_path, timeout_s=1400)
+    ratios = {name: step["ratio"] for name, step in found["steps"].items()}
+    assert all(abs(ratio - 1) < TOLERANCE for ratio in ratios.values()), json.dumps(found["rounds"])
