@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.arrays import BoolArray, Int64Array
 from data_pipeline.errors import UsageError
 from data_pipeline.files import write_json
 
@@ -24,23 +25,30 @@ def write_digits(root: str | os.PathLike[str]) -> Path:
     left unchanged. Raises UsageError when `root` holds something else.
     """
     root = Path(root)
-    if not _begin(root, {"digits": DIGIT_SIZE}):
+    if not begin_sample(root, {"digits": DIGIT_SIZE}):
         return root
     from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    seen = np.zeros(10, int)
+    held_out = held_out_digits(digits.target)
     for number, (pixels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
-        part = "val" if seen[digit] % 5 == 4 else "train"
-        seen[digit] += 1
+        part = "val" if held_out[number] else "train"
         folder = root / part / str(digit)
         folder.mkdir(parents=True, exist_ok=True)
         small = Image.fromarray(np.rint(pixels * (255 / 16)).astype(np.uint8))
         large = small.resize((DIGIT_SIZE, DIGIT_SIZE), Image.Resampling.BICUBIC)
         large.save(folder / f"{number:04d}.jpg", quality=95)
-    _finish(root, {"digits": DIGIT_SIZE})
+    finish_sample(root, {"digits": DIGIT_SIZE})
     return root
+
+
+def held_out_digits(labels: Int64Array) -> BoolArray:
+    """Return which of the digits are for validation, every fifth of each: bool [n] of labels [n]."""
+    held_out = np.zeros(len(labels), bool)
+    for digit in range(10):
+        held_out[np.flatnonzero(labels == digit)[4::5]] = True
+    return held_out
 
 
 def write_photos(root: str | os.PathLike[str], count: int) -> Path:
@@ -50,7 +58,7 @@ def write_photos(root: str | os.PathLike[str], count: int) -> Path:
     holds something else.
     """
     root = Path(root)
-    if not _begin(root, {"photos": count}):
+    if not begin_sample(root, {"photos": count}):
         return root
     from PIL import Image
     from sklearn.datasets import load_sample_images
@@ -66,11 +74,11 @@ def write_photos(root: str | os.PathLike[str], count: int) -> Path:
         y = int((photo.height - height) * random.random())
         crop = photo.resize(PHOTO_SIZE, Image.Resampling.BICUBIC, box=(x, y, x + width, y + height))
         crop.save(root / f"{number:06d}.jpg", quality=90)
-    _finish(root, {"photos": count})
+    finish_sample(root, {"photos": count})
     return root
 
 
-def _begin(root: Path, content: dict[str, int]) -> bool:
+def begin_sample(root: Path, content: dict[str, int]) -> bool:
     """Create `root`; return False when it holds `content` already. Files of an interrupted call are overwritten."""
     mark, unfinished = root / MARK, root / (MARK + ".unfinished")
     if mark.is_file() and json.loads(mark.read_text()) == content:
@@ -88,6 +96,7 @@ def _begin(root: Path, content: dict[str, int]) -> bool:
     return True
 
 
-def _finish(root: Path, content: dict[str, int]) -> None:
+def finish_sample(root: Path, content: dict[str, int]) -> None:
+    """Mark `root` as holding all of `content`."""
     write_json(root / MARK, content)
     (root / (MARK + ".unfinished")).unlink()

@@ -1,0 +1,187 @@
+"""Write scenes for dense tasks: scikit-learn's real digits pasted on crops of its photographs, with exact annotations.
+
+Each scene has up to six digits, scaled, turned, coloured and partly over each other. What is annotated follows from
+the pixels that are painted: a digit's mask are those of its own that no later one covers, its box is the mask's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_pipeline.arrays import BoolArray, Float32Array, Float64Array, Int64Array, Uint8Array
+from data_pipeline.files import write_atomically
+from data_pipeline.rng import generator
+from data_pipeline.samples import begin_sample, finish_sample, held_out_digits
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SIDE = 128  # pixels
+MOST_DIGITS = 6
+ATTEMPTS = 4  # to find a place for a digit
+VISIBLE = 0.5  # share of each digit's pixels that stay visible, at least
+EDGE = 0.4  # opacity from which on a pixel is the digit's
+BACKGROUND = 11  # in label maps; 1 to 10 are the digits, and 0, which means "not labelled", does not occur
+CLASSES = [*(str(digit) for digit in range(10)), "background"]
+PALETTE = [
+    *((0, 0, 0), (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48), (145, 30, 180)),
+    *((70, 240, 240), (240, 50, 230), (210, 245, 60), (250, 190, 212), (64, 64, 64)),
+]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image uint8 [S, S, 3], and of each of its n digits: its number in scikit-learn's set, its class, and its
+    visible pixels, bool [n, S, S]."""
+
+    image: Uint8Array
+    numbers: list[int]
+    classes: list[int]
+    masks: BoolArray
+
+    def label_map(self) -> Uint8Array:
+        """Return the class of each pixel plus 1, uint8 [S, S], BACKGROUND where there is no digit."""
+        labels = np.full(self.image.shape[:2], BACKGROUND, np.uint8)
+        for kind, mask in zip(self.classes, self.masks, strict=True):
+            labels[mask] = kind + 1
+        return labels
+
+
+def write_scenes(root: str | os.PathLike[str], *, train: int = 1000, val: int = 200, side: int = SIDE) -> Path:
+    """Write scenes of `side` px: root/train and root/val with images/NUMBER.jpg, labels/NUMBER.png (label maps with a
+    palette) and instances.json (COCO's).
+
+    Digits of validation are not among those of training. The bytes are the same each time; a folder that holds them
+    already is left unchanged. Raises UsageError when `root` holds something else.
+    """
+    root, content = Path(root), {"train": train, "val": val, "side": side}
+    if not begin_sample(root, content):
+        return root
+    from PIL import Image
+    from sklearn.datasets import load_digits, load_sample_images
+
+    digits = load_digits()
+    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
+    held_out = held_out_digits(digits.target)
+    for part, count, numbers in (("train", train, ~held_out), ("val", val, held_out)):
+        for folder in ("images", "labels"):
+            (root / part / folder).mkdir(parents=True, exist_ok=True)
+        scenes = []
+        for number in range(count):
+            random = generator(0, f"scenes/{part}", number)
+            scene = paint(photos, digits.images, digits.target, np.flatnonzero(numbers), side, random)
+            Image.fromarray(scene.image).save(root / part / "images" / f"{number:06d}.jpg", quality=95)
+            labels = Image.fromarray(scene.label_map())
+            labels.putpalette([value for colour in PALETTE for value in colour])
+            labels.save(root / part / "labels" / f"{number:06d}.png")
+            scenes.append(scene)
+        write_atomically(root / part / "instances.json", json.dumps(as_coco(scenes, side)).encode())
+    finish_sample(root, content)
+    return root
+
+
+def paint(
+    photos: list[Image],
+    digits: Float64Array,
+    classes: Int64Array,
+    numbers: Int64Array,
+    side: int,
+    random: np.random.Generator,
+) -> Scene:
+    """Return a scene of digits float [n, 8, 8] (0 to 16), of which `numbers` may be taken."""
+    canvas = _background(photos, side, random)
+    owner = np.full((side, side), -1)
+    taken: list[int] = []
+    painted: list[int] = []  # pixels of each digit, also those that are covered
+    for _ in range(1 + int(random.random() * MOST_DIGITS)):
+        number = int(numbers[int(random.random() * len(numbers))])
+        for _ in range(ATTEMPTS):
+            opacity = _placed(digits[number], side, random)
+            mask = opacity >= EDGE
+            covered = np.bincount(owner[mask & (owner >= 0)], minlength=len(taken))
+            visible = np.bincount(owner[owner >= 0], minlength=len(taken)) - covered
+            if mask.any() and np.all(visible >= VISIBLE * np.array(painted)):
+                canvas = _coloured(canvas, opacity, random)
+                owner[mask] = len(taken)
+                taken.append(number)
+                painted.append(int(mask.sum()))
+                break
+    masks = owner == np.arange(len(taken))[:, None, None]
+    image = np.rint(np.clip(canvas, 0, 255)).astype(np.uint8)
+    return Scene(image, taken, [int(classes[number]) for number in taken], masks)
+
+
+def _background(photos: list[Image], side: int, random: np.random.Generator) -> Float32Array:
+    """Return a square crop of a photograph, float32 [side, side, 3], 0 to 255."""
+    from PIL import Image
+
+    photo = photos[int(random.random() * len(photos))]
+    width = int(min(photo.size) * (0.3 + 0.7 * random.random()))
+    x, y = (int((length - width) * random.random()) for length in photo.size)
+    crop = photo.resize((side, side), Image.Resampling.BICUBIC, box=(x, y, x + width, y + width))
+    return np.asarray(crop, np.float32)
+
+
+def _placed(digit: Float64Array, side: int, random: np.random.Generator) -> Float32Array:
+    """Return a digit's opacity, float32 [side, side], 0 to 1: scaled, turned, and wholly within the scene."""
+    from PIL import Image
+
+    size = int(side * (0.15 + 0.25 * random.random()))
+    small = Image.fromarray((digit / 16).astype(np.float32))
+    large = small.resize((size, size), Image.Resampling.BICUBIC)
+    turned = large.rotate(60 * random.random() - 30, Image.Resampling.BICUBIC, expand=True)
+    opacity = np.zeros((side, side), np.float32)
+    y, x = (int((side - length) * random.random()) for length in (turned.height, turned.width))
+    opacity[y : y + turned.height, x : x + turned.width] = np.clip(np.asarray(turned), 0, 1)
+    return opacity
+
+
+def _coloured(canvas: Float32Array, opacity: Float32Array, random: np.random.Generator) -> Float32Array:
+    """Return the canvas with a digit in a colour far from what is below it: light on dark, dark on light."""
+    below = canvas[opacity >= EDGE].mean()
+    colour = random.random(3) * 80 + (0 if below > 128 else 175)
+    weight = np.clip((opacity - EDGE / 2) / EDGE, 0, 1)[..., None]
+    return (canvas * (1 - weight) + colour * weight).astype(np.float32)
+
+
+def as_coco(scenes: list[Scene], side: int) -> dict[str, Any]:
+    """Return COCO's JSON of scenes, named 000000.jpg and on; masks are run lengths."""
+    annotations = []
+    for image, scene in enumerate(scenes):
+        for number, kind, mask in zip(scene.numbers, scene.classes, scene.masks, strict=True):
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            y, x = int(rows[0]), int(columns[0])
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image,
+                    "category_id": kind + 1,
+                    "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
+                    "area": int(mask.sum()),
+                    "segmentation": {"size": [side, side], "counts": run_lengths(mask)},
+                    "iscrowd": 0,
+                    "digit": number,
+                }
+            )
+    return {
+        "images": [
+            {"id": number, "file_name": f"{number:06d}.jpg", "height": side, "width": side}
+            for number in range(len(scenes))
+        ],
+        "categories": [{"id": kind + 1, "name": str(kind)} for kind in range(10)],
+        "annotations": annotations,
+    }
+
+
+def run_lengths(mask: BoolArray) -> list[int]:
+    """Return the run lengths of a mask bool [h, w], down its columns, outside first (COCO's uncompressed counts)."""
+    flat = np.concatenate([[False], mask.T.ravel()])
+    changes = np.flatnonzero(flat[1:] != flat[:-1])
+    ends = np.concatenate([changes, [mask.size]])
+    return np.diff(ends, prepend=0).tolist()
