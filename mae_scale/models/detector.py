@@ -1,0 +1,179 @@
+"""Mask R-CNN (He et al., arXiv 1703.06870) on a dense encoder, from torchvision's parts, with ViTDet's heads.
+
+ViTDet (Li et al., arXiv 2203.16527, appendix A.2): a region proposal network of two convolutions, a box head of four
+convolutions and one linear layer, a mask head of four, with LayerNorm. torchvision's losses and matching stay, with
+two differences, both so that a loss depends neither on the images beside it nor on ranks: each image goes through the
+heads by itself, and its samples are drawn by a generator of its own. A batch's loss is the mean over its images.
+(detectron2 averages a mask loss over the positive boxes of a GPU's images.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import MultiScaleRoIAlign
+
+from mae_scale.models.dense import DenseEncoder, FeaturePyramid, MapNorm
+
+LEVELS = ("0", "1", "2", "3", "pool")
+"""Names of the pyramid's maps, the finest first; boxes are pooled from all but the last."""
+ANCHORS_PER_STRIDE = 8
+"""An anchor's side in strides of its map: 32 px at a stride of 4."""
+ASPECT_RATIOS = (0.5, 1.0, 2.0)
+BOX_CELLS, MASK_CELLS = 7, 14
+LINEAR_WIDTH = 1024
+
+
+@dataclass(frozen=True)
+class Instances:
+    """The n objects of an image, in pixels of what the model sees: boxes float32 [n, 4] (x0, y0, x1, y1), labels int64
+    [n] from 1 on, masks uint8 [n, H, W]."""
+
+    boxes: Tensor
+    labels: Tensor
+    masks: Tensor
+
+
+class SeededSampler(BalancedPositiveNegativeSampler):
+    """torchvision's sampler of positives and negatives, drawn by a generator that is set before its call."""
+
+    generator: torch.Generator | None = None
+
+    def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return which of each image's candidates are taken as positives and as negatives, uint8 [n] each.
+
+        Of labels [n]: above 0 positive, 0 negative, -1 neither. At most `positive_fraction` are positive.
+        """
+        chosen: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for labels in matched_idxs:
+            positive, negative = torch.where(labels >= 1)[0], torch.where(labels == 0)[0]
+            most = min(len(positive), int(self.batch_size_per_image * self.positive_fraction))
+            for taken, found, count in (
+                (chosen[0], positive, most),
+                (chosen[1], negative, min(len(negative), self.batch_size_per_image - most)),
+            ):
+                order = torch.randperm(len(found), device=labels.device, generator=self.generator)
+                mask = torch.zeros_like(labels, dtype=torch.uint8)
+                mask[found[order[:count]]] = 1
+                taken.append(mask)
+        return chosen
+
+
+class Float32(nn.Module):
+    """A head that computes in its parameters' precision, and takes and gives float32.
+
+    Anchors, boxes and their matching have the precision of the maps and of the heads' outputs: in bf16 a coordinate
+    of 1000 px would be one of 1000 and 1008.
+    """
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: Tensor | list[Tensor]) -> object:
+        """x: one map or several; returns what the head returns."""
+        dtype = next(self.parameters()).dtype
+        return _cast(self.head(_cast(x, dtype)), torch.float32)
+
+
+def _cast(x: object, dtype: torch.dtype) -> object:
+    if isinstance(x, Tensor):
+        return x.to(dtype)
+    return type(x)(_cast(one, dtype) for one in cast(Sequence[object], x))  # type: ignore[call-arg]
+
+
+class MaskRcnn(nn.Module):
+    """Mask R-CNN over the maps of a dense encoder; `classes` without the background."""
+
+    def __init__(self, encoder: DenseEncoder, *, classes: int, channels: int = 256):
+        super().__init__()
+        self.encoder = encoder
+        self.pyramid = FeaturePyramid(encoder.size.width, channels)
+        finest = encoder.size.patch_size // 4
+        sides = tuple((ANCHORS_PER_STRIDE * finest * 2**level,) for level in range(len(LEVELS)))
+        anchors = AnchorGenerator(sides, (ASPECT_RATIOS,) * len(LEVELS))
+        self.rpn = RegionProposalNetwork(
+            anchors,
+            Float32(RPNHead(channels, anchors.num_anchors_per_location()[0], conv_depth=2)),
+            fg_iou_thresh=0.7,
+            bg_iou_thresh=0.3,
+            batch_size_per_image=256,
+            positive_fraction=0.5,
+            pre_nms_top_n={"training": 2000, "testing": 1000},
+            post_nms_top_n={"training": 1000, "testing": 1000},
+            nms_thresh=0.7,
+        )
+        pooled = LEVELS[:-1]
+        self.roi_heads = RoIHeads(
+            MultiScaleRoIAlign(pooled, BOX_CELLS, sampling_ratio=2),
+            Float32(FastRCNNConvFCHead((channels, BOX_CELLS, BOX_CELLS), [channels] * 4, [LINEAR_WIDTH], MapNorm)),
+            Float32(FastRCNNPredictor(LINEAR_WIDTH, 1 + classes)),
+            fg_iou_thresh=0.5,
+            bg_iou_thresh=0.5,
+            batch_size_per_image=512,
+            positive_fraction=0.25,
+            bbox_reg_weights=None,
+            score_thresh=0.05,
+            nms_thresh=0.5,
+            detections_per_img=100,
+            mask_roi_pool=MultiScaleRoIAlign(pooled, MASK_CELLS, sampling_ratio=2),
+            mask_head=Float32(MaskRCNNHeads(channels, [channels] * 4, dilation=1, norm_layer=MapNorm)),
+            mask_predictor=Float32(MaskRCNNPredictor(channels, channels, 1 + classes)),
+        )
+        for part in (self.rpn, self.roi_heads):
+            sampler = part.fg_bg_sampler
+            part.fg_bg_sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)
+
+    def losses(
+        self,
+        images: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        objects: Sequence[Instances],
+        seeds: Tensor,
+        branch_scales: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Return each image's losses float32 [B]: loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg and
+        loss_mask.
+
+        images [B, 3, H, W], of which (height, width) in `sizes` is filled; seeds int64 [B] on the host draw each
+        image's samples; branch_scales [B, depth, 2] as in the encoder.
+        """
+        found = []
+        draws = torch.Generator(images.device)
+        for part in (self.rpn, self.roi_heads):
+            part.fg_bg_sampler.generator = draws
+        maps = self._maps(images, branch_scales)
+        for row, (size, one, seed) in enumerate(zip(sizes, objects, seeds.tolist(), strict=True)):
+            draws.manual_seed(seed)
+            own = {name: level[row : row + 1] for name, level in maps.items()}
+            target = [{"boxes": one.boxes, "labels": one.labels, "masks": one.masks}]
+            proposals, losses = self.rpn(ImageList(images[row : row + 1], [size]), own, target)
+            _, more = self.roi_heads(own, proposals, [size], target)
+            found.append(losses | more)
+        return {name: torch.stack([losses[name] for losses in found]) for name in found[0]}
+
+    def detect(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
+        """Return of each image its detections, the likeliest first: boxes float32 [n, 4] in pixels of the image, labels
+        int64 [n], scores float32 [n], and masks float32 [n, 1, 28, 28] of probabilities within the box."""
+        found, maps = [], self._maps(images, None)
+        for row, size in enumerate(sizes):
+            own = {name: level[row : row + 1] for name, level in maps.items()}
+            proposals, _ = self.rpn(ImageList(images[row : row + 1], [size]), own)
+            found += self.roi_heads(own, proposals, [size])[0]
+        return found
+
+    def _maps(self, images: Tensor, branch_scales: Tensor | None) -> dict[str, Tensor]:
+        """Return the pyramid's maps in float32, by name."""
+        (last,) = self.encoder(images, branch_scales)
+        return dict(zip(LEVELS, (level.float() for level in self.pyramid(last)), strict=True))
