@@ -144,24 +144,40 @@ def _view(part: DataNode, kind: Augmentation, image_size: int, prefix: str, *, n
         return fn.external_source(name=prefix + name, dtype=DALIDataType.INT32, ndim=ndim)
 
     flip = integers("flip", 0)
-    images = resize_crop(part, floats("region_start", 1), floats("region_end", 1), image_size)
+    scaled = kind.crop == "scaled"
+    size = floats("filled", 1) if scaled else [image_size, image_size]
+    images = resize_crop(part, floats("region_start", 1), floats("region_end", 1), size)
     if kind.colours:
         images = jitter_colours(images, floats("levels", 2), floats("saturation", 0), floats("hue", 0))
     if kind.blur:
         images = blur_images(images, floats("sigma", 0))
     if kind.solarised:
         images = solarise_images(images, integers("thresholds", 0))
+    flipped = kind.rand_augment or scaled
+    if flipped:
+        images = flip_images(images, flip)  # before the operations, as timm; before it is filled up
     if kind.rand_augment:
-        images = flip_images(images, flip)  # before the operations, as timm
         images = apply_operations(images, integers("operations", 1), floats("arguments", 1), floats("matrices", 3))
     return fn.crop_mirror_normalize(
         images,
-        mirror=0 if kind.rand_augment else flip,
+        mirror=0 if flipped else flip,
+        **(_filled_up(image_size) if scaled else {}),
         mean=[255 * value for value in IMAGENET_MEAN] if normalised else [0.0],
         std=[255 * value for value in IMAGENET_STD] if normalised else [255.0],
         dtype=DALIDataType.FLOAT,
         output_layout="CHW",
     )
+
+
+def _filled_up(image_size: int) -> dict[str, Any]:
+    """Return the options that fill an image up with zeros, below and to the right, to a square."""
+    return {
+        "crop": (image_size, image_size),
+        "crop_pos_x": 0.0,
+        "crop_pos_y": 0.0,
+        "out_of_bounds_policy": "pad",
+        "fill_values": 0.0,
+    }
 
 
 def _decoded(decoding: Decoding, device: str) -> DataNode:

@@ -39,7 +39,8 @@ class BatchPlan:
 
     `sample_ids` int64 [n] are rows of the index. `crops` int32 [n, 4] (y, x, height, width) is the part of
     the stored image that is decoded; `regions` float32 [n, 4] (y0, x0, y1, x1, in pixels of that part) is
-    resized to the output: the whole part for a random resized crop. `flips` int32 [n] (1: mirrored). `jitter`
+    resized to the output: the whole part for a random resized crop. `filled` int32 [n, 2] (height, width) is what the
+    image fills of the output, from its upper left corner; beyond it is 0. `flips` int32 [n] (1: mirrored). `jitter`
     float32 [n, 3] (brightness, contrast, saturation factors; saturation 0: grey) applied in the order `jitter_order`
     int32 [n, 3], with the hue turned by `hue` float32 [n] degrees. `blur` float32 [n] is the sigma of the blur as a
     share of the output's side (0: none), `solarise` int32 [n] the level from which on levels become their negative.
@@ -53,6 +54,7 @@ class BatchPlan:
     sample_ids: Int64Array
     crops: Int32Array
     regions: Float32Array
+    filled: Int32Array
     flips: Int32Array
     jitter: Float32Array
     jitter_order: Int32Array
@@ -184,7 +186,7 @@ def _plan_view(
     draws = random("augmentation").random((global_batch, _DRAWS))[positions]
     later = random("later_augmentations").random((global_batch, _LATER_DRAWS))[positions]
     heights, widths = index.height[sample_ids], index.width[sample_ids]
-    crops, regions = crop.draw_crops(augmentation, draws[:, _CROP], heights, widths, image_size)
+    crops, regions, filled = crop.draw_crops(augmentation, draws[:, _CROP], heights, widths, image_size)
     jitter, jitter_order = colour_jitter.draw_jitter(augmentation, draws[:, _JITTER])
     jitter, hue = colour_jitter.draw_hue(augmentation, jitter, later[:, _HUE])
     operations, arguments = _operations(augmentation, random("rand_augment"), global_batch, positions)
@@ -194,6 +196,7 @@ def _plan_view(
         sample_ids=sample_ids,
         crops=crops,
         regions=regions,
+        filled=filled,
         flips=flip.draw_flips(augmentation.flip, draws[:, _FLIP]),
         jitter=jitter,
         jitter_order=jitter_order,

@@ -1,4 +1,4 @@
-"""Crop and resize: torchvision's RandomResizedCrop and the fixed-size crops, cubic with antialias."""
+"""Crop and resize: torchvision's RandomResizedCrop, fixed-size crops, and scale jitter; cubic with antialias."""
 
 from __future__ import annotations
 
@@ -19,16 +19,22 @@ DRAWS = 4 * ATTEMPTS  # numbers in [0, 1) drawn for an image
 
 def draw_crops(
     kind: Augmentation, draws: Float64Array, heights: Int32Array, widths: Int32Array, image_size: int
-) -> tuple[Int32Array, Float32Array]:
-    """Return crops int32 [n, 4] and regions float32 [n, 4] of a batch's plan, from draws [n, DRAWS] in [0, 1)."""
+) -> tuple[Int32Array, Float32Array, Int32Array]:
+    """Return crops int32 [n, 4], regions float32 [n, 4] and filled int32 [n, 2] of a batch's plan.
+
+    draws [n, DRAWS] in [0, 1).
+    """
+    filled = np.full((len(draws), 2), image_size, np.int32)
     if kind.crop == "random_resized":
         crops = random_resized_crops(draws, heights, widths, kind.scale, kind.ratio)
         regions = np.concatenate([np.zeros_like(crops[:, :2]), crops[:, 2:]], axis=1)
-        return crops, regions.astype(np.float32)
+        return crops, regions.astype(np.float32), filled
     size = np.stack([heights, widths], axis=1).astype(np.int64)
     whole = np.concatenate([np.zeros_like(size), size], axis=1).astype(np.int32)
     if kind.crop == "whole":
-        return whole, whole.astype(np.float32)
+        return whole, whole.astype(np.float32), filled
+    if kind.crop == "scaled":
+        return whole, *scaled_regions(draws[:, :2], size, kind.scale, image_size)
     resized = int(image_size / EVALUATION_CROP) * size // size.min(axis=1, keepdims=True)
     room = resized - image_size
     centre = kind.crop == "centre"
@@ -36,7 +42,24 @@ def draw_crops(
     offset = np.rint(room / 2) if centre else np.floor(draws[:, :2] * (room + 1))
     start = offset * size / resized
     end = (offset + image_size) * size / resized
-    return whole, np.concatenate([start, end], axis=1).astype(np.float32)
+    return whole, np.concatenate([start, end], axis=1).astype(np.float32), filled
+
+
+def scaled_regions(
+    draws: Float64Array, size: Int64Array, scale: tuple[float, float], image_size: int
+) -> tuple[Float32Array, Int32Array]:
+    """Return the regions float32 [n, 4] and filled int32 [n, 2] of large-scale jitter.
+
+    Source: Ghiasi et al., arXiv 2012.07177. draws [n, 2] in [0, 1); size [n, 2] (height, width). An image is resized so
+    that it just fits into a square of image_size times a factor from `scale`; of what is then larger than image_size a
+    part is taken, at the same share of the room in both directions, as detectron2 does.
+    """
+    factor = scale[0] + (scale[1] - scale[0]) * draws[:, :1]
+    resized = np.maximum(np.rint(size * (image_size * factor / size.max(axis=1, keepdims=True))), 1)
+    filled = np.minimum(resized, image_size)
+    start = np.rint((resized - filled) * draws[:, 1:])
+    regions = np.concatenate([start, start + filled], axis=1) * np.tile(size / resized, 2)
+    return regions.astype(np.float32), filled.astype(np.int32)
 
 
 def random_resized_crops(
@@ -77,15 +100,15 @@ def attempted_boxes(
     return np.stack([y, x, h, w], axis=2)
 
 
-def resize_crop(images: DataNode, start: DataNode, end: DataNode, image_size: int) -> DataNode:
-    """Resize, in a DALI graph, the region from `start` to `end` (y, x in pixels of `images`, fractions allowed) to a
-    square of `image_size`; pixels around the region contribute to the filter."""
+def resize_crop(images: DataNode, start: DataNode, end: DataNode, size: list[int] | DataNode) -> DataNode:
+    """Resize, in a DALI graph, the region from `start` to `end` (y, x in pixels of `images`, fractions allowed) to
+    `size` (height, width); pixels around the region contribute to the filter."""
     from nvidia.dali import fn
     from nvidia.dali.types import DALIInterpType
 
     resized = fn.resize(
         images,
-        size=[image_size, image_size],
+        size=size,
         interp_type=DALIInterpType.INTERP_CUBIC,
         antialias=True,
         roi_start=start,

@@ -15,8 +15,9 @@ class Augmentation:
     crop `random_resized`: torchvision's RandomResizedCrop with `scale` (share of the area) and `ratio` (width
     by height). crop `random` and `centre`: the shorter side is resized to int(image_size / 0.875), then a
     square of image_size is cut out at random or at the centre (torchvision's Resize with RandomCrop or
-    CenterCrop). crop `whole`: the whole image is resized to the square. `flip` is the probability of a
-    horizontal flip. `jitter` are the strengths of brightness, contrast and saturation, as in torchvision's
+    CenterCrop). crop `whole`: the whole image is resized to the square. crop `scaled`: the image is resized by a factor
+    from `scale` of what just fits, cut to the square or filled up below and to the right. `flip` is the probability of
+    a horizontal flip. `jitter` are the strengths of brightness, contrast and saturation, as in torchvision's
     ColorJitter, applied in random order, and of hue, in turns; 0 for none. `jittered` is the probability of jitter,
     `grey` that of a grey image instead of a coloured one, `blur` that of a Gaussian blur of `sigma` (px of a 224 px
     image, in proportion for other sizes), `solarised` that of turning levels from 128 on into their negative.
@@ -25,7 +26,7 @@ class Augmentation:
     """
 
     name: str
-    crop: Literal["random_resized", "random", "centre", "whole"]
+    crop: Literal["random_resized", "random", "centre", "whole", "scaled"]
     flip: float = 0.5
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -71,8 +72,10 @@ _KNOWN = {
         Augmentation("rand_augment", "random_resized", scale=(0.08, 1.0), rand_augment=True),
         _MOCO_V3,
         replace(_MOCO_V3, name="moco_v3_second", blur=0.1, solarised=0.2),
+        Augmentation("large_scale_jitter", "scaled", scale=(0.1, 2.0)),
         Augmentation("evaluation", "centre", flip=0.0),
         Augmentation("evaluation_whole", "whole", flip=0.0),
+        Augmentation("evaluation_fit", "scaled", scale=(1.0, 1.0), flip=0.0),
     )
 }
 
@@ -82,7 +85,8 @@ def augmentation(
 ) -> Augmentation:
     """Return the augmentation called `name`: random_resized_crop, random_resized_crop_color_jitter, fixed_crop, none
     (centre crop, no flip), rand_augment (fine-tuning's), moco_v3 and moco_v3_second (of a pair of views, Chen et al.,
-    arXiv 2104.02057), evaluation (as none) or evaluation_whole (no crop either, for images that are cropped already).
+    arXiv 2104.02057), large_scale_jitter (of dense tasks), evaluation (as none), evaluation_whole (no crop either, for
+    images that are cropped already) or evaluation_fit (the whole image, its proportions kept).
 
     `crop_scale` replaces the smallest share of the area that a random resized crop takes, `flip` the probability
     of a flip; `erasing` is the probability of random erasing. Raises UsageError for an
