@@ -52,6 +52,7 @@ setup(
     extras_require={
         "cuda12": [DALI.format(cuda="120")],
         "cuda13": [DALI.format(cuda="130")],
+        "dense": ["pycocotools>=2.0.10", "transformers>=5"],
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "test": [
             "pytest>=8",
@@ -59,6 +60,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "transformers>=5",
+            "pycocotools>=2.0.10",
             "ruff>=0.12",
             "import-linter>=2.10",
             "mypy>=1.18",

@@ -32,17 +32,61 @@ class TrainedGlobalBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x [V, B, C] normalised over the B of all ranks, for each of V by itself; float32. Equal B on all."""
-        x = _Normalised.apply(x.float(), self.eps)
+        x, _, _ = _Normalised.apply(x.float(), self.eps)
         if self.weight is None or self.bias is None:
             return x
         return x * self.weight.float() + self.bias.float()
 
 
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` with the statistics of all ranks' batch in training; float32 in any precision.
+
+    Every rank has maps of the same number of images and the same size. Running averages are those of the global batch.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return maps [B, C, h, w] normalised, in the precision that they came in."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        if self.training:
+            batch, channels, height, width = x.shape
+            rows = x.float().permute(0, 2, 3, 1).reshape(1, -1, channels)
+            normal, mean, var = _Normalised.apply(rows, self.eps)
+            count = rows.shape[1] * _ranks()
+            assert self.momentum is not None
+            self.running_mean.lerp_(mean[0].to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((var[0] * (count / max(1, count - 1))).to(self.running_var.dtype), self.momentum)
+            normal = normal.reshape(batch, height, width, channels)
+        else:
+            mean, scale = self.running_mean.float(), torch.rsqrt(self.running_var.float() + self.eps)
+            normal = (x.float().permute(0, 2, 3, 1) - mean) * scale
+        return (normal * self.weight.float() + self.bias.float()).permute(0, 3, 1, 2).to(x.dtype)
+
+
+def _ranks() -> int:
+    found = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if found else 1
+
+
+def with_global_statistics(module: nn.Module) -> nn.Module:
+    """Put GlobalBatchNorm2d in the place of each BatchNorm2d in a module, with its weights; return the module."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.BatchNorm2d:
+                own = GlobalBatchNorm2d(child.num_features, child.eps, child.momentum)
+                own.load_state_dict(child.state_dict())
+                setattr(parent, name, own)
+    return module
+
+
 class _Normalised(torch.autograd.Function):
-    """x [V, B, C] less its mean, over its standard deviation; one collective forward, one backward."""
+    """x [V, B, C] less its mean, over its standard deviation; one collective forward, one backward.
+
+    Mean and variance [V, C] are returned beside it, without gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         var, mean = torch.var_mean(x, dim=1, correction=0)  # [V, C], of this rank
         means, variances = from_all_ranks(torch.stack([mean, var])).unbind(1)  # [ranks, V, C]
         mean = means.mean(0)
@@ -50,10 +94,11 @@ class _Normalised(torch.autograd.Function):
         scale = torch.rsqrt(var + eps)[:, None]  # [V, 1, C]
         normal = (x - mean[:, None]) * scale
         ctx.save_for_backward(normal, scale)
-        return normal
+        ctx.mark_non_differentiable(mean, var)
+        return normal, mean, var
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
         """Return the gradient of the sum of all ranks' losses, of which `grad` is this rank's part."""
         normal, scale = ctx.saved_tensors
         means = torch.stack([grad.mean(1), (grad * normal).mean(1)])  # [2, V, C]
