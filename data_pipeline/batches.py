@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ Read = Callable[[int], tuple[Uint8Array, bool]]
 """Returns an image's encoded bytes, and whether they come from the cache."""
 Reads = list[Future[tuple[Uint8Array, bool]]]
 """The results of `Read` for the images of a plan."""
+Annotate = Callable[[BatchPlan], Any]
+"""Returns what is annotated in the image of a one-row plan, placed as the plan places its pixels. Raises BadImage when
+that is damaged: the image is then replaced as one whose pixels are."""
 Draw = Callable[[int, Int64Array], tuple[torch.Tensor, ...]]
 """Draws tensors for the positions of a batch, from its number and the positions."""
 
@@ -51,7 +54,8 @@ class Batch:
     were bad; `positions` [n] in the global batch; `valid` [n], False for filled-up positions and bad images of an
     evaluation; `number` the number of the global batch; `replaced` the number of bad images; `cache_hits` the number
     of images read from the cache; `drawn` the tensors of `Draw`, on the host (pinned when there is a GPU);
-    `second` the images' second view, float32 [n, 3, side, side], beside `images`, where one is asked for.
+    `second` the images' second view, float32 [n, 3, side, side], beside `images`, where one is asked for; `annotated`
+    the results of `Annotate`, one per image.
     """
 
     images: torch.Tensor
@@ -64,6 +68,7 @@ class Batch:
     cache_hits: int = 0
     drawn: tuple[torch.Tensor, ...] = ()
     second: torch.Tensor | None = None
+    annotated: tuple[Any, ...] = ()
 
 
 def draw_nothing(number: int, positions: Int64Array) -> tuple[torch.Tensor, ...]:
@@ -84,8 +89,8 @@ class _Filling:
 class Loading:
     """The reading and decoding of an order's micro-batches; a bad image is replaced by the next readable one.
 
-    `draw` gives `Batch.drawn`; `cache` is read before the source. An image found bad is tried again each time, so that
-    a batch depends on the files alone and not on what this process found before.
+    `draw` gives `Batch.drawn`, `annotate` `Batch.annotated`; `cache` is read before the source. An image found bad is
+    tried again each time, so that a batch depends on the files alone and not on what this process found before.
     """
 
     def __init__(
@@ -95,11 +100,12 @@ class Loading:
         decoder: Decoder,
         *,
         draw: Draw,
+        annotate: Annotate | None,
         bad_images: BadImages,
         cache: ImageCache | None,
     ):
         self.index, self.order, self.decoder = index, order, decoder
-        self.draw, self.bad_images, self.cache = draw, bad_images, cache
+        self.draw, self.annotate, self.bad_images, self.cache = draw, annotate, bad_images, cache
         self._stream: torch.cuda.Stream | None = None
 
     def close(self) -> None:
@@ -140,6 +146,9 @@ class Loading:
             except BadImage as error:
                 self._replace(read, filling, row, error)
         views = self._decode(read, filling)
+        annotated, replaced = self._annotated(read, filling)
+        if replaced:
+            views = self._decode(read, filling)
         plan = filling.plan
         labels = self.index.label[plan.sample_ids].astype(np.int64)
         patches = erasing_noise(plan.erase, plan.positions, seed=self.order.seed, number=number)
@@ -156,7 +165,21 @@ class Loading:
             cache_hits=cache_hits,
             drawn=tuple(_pinned(tensor) for tensor in self.draw(number, plan.positions)),
             second=second,
+            annotated=annotated,
         )
+
+    def _annotated(self, read: Read, filling: _Filling) -> tuple[tuple[Any, ...], bool]:
+        """Return what is annotated in each image, and whether images were replaced for damage of it."""
+        if self.annotate is None:
+            return (), False
+        found, before = [], len(filling.replaced)
+        for row in range(len(filling.plan)):
+            try:
+                found.append(self.annotate(filling.plan[row : row + 1]))
+            except BadImage as error:
+                self._replace(read, filling, row, error)
+                found.append(self.annotate(filling.plan[row : row + 1]))
+        return tuple(found), len(filling.replaced) > before
 
     def _decode(self, read: Read, filling: _Filling) -> Views:
         """Return the views of the decoded images, those that cannot be decoded replaced."""
@@ -187,6 +210,8 @@ class Loading:
             try:
                 encoded, _ = read(image)
                 self.decoder.decode([encoded], one)
+                if self.annotate is not None:
+                    self.annotate(one)
             except BadImage as another:
                 self._note(image, another)
                 continue

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from data_pipeline.bad_images import DEFAULT_POLICY, BadImagePolicy, BadImages
 from data_pipeline.batch_order import BatchOrder
-from data_pipeline.batches import Batch, Draw, Loading, draw_nothing
+from data_pipeline.batches import Annotate, Batch, Draw, Loading, draw_nothing
 from data_pipeline.cache import ImageCache
 from data_pipeline.dali_graph import Decoding
 from data_pipeline.decoder import Decoder
@@ -23,7 +23,8 @@ from data_pipeline.prefetch import Stream
 class ImageLoader:
     """The micro-batches of `order` from the images of `index`, `prefetch` of them decoded ahead.
 
-    `draw` is called in the background thread; its tensors, on the host, are in `Batch.drawn`. Images in `cache` are not
+    `draw` is called in the background thread; its tensors, on the host, are in `Batch.drawn`. So is `annotate`, once an
+    image, with the image's plan; its results are in `Batch.annotated`. Images in `cache` are not
     read from the source. The number of reads in flight follows from their latency (`read_ahead`).
 
     An image that turns bad after indexing is named once in a warning (logger data_pipeline), replaced by the next
@@ -42,6 +43,7 @@ class ImageLoader:
         decoding: Decoding,
         *,
         draw: Draw = draw_nothing,
+        annotate: Annotate | None = None,
         bad_images: BadImagePolicy = DEFAULT_POLICY,
         prefetch: int = 2,
         cache: ImageCache | None = None,
@@ -51,7 +53,9 @@ class ImageLoader:
         index = index.turned() if decoding.exif_orientation else index
         self.bad_images = BadImages(index, bad_images)
         decoder = Decoder(decoding, order.layout.micro_batch)
-        self._loading = Loading(index, order, decoder, draw=draw, bad_images=self.bad_images, cache=cache)
+        self._loading = Loading(
+            index, order, decoder, draw=draw, annotate=annotate, bad_images=self.bad_images, cache=cache
+        )
         self._prefetch = prefetch
         self._closing: weakref.finalize[[], ImageLoader] | None = None
 

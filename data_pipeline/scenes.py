@@ -152,7 +152,7 @@ def _coloured(canvas: Float32Array, opacity: Float32Array, random: np.random.Gen
 
 def as_coco(scenes: list[Scene], side: int) -> dict[str, Any]:
     """Return COCO's JSON of scenes, named 000000.jpg and on; masks are run lengths."""
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for image, scene in enumerate(scenes):
         for number, kind, mask in zip(scene.numbers, scene.classes, scene.masks, strict=True):
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))

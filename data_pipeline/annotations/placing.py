@@ -58,13 +58,16 @@ class Placing:
             return np.asarray(coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(moved, *self.filled))))
         runs = objects.run_lengths(row)
         stored = np.repeat(np.arange(len(runs), dtype=np.uint8) & 1, runs).reshape(width, height).T
-        centres = [
-            (np.arange(length) + 0.5 - shift) / scale
-            for length, shift, scale in zip(self.filled, self.shift, self.scale, strict=True)
-        ]
-        y, x = (np.clip(at.astype(np.int64), 0, side - 1) for at, side in zip(centres, stored.shape, strict=True))
-        mask = stored[y[:, None], x]
-        return mask[:, ::-1] if self.flip else mask
+        return self.sampled(stored)
+
+    def sampled(self, stored: Uint8Array) -> Uint8Array:
+        """Return values [H, W] of the stored image at the output's pixel centres, [h, w] of the size `filled`."""
+        y, x = (
+            np.clip(((np.arange(length) + 0.5 - shift) / scale).astype(np.int64), 0, side - 1)
+            for length, shift, scale, side in zip(self.filled, self.shift, self.scale, stored.shape, strict=True)
+        )
+        found = stored[y[:, None], x]
+        return found[:, ::-1] if self.flip else found
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,9 @@ def place(objects: Objects, image: int, placing: Placing, *, height: int, width:
 
 def boxes_of(masks: Uint8Array) -> Float32Array:
     """Return the box (x0, y0, x1, y1) of each mask [n, h, w], none of them empty: float32 [n, 4]."""
-    columns, rows = masks.any(axis=1), masks.any(axis=2)
-    ends = [(line.argmax(axis=1), line.shape[1] - line[:, ::-1].argmax(axis=1)) for line in (columns, rows)]
-    (x0, x1), (y0, y1) = ends
+    ends: list[Int64Array] = []
+    for axis in (1, 2):  # over the rows, over the columns
+        line = np.asarray(masks.any(axis=axis))
+        ends += [line.argmax(axis=1), line.shape[1] - line[:, ::-1].argmax(axis=1)]
+    x0, x1, y0, y1 = ends
     return np.stack([x0, y0, x1, y1], axis=1).astype(np.float32)

@@ -12,9 +12,11 @@ from torchvision.transforms import v2
 from data_pipeline.annotations.coco import read_coco
 from data_pipeline.annotations.placing import Placing, boxes_of, place
 from data_pipeline.augment.kinds import augmentation
+from data_pipeline.bad_images import BadImagePolicy
 from data_pipeline.batch_layout import batch_layout
 from data_pipeline.batch_order import EvaluationOrder, TrainingOrder
 from data_pipeline.dali_graph import Decoding
+from data_pipeline.errors import BadImage
 from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
 from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
@@ -165,3 +167,30 @@ def test_an_evaluation_fits_each_image_whole(index):
     assert plan.regions.tolist() == COUNT * [[0, 0, STORED, STORED]]
     assert batch.images.shape == (COUNT, 3, SIDE, SIDE)
     assert not plan.flips.any()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_annotations_come_with_their_images_and_a_damaged_one_replaces_both(index, world_size):
+    """Of every rank; the image that takes the place of another brings its own."""
+    bad, seen = 5, {}
+
+    def annotate(plan):
+        if plan.sample_ids[0] == bad:
+            raise BadImage("its label map is damaged")
+        return int(plan.sample_ids[0]), plan.filled[0].tolist(), plan.flips[0]
+
+    for rank in range(world_size):
+        order = TrainingOrder(batch_layout(COUNT, world_size, 6), rank, seed=3, stop_step=1)
+        policy = BadImagePolicy(limit=0.5)
+        with ImageLoader(index, order, decoding("large_scale_jitter"), annotate=annotate, bad_images=policy) as loader:
+            for batch in loader:
+                assert [sample for sample, _, _ in batch.annotated] == batch.sample_ids.tolist()
+                for row, (sample, filled, _) in enumerate(batch.annotated):
+                    seen.setdefault(sample, []).append((filled, batch.images[row]))
+            assert list(loader.bad_images.found) in ([], [index.name(bad)])
+    assert sorted(seen) == [image for image in range(COUNT) if image != bad]
+    assert len(seen[bad + 1]) == 2  # its own place, and that of the damaged one
+    for filled, image in seen[bad + 1]:
+        assert not image[:, filled[0] :].any()
+        assert not image[:, :, filled[1] :].any()
+        assert image[:, : filled[0], : filled[1]].any()
