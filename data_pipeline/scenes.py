@@ -22,7 +22,6 @@ from data_pipeline.samples import begin_sample, finish_sample, held_out_digits
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SIDE = 128  # pixels
 MOST_DIGITS = 6
 ATTEMPTS = 4  # to find a place for a digit
 VISIBLE = 0.5  # share of each digit's pixels that stay visible, at least
@@ -53,7 +52,7 @@ class Scene:
         return labels
 
 
-def write_scenes(root: str | os.PathLike[str], *, train: int = 1000, val: int = 200, side: int = SIDE) -> Path:
+def write_scenes(root: str | os.PathLike[str], *, train: int, val: int, side: int) -> Path:
     """Write scenes of `side` px: root/train and root/val with images/NUMBER.jpg, labels/NUMBER.png (label maps with a
     palette) and instances.json (COCO's).
 

@@ -123,3 +123,23 @@ def data_sample(
 
     write_digits(root)
     typer.echo(f"{root}/train and {root}/val: scikit-learn's handwritten digits as JPEGs")
+
+
+@data_app.command("scenes")
+def data_scenes(
+    root: Annotated[Path, typer.Argument(help="Folder to write.")],
+    train: Annotated[int, typer.Option(metavar="N", min=1, help="Number of training scenes.")] = 1000,
+    val: Annotated[int, typer.Option(metavar="N", min=1, help="Number of validation scenes.")] = 200,
+    side: Annotated[int, typer.Option(metavar="PX", min=32, help="Side of a scene in pixels.")] = 128,
+) -> None:
+    """Write scenes for dense tasks: handwritten digits on photographs, with COCO's JSON and label maps.
+
+    Example: `mae-scale data scenes scenes`
+    """
+    from data_pipeline.scenes import write_scenes
+
+    write_scenes(root, train=train, val=val, side=side)
+    typer.echo(
+        f"{root}/train and {root}/val: {train:,} and {val:,} scenes of digits on photographs, {side} px; "
+        "images/, labels/ (label maps) and instances.json (COCO's boxes and masks)"
+    )

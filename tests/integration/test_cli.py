@@ -21,7 +21,20 @@ def test_sample_index_and_verify_tell_what_there_is_and_what_is_bad(call, tmp_pa
     assert "355 images, 1 bad" in out
 
 
-@pytest.mark.parametrize("command", [["data", "sample"], ["demo", "--out"]])
+def test_scenes_are_written_with_what_is_annotated_and_can_be_indexed(call, tmp_path):
+    root = tmp_path / "scenes"
+    few = ["--train", 3, "--val", 2, "--side", 64]
+    code, out, _ = call("data", "scenes", root, *few)
+    assert (code, out.count("\n")) == (0, 1)
+    assert "3 and 2 scenes of digits on photographs, 64 px" in out
+    assert call("data", "verify", "--deep", root / "train" / "images")[:2] == (0, "3 images, 0 bad\n")
+    assert {path.name for path in (root / "val").iterdir()} == {"images", "labels", "instances.json"}
+    code, _, error = call("data", "scenes", root, "--train", 4)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "holds other files" in error
+
+
+@pytest.mark.parametrize("command", [["data", "sample"], ["data", "scenes"], ["demo", "--out"]])
 def test_a_place_that_cannot_be_written_to_is_one_clear_error(call, tmp_path, command):
     (tmp_path / "file").write_text("x")
     code, _, error = call(*command, tmp_path / "file" / "below")

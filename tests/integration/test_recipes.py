@@ -213,7 +213,11 @@ def test_version_and_help_import_nothing_heavy(words):
 
 
 COMMANDS = ["pretrain", "finetune", "probe", "doctor", "demo", "submit", "export", "evaluate", "knn", "reconstruct"]
-BELOW = {"data": ["index", "verify", "pack", "sample"], "checkpoints": ["list", "prune"], "recipes": ["list", "show"]}
+BELOW = {
+    "data": ["index", "verify", "pack", "sample", "scenes"],
+    "checkpoints": ["list", "prune"],
+    "recipes": ["list", "show"],
+}
 
 
 @pytest.mark.parametrize(
