@@ -45,7 +45,7 @@ class Instances:
     masks: Tensor
 
 
-class SeededSampler(BalancedPositiveNegativeSampler):
+class SeededSampler(BalancedPositiveNegativeSampler):  # type: ignore[misc]  # torchvision has no types
     """torchvision's sampler of positives and negatives, drawn by a generator that is set before its call."""
 
     generator: torch.Generator | None = None
