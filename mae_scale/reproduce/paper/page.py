@@ -83,8 +83,8 @@ def summary(found: Sequence[Found]) -> list[tuple[str, str, str, str, str]]:
 
 def difference(verdict: Verdict, unit: str) -> str:
     """Return a difference with the margin that it has to exceed."""
-    margin = "" if verdict.margin is None else f" ± {verdict.margin:.2g}"
-    return f"{verdict.mean:+.3g}{margin} {unit}"
+    margin = "" if verdict.margin is None else f" ± {verdict.margin:.1f}"
+    return f"{verdict.mean:+.1f}{margin} {unit}"
 
 
 def markdown(found: Sequence[Found], about: Sequence[str]) -> str:
