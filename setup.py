@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 DALI = "nvidia-dali-cuda{cuda}>=2.4"
+DENSE = ["pycocotools>=2.0.10", "faster-coco-eval>=1.7", "transformers>=5"]
 # Data at the top of the repository; where it is installed, inside mae_scale. mae_scale/packaged.py finds both.
 DATA = {"mae_scale.ds_configs": "ds_configs", "mae_scale.slurm": "slurm"}
 
@@ -52,15 +53,14 @@ setup(
     extras_require={
         "cuda12": [DALI.format(cuda="120")],
         "cuda13": [DALI.format(cuda="130")],
-        "dense": ["pycocotools>=2.0.10", "transformers>=5"],
+        "dense": DENSE,
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
-            "transformers>=5",
-            "pycocotools>=2.0.10",
+            *DENSE,
             "ruff>=0.12",
             "import-linter>=2.10",
             "mypy>=1.18",
