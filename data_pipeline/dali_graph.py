@@ -153,14 +153,14 @@ def _view(part: DataNode, kind: Augmentation, image_size: int, prefix: str, *, n
         images = blur_images(images, floats("sigma", 0))
     if kind.solarised:
         images = solarise_images(images, integers("thresholds", 0))
-    flipped = kind.rand_augment or scaled
-    if flipped:
-        images = flip_images(images, flip)  # before the operations, as timm; before it is filled up
     if kind.rand_augment:
+        images = flip_images(images, flip)  # before the operations, as timm
         images = apply_operations(images, integers("operations", 1), floats("arguments", 1), floats("matrices", 3))
+    if scaled:
+        images = flip_images(images, flip)  # before it is filled up
     return fn.crop_mirror_normalize(
         images,
-        mirror=0 if flipped else flip,
+        mirror=0 if kind.rand_augment or scaled else flip,
         **(_filled_up(image_size) if scaled else {}),
         mean=[255 * value for value in IMAGENET_MEAN] if normalised else [0.0],
         std=[255 * value for value in IMAGENET_STD] if normalised else [255.0],

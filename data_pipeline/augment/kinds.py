@@ -68,11 +68,11 @@ _KNOWN = {
         # The paper gives no strengths; 0.4 without hue is usual in supervised ImageNet training.
         Augmentation("random_resized_crop_color_jitter", "random_resized", jitter=(0.4, 0.4, 0.4, 0.0)),
         Augmentation("fixed_crop", "random"),
+        Augmentation("large_scale_jitter", "scaled", scale=(0.1, 2.0)),
         Augmentation("none", "centre", flip=0.0),
         Augmentation("rand_augment", "random_resized", scale=(0.08, 1.0), rand_augment=True),
         _MOCO_V3,
         replace(_MOCO_V3, name="moco_v3_second", blur=0.1, solarised=0.2),
-        Augmentation("large_scale_jitter", "scaled", scale=(0.1, 2.0)),
         Augmentation("evaluation", "centre", flip=0.0),
         Augmentation("evaluation_whole", "whole", flip=0.0),
         Augmentation("evaluation_fit", "scaled", scale=(1.0, 1.0), flip=0.0),
