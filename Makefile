@@ -17,7 +17,7 @@ paper: setup
 
 help:
 	@echo "make demo    the whole story on this machine: data, pre-training, pictures, MLflow (about 5 minutes)"
-	@echo "make paper   the paper's findings in small, on the digits or DATA=folder: docs/paper.md (about three hours, goes on where it stopped)"
+	@echo "make paper   the paper's findings in small, on the digits or DATA=folder: docs/paper.md (about two hours, goes on where it stopped)"
 	@echo "make test    every promise, in its quickest form       make lint   ruff, format, imports (layers, no circle), types"
 	@echo "make test-all   make test, the slow tests, the pages in a browser, jobs on a real Slurm, and 12 random kills"
 	@echo "make test-browser   the report's page and MLflow's in this machine's Chromium (apt-get install chromium; about 2 minutes)"
