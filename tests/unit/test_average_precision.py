@@ -90,3 +90,13 @@ def test_exact_detections_are_found_whole_and_nothing_is_nothing(annotations):
     assert average_precision(annotations, results, "bbox")["AP"] == pytest.approx(100)
     assert average_precision(annotations, results, "segm")["AP50"] > 95
     assert average_precision(annotations, [], "bbox")["AP"] == 0
+
+
+def test_an_image_without_detections_has_no_results():
+    nothing = {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "scores": torch.zeros(0),
+        "masks": torch.zeros(0, 1, 28, 28),
+    }
+    assert results_of(1, nothing, scale=(0.5, 0.5), size=(SIDE, SIDE), ids=[1]) == []
