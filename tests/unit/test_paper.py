@@ -151,7 +151,7 @@ def test_the_page_says_what_the_json_says():
             assert math.isclose(claim["mean"], np.mean(claim["differences"]))
             (row,) = [line for line in page.splitlines() if f"| {one['title']} | {claim['claim']} |" in line]
             assert row.endswith(f"| {claim['verdict']} |")
-            assert f"{claim['mean']:+.3g}" in row
+            assert f"{claim['mean']:+.1f} ± {claim['margin']:.1f} " in row
 
 
 def test_the_documentation_shows_what_the_committed_comparison_found():

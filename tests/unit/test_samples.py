@@ -57,7 +57,7 @@ def test_an_interrupted_call_is_finished_by_the_next(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_pipeline.samples._finish", stop)
+        patch.setattr("data_pipeline.samples.finish_sample", stop)
         with pytest.raises(KeyboardInterrupt):
             write_photos(tmp_path / "photos", 2)
     assert digest(write_photos(tmp_path / "photos", 2)) == digest(write_photos(tmp_path / "whole", 2))
