@@ -29,11 +29,16 @@ def index(digits):
     return build_index(digits / "train", progress=False)
 
 
+def slow_down(patch, seconds: float) -> None:
+    """Make each read of an image longer."""
+    read = ByteReader.read
+    patch.setattr(ByteReader, "read", lambda self, image: time.sleep(seconds) or read(self, image))
+
+
 @pytest.fixture
 def slow(monkeypatch):
     """Make each read of an image SLOW_S longer."""
-    read = ByteReader.read
-    monkeypatch.setattr(ByteReader, "read", lambda self, image: time.sleep(SLOW_S) or read(self, image))
+    slow_down(monkeypatch, SLOW_S)
 
 
 def reading_threads() -> int:
@@ -71,18 +76,26 @@ def test_two_thousand_images_a_second_are_read_however_long_a_read_takes(read_s,
 
 
 @pytest.mark.alone
-def test_a_loader_with_slow_reads_gives_the_same_batches_at_two_thousand_images_a_second(index, slow, monkeypatch):
+def test_a_loader_with_slow_reads_gives_the_same_batches_hardly_slower(index, monkeypatch):
+    """Each read takes 20 ms: with those of one batch of three ahead there would be 300 images a second at most."""
+
+    def rates() -> list[float]:
+        return [
+            max(rate(micro_batch) for _ in range(4)) for micro_batch in (120, 3)
+        ]  # the best: others use this machine
+
     def rate(micro_batch: int) -> float:
         began = time.perf_counter()
         assert len(batches(index, micro_batch, steps=24)) == 24 * 120 // micro_batch
         return 24 * 120 / (time.perf_counter() - began)
 
-    # The first of some tries that reaches the rate is enough: others use this machine.
-    assert any(rate(120) > 2000 for _ in range(25))
-    assert any(rate(3) > 1400 for _ in range(25))  # with the reads of one such batch ahead: 1,200 at most
+    with monkeypatch.context() as patch:
+        slow_down(patch, 0.02)
+        slow, found = rates(), batches(index)
+    fast = rates()
+    assert all(one > 0.7 * other for one, other in zip(slow, fast, strict=True)), (slow, fast)
+    assert min(slow) > 600
 
-    found = batches(index)
-    monkeypatch.undo()
     for one, other in zip(found, batches(index), strict=True):
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.labels, other.labels)
