@@ -76,7 +76,7 @@ def test_two_thousand_images_a_second_are_read_however_long_a_read_takes(read_s,
 
 
 @pytest.mark.alone
-def test_a_loader_with_slow_reads_gives_the_same_batches_hardly_slower(index, monkeypatch):
+def test_a_loader_with_slow_reads_gives_the_same_batches_at_two_thousand_images_a_second(index, monkeypatch):
     """Each read takes 20 ms: with those of one batch of three ahead there would be 300 images a second at most."""
 
     def rates() -> list[float]:
@@ -93,7 +93,8 @@ def test_a_loader_with_slow_reads_gives_the_same_batches_hardly_slower(index, mo
         slow_down(patch, 0.02)
         slow, found = rates(), batches(index)
     fast = rates()
-    assert all(one > 0.7 * other for one, other in zip(slow, fast, strict=True)), (slow, fast)
+    for one, other in zip(slow, fast, strict=True):  # or, where this machine does not reach the rate, nearly as fast
+        assert one > min(2000, 0.7 * other), (slow, fast)
     assert min(slow) > 600
 
     for one, other in zip(found, batches(index), strict=True):
