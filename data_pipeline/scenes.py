@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_pipeline.annotations.masks import boxes_of, run_lengths
 from data_pipeline.arrays import BoolArray, Float32Array, Float64Array, Int64Array, Uint8Array
 from data_pipeline.files import write_atomically
 from data_pipeline.rng import generator
@@ -153,15 +154,14 @@ def as_coco(scenes: list[Scene], side: int) -> dict[str, Any]:
     """Return COCO's JSON of scenes, named 000000.jpg and on; masks are run lengths."""
     annotations: list[dict[str, Any]] = []
     for image, scene in enumerate(scenes):
-        for number, kind, mask in zip(scene.numbers, scene.classes, scene.masks, strict=True):
-            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            y, x = int(rows[0]), int(columns[0])
+        boxes = boxes_of(scene.masks).astype(int).tolist()
+        for number, kind, mask, (x0, y0, x1, y1) in zip(scene.numbers, scene.classes, scene.masks, boxes, strict=True):
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": image,
                     "category_id": kind + 1,
-                    "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
                     "area": int(mask.sum()),
                     "segmentation": {"size": [side, side], "counts": run_lengths(mask)},
                     "iscrowd": 0,
@@ -176,11 +176,3 @@ def as_coco(scenes: list[Scene], side: int) -> dict[str, Any]:
         "categories": [{"id": kind + 1, "name": str(kind)} for kind in range(10)],
         "annotations": annotations,
     }
-
-
-def run_lengths(mask: BoolArray) -> list[int]:
-    """Return the run lengths of a mask bool [h, w], down its columns, outside first (COCO's uncompressed counts)."""
-    flat = np.concatenate([[False], mask.T.ravel()])
-    changes = np.flatnonzero(flat[1:] != flat[:-1])
-    ends = np.concatenate([changes, [mask.size]])
-    return np.diff(ends, prepend=0).tolist()

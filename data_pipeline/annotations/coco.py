@@ -7,7 +7,6 @@ is a list of polygons (x, y, x, y, ...), or run lengths down the columns, as cou
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 
 from data_pipeline.annotations.objects import Objects, rows_of
 from data_pipeline.errors import UsageError, reason_of
+from data_pipeline.json_object import read_object
 
 OUTSIDE_PX = 2.0
 """How far a box may reach over the image's edge: published files round."""
@@ -56,12 +56,12 @@ def read_coco(path: Path) -> CocoFile:
     Raises UsageError for a file that cannot be read, that is no such JSON, or in which an image or a category is given
     twice: nothing could then be told apart.
     """
-    about = _parsed(path)
+    about = read_object(path, f"{path}, which is to be COCO's JSON of objects,")
     try:
         images = [(int(i["id"]), str(i["file_name"]), int(i["height"]), int(i["width"])) for i in about["images"]]
         categories = sorted((int(c["id"]), str(c["name"])) for c in about["categories"])
         annotations = list(about["annotations"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UsageError(
             f"{path} is not COCO's JSON of objects: {reason_of(error)}; expected images (id, file_name, height, "
             "width), categories (id, name) and annotations"
@@ -82,18 +82,6 @@ def read_coco(path: Path) -> CocoFile:
         objects,
         bad,
     )
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        about = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {reason_of(error)}; give COCO's JSON of objects") from None
-    except ValueError as error:
-        raise UsageError(f"{path} is no JSON: {reason_of(error)}; give COCO's JSON of objects") from None
-    if not isinstance(about, dict):
-        raise UsageError(f"{path} holds a {type(about).__name__}; expected COCO's JSON of objects, a mapping")
-    return about
 
 
 def _refuse_twice(path: Path, kind: str, found: list[Any]) -> None:
@@ -166,6 +154,9 @@ def _object(
     missing = [key for key in ("id", "image_id", "category_id", "bbox") if key not in annotation]
     if missing:
         raise _Unusable(f"it has no {missing[0]}")
+    for key in ("id", "image_id", "category_id"):
+        if not isinstance(annotation[key], int):
+            raise _Unusable(f"its {key} is {annotation[key]!r}; expected a whole number")
     image, category = rows.get(annotation["image_id"]), classes.get(annotation["category_id"])
     if image is None:
         raise _Unusable(f"image_id {annotation['image_id']} does not exist")
@@ -175,7 +166,7 @@ def _object(
     polygons, runs = _mask(annotation.get("segmentation"), height, width)
     box = _box(annotation["bbox"], height, width)
     crowd = bool(annotation.get("iscrowd", 0))
-    return _Object(image, int(annotation["id"]), category, box, crowd, polygons, runs)
+    return _Object(image, annotation["id"], category, box, crowd, polygons, runs)
 
 
 def _box(given: Any, height: int, width: int) -> tuple[float, float, float, float]:

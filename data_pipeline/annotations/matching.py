@@ -32,17 +32,16 @@ class Matched:
             named = "; ".join(f"{one.what}: {one.reason}" for one in self.bad[:LISTED])
             more = f"; and {len(self.bad) - LISTED} more" if len(self.bad) > LISTED else ""
             raise UsageError(
-                f"{path} contradicts itself or the images {len(self.bad)} times, more than data.bad_annotation_limit "
-                f"allows ({limit:g} of {len(self.rows)} images: {allowed}); mend them, or raise the limit: "
-                f"{named}{more}"
+                f"{path} contradicts itself or the images {len(self.bad)} times, allowed are {allowed} ({limit:g} of "
+                f"{len(self.rows)} images); mend them: {named}{more}"
             )
 
 
 def match_objects(index: Index, found: CocoFile) -> Matched:
     """Return the rows of a COCO file's images that are the index's, and the file's contradictions with them and itself.
 
-    An image whose stored size is not that of the file has none: its boxes are of another image. The index is as the
-    loader takes it, turned by EXIF or not; COCO's annotations are of images as stored.
+    An image of another size than the file says has none: its boxes are of another image. COCO's are of images as
+    stored, and so the index is not to be turned by EXIF.
     """
     sizes = dict(zip(found.names, enumerate(zip(found.heights, found.widths, strict=True)), strict=True))
     rows, bad = np.full(len(index), -1, np.int64), list(found.bad)

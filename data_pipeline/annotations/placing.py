@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from data_pipeline.annotations.masks import boxes_of, mask_of
 from data_pipeline.annotations.objects import Objects
 from data_pipeline.arrays import Float32Array, Float64Array, Int32Array, Int64Array, Uint8Array
 
@@ -56,9 +57,7 @@ class Placing:
         if polygons:
             moved = [self.points(polygon).ravel().tolist() for polygon in polygons]
             return np.asarray(coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(moved, *self.filled))))
-        runs = objects.run_lengths(row)
-        stored = np.repeat(np.arange(len(runs), dtype=np.uint8) & 1, runs).reshape(width, height).T
-        return self.sampled(stored)
+        return self.sampled(mask_of(objects.run_lengths(row), height, width))
 
     def sampled(self, stored: Uint8Array) -> Uint8Array:
         """Return values [H, W] of the stored image at the output's pixel centres, [h, w] of the size `filled`."""
@@ -97,13 +96,3 @@ def place(objects: Objects, image: int, placing: Placing, *, height: int, width:
     left = masks.any(axis=(1, 2))
     rows, masks = rows[left], masks[left]
     return PlacedObjects(boxes_of(masks), objects.category[rows], masks, rows)
-
-
-def boxes_of(masks: Uint8Array) -> Float32Array:
-    """Return the box (x0, y0, x1, y1) of each mask [n, h, w], none of them empty: float32 [n, 4]."""
-    ends: list[Int64Array] = []
-    for axis in (1, 2):  # over the rows, over the columns
-        line = np.asarray(masks.any(axis=axis))
-        ends += [line.argmax(axis=1), line.shape[1] - line[:, ::-1].argmax(axis=1)]
-    x0, x1, y0, y1 = ends
-    return np.stack([x0, y0, x1, y1], axis=1).astype(np.float32)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mae_scale.config.json_object import read_object
+from data_pipeline.json_object import read_object
 from mae_scale.config.schema import Recipe
 from mae_scale.packaged import packaged
 

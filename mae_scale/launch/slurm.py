@@ -269,14 +269,14 @@ def make_link(name: str, overrides: list[str], shape: Shape, place: Place, befor
             )
         overrides.append(f"classifier.weights={before[-1].out}")
         recipe = load_recipe(name, overrides)
-    weights = recipe.classification.weights if classifies else None
+    taken = recipe.classification.weights if classifies else None
     if recipe.model.target == WORDS:
         tokenisers = [link for link in before if link.recipe.task == "dvae"]
         if tokenisers and (recipe.tokeniser is None or recipe.tokeniser.weights is None):
             overrides.append(f"tokeniser.weights={tokenisers[-1].out}")
             recipe = load_recipe(name, overrides)
-        weights = recipe.tokeniser.weights if recipe.tokeniser else None
-    start = next((link for link in before if weights and link.out == weights.absolute()), None)
+        taken = recipe.tokeniser.weights if recipe.tokeniser else None
+    start = next((link for link in before if taken and link.out == taken.absolute()), None)
     template = _template(f"{TASKS[recipe.task].command}.sbatch")
     shape = shape.on(template)
     # A recipe of one's own is found from any directory; a packaged one by its name.

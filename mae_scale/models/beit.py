@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data_pipeline.errors import UsageError
-from mae_scale.models.drop_path import drop_path_rates
+from mae_scale.models.drop_path import drop_path_rates, scaled
 from mae_scale.models.masking import check_masking, kept_patches
 from mae_scale.models.targets import WORDS, Target, Words, make_target
 from mae_scale.models.vit import ViTSize, check_images, gather_tokens, grid_of, layer_norm, patchify, run_blocks
@@ -122,12 +122,8 @@ class BeitBlock(nn.Module):
     def forward(self, x: Tensor, position: Tensor, scales: Tensor | None = None) -> Tensor:
         """x [B, N, D], position as in BeitAttention; scales [B, 2] multiply the branches (stochastic depth)."""
         first, second = (None, None) if scales is None else scales[:, :, None, None].unbind(1)
-        x = x + _scaled(self.gamma_1 * self.attn(self.norm1(x), position), first)
-        return x + _scaled(self.gamma_2 * self.mlp(self.norm2(x)), second)
-
-
-def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
-    return branch if scale is None else branch * scale.to(branch.dtype)
+        x = x + scaled(self.gamma_1 * self.attn(self.norm1(x), position), first)
+        return x + scaled(self.gamma_2 * self.mlp(self.norm2(x)), second)
 
 
 class BeitEncoder(nn.Module):

@@ -10,7 +10,7 @@ Letters in shapes: B images, h x w patches of an image, D the width, H heads, d 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.layers.mlp import Mlp
@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data_pipeline.errors import UsageError
-from mae_scale.models.drop_path import drop_path_rates
-from mae_scale.models.vit import ViTSize, init_weights, layer_norm, patchify, run_blocks, sincos_positions
+from mae_scale.models.drop_path import drop_path_rates, scaled
+from mae_scale.models.vit import ViTSize, grid_of, init_weights, layer_norm, patchify, run_blocks, sincos_positions
 
 ALIGNMENT = 8
 """Fused attention takes queries and keys whose width is a multiple of this."""
-INIT_STD = 0.02
 
 
 def evenly_placed(depth: int, count: int = 4) -> tuple[int, ...]:
@@ -118,17 +117,13 @@ class DenseBlock(nn.Module):
     def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
         """x [B, h, w, D] -> the same; scales [B, 2] multiply the branches (stochastic depth)."""
         first, second = (None, None) if scales is None else scales[:, :, None, None, None].unbind(1)
-        x = x + _scaled(self._attend(self.norm1(x)), first)
-        return x + _scaled(self.mlp(self.norm2(x)), second)
+        x = x + scaled(self._attend(self.norm1(x)), first)
+        return x + scaled(self.mlp(self.norm2(x)), second)
 
     def _attend(self, x: Tensor) -> Tensor:
         if self.side is None:
             return self.attn(x)
         return image_of(self.attn(windows_of(x, self.side)), x.shape[1], x.shape[2])
-
-
-def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
-    return branch if scale is None else branch * scale.to(branch.dtype)
 
 
 class DenseEncoder(nn.Module):
@@ -153,13 +148,14 @@ class DenseEncoder(nn.Module):
         super().__init__()
         self.size = size
         self.drop_path_rates = drop_path_rates(drop_path, size.depth)
-        grid = self._grid_of(*image_size)
-        self.pretraining_grid = self._grid_of(pretraining_size, pretraining_size)[0]
+        height, width = (grid_of(side, size.patch_size) for side in image_size)
+        self.pretraining_grid = grid_of(pretraining_size, size.patch_size)
         self.patch_embed = nn.Linear(size.patch_size**2 * 3, size.width)
         positions = sincos_positions(size.width, self.pretraining_grid)[1:]
         self.pos_embed = nn.Parameter(torch.tensor(positions))  # [L, D]
         self.blocks = nn.ModuleList(
-            DenseBlock(size, grid, None if number in global_blocks else window) for number in range(size.depth)
+            DenseBlock(size, (height, width), None if number in global_blocks else window)
+            for number in range(size.depth)
         )
         self.apply(init_weights)
 
@@ -171,7 +167,7 @@ class DenseEncoder(nn.Module):
         In training mode `branch_scales` [B, depth, 2] multiply the blocks' residual branches. Raises UsageError for
         images whose sides are no multiples of the patch.
         """
-        height, width = self._grid_of(*images.shape[-2:])
+        height, width = (grid_of(side, self.size.patch_size) for side in images.shape[-2:])
         dtype = self.patch_embed.weight.dtype
         x = self.patch_embed(patchify(images.to(dtype), self.size.patch_size)).unflatten(1, (height, width))
         x = x + self._positions(height, width).to(dtype)
@@ -193,14 +189,6 @@ class DenseEncoder(nn.Module):
         resampled = functional.interpolate(positions.permute(0, 3, 1, 2), size=(height, width), mode="bicubic")
         return resampled.permute(0, 2, 3, 1)
 
-    def _grid_of(self, height: int, width: int) -> tuple[int, int]:
-        patch = self.size.patch_size
-        if height % patch or width % patch or not height or not width:
-            raise UsageError(
-                f"an image of {height} x {width} px is not of whole patches of {patch} px; pad or resize it"
-            )
-        return height // patch, width // patch
-
 
 class MapNorm(nn.LayerNorm):
     """LayerNorm over the channels of maps [B, C, h, w]."""
@@ -212,6 +200,23 @@ class MapNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+def rescalings(width: int, inner: int, outer: int, norm: Callable[[int], nn.Module]) -> nn.ModuleList:
+    """Return what rescales maps [B, width, h, w] by 4, 2, 1 and 1/2: transposed convolutions and max-pooling.
+
+    To `outer` channels by 4 (two convolutions, norm and GELU after the first), to `inner` by 2.
+    """
+    return nn.ModuleList(
+        [
+            nn.Sequential(
+                nn.ConvTranspose2d(width, inner, 2, 2), norm(inner), nn.GELU(), nn.ConvTranspose2d(inner, outer, 2, 2)
+            ),
+            nn.ConvTranspose2d(width, inner, 2, 2),
+            nn.Identity(),
+            nn.MaxPool2d(2, 2),
+        ]
+    )
+
+
 class FeaturePyramid(nn.Module):
     """The simple feature pyramid: maps at 4, 2, 1 and 1/2 times the resolution of one map, and 1/4 by sub-sampling.
 
@@ -221,19 +226,7 @@ class FeaturePyramid(nn.Module):
 
     def __init__(self, width: int, channels: int = 256):
         super().__init__()
-        self.scales = nn.ModuleList(
-            [
-                nn.Sequential(
-                    nn.ConvTranspose2d(width, width // 2, 2, 2),
-                    MapNorm(width // 2),
-                    nn.GELU(),
-                    nn.ConvTranspose2d(width // 2, width // 4, 2, 2),
-                ),
-                nn.ConvTranspose2d(width, width // 2, 2, 2),
-                nn.Identity(),
-                nn.MaxPool2d(2, 2),
-            ]
-        )
+        self.scales = rescalings(width, width // 2, width // 4, MapNorm)
         self.heads = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(inner, channels, 1, bias=False),

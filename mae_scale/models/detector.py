@@ -28,8 +28,8 @@ from mae_scale.models.dense import DenseEncoder, FeaturePyramid, MapNorm
 
 LEVELS = ("0", "1", "2", "3", "pool")
 """Names of the pyramid's maps, the finest first; boxes are pooled from all but the last."""
-ANCHORS_PER_STRIDE = 8
-"""An anchor's side in strides of its map: 32 px at a stride of 4."""
+FINEST_ANCHOR = 2
+"""Side of the finest map's anchors in patches: 32 px, 8 strides, for patches of 16 px. It doubles with each map."""
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 BOX_CELLS, MASK_CELLS = 7, 14
 LINEAR_WIDTH = 1024
@@ -100,8 +100,7 @@ class MaskRcnn(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.pyramid = FeaturePyramid(encoder.size.width, channels)
-        finest = encoder.size.patch_size // 4
-        sides = tuple((ANCHORS_PER_STRIDE * finest * 2**level,) for level in range(len(LEVELS)))
+        sides = tuple((FINEST_ANCHOR * encoder.size.patch_size * 2**level,) for level in range(len(LEVELS)))
         anchors = AnchorGenerator(sides, (ASPECT_RATIOS,) * len(LEVELS))
         self.rpn = RegionProposalNetwork(
             anchors,

@@ -49,6 +49,14 @@ def draw_branch_scales(rates: Sequence[float], *, seed: int, step: int, position
     return torch.from_numpy(np.where(uniforms < rate, 0, 1 / (1 - rate)).astype(np.float32))
 
 
+def scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
+    """Return a residual branch times its scale; without one as it is.
+
+    In the branch's own precision, as timm's: a float32 factor would make a bf16 residual stream float32.
+    """
+    return branch if scale is None else branch * scale.to(branch.dtype)
+
+
 class DropPathBlock(Block):
     """timm's block, whose two residual branches are multiplied per image by given factors."""
 
@@ -57,8 +65,5 @@ class DropPathBlock(Block):
         """Return [B, N, D] of x [B, N, D]; scales [B, 2]: attention's and MLP's branch; without them as timm's."""
         if scales is None:
             return super().forward(x)
-        # In the branch's own precision, as timm's: a float32 factor would make a bf16 residual stream float32.
-        branch = self.ls1(self.attn(self.norm1(x)))
-        x = x + branch * scales[:, 0, None, None].to(branch.dtype)
-        branch = self.ls2(self.mlp(self.norm2(x)))
-        return x + branch * scales[:, 1, None, None].to(branch.dtype)
+        x = x + scaled(self.ls1(self.attn(self.norm1(x))), scales[:, 0, None, None])
+        return x + scaled(self.ls2(self.mlp(self.norm2(x))), scales[:, 1, None, None])

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 
-from mae_scale.models.dense import DenseEncoder
+from data_pipeline.annotations.label_maps import IGNORED
+from mae_scale.models.dense import DenseEncoder, rescalings
 from mae_scale.models.global_batch_norm import GlobalBatchNorm2d, with_global_statistics
 
-IGNORED = 255
-"""The label of pixels that count for nothing."""
 AUXILIARY_WEIGHT = 0.4
 
 
@@ -37,19 +36,7 @@ class Segmenter(nn.Module):
         super().__init__()
         width = encoder.size.width
         self.encoder, self.after, self.classes = encoder, tuple(after), classes
-        self.scales = nn.ModuleList(
-            [
-                nn.Sequential(
-                    nn.ConvTranspose2d(width, width, 2, 2),
-                    GlobalBatchNorm2d(width),
-                    nn.GELU(),
-                    nn.ConvTranspose2d(width, width, 2, 2),
-                ),
-                nn.ConvTranspose2d(width, width, 2, 2),
-                nn.Identity(),
-                nn.MaxPool2d(2, 2),
-            ]
-        )
+        self.scales = rescalings(width, width, width, GlobalBatchNorm2d)
         config = SimpleNamespace(
             pool_scales=(1, 2, 3, 6),
             hidden_size=channels,

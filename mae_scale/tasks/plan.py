@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UsageError
-from mae_scale.config.json_object import read_object
+from data_pipeline.json_object import read_object
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.policy import layout_of, refuse_wrong_combinations
 from mae_scale.planning.collectives import Cluster

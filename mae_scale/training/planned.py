@@ -10,7 +10,7 @@ import torch
 
 from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.dali_graph import decoding_device
-from mae_scale.config.json_object import read_object
+from data_pipeline.json_object import read_object
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.ranks import ranks_per_node
 from mae_scale.engines.deepspeed_config import deepspeed_config

@@ -1,6 +1,7 @@
 """Large-scale jitter: pixels, boxes and masks where torchvision puts them for the same numbers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from data_pipeline.annotations.coco import read_coco
-from data_pipeline.annotations.placing import Placing, boxes_of, place
+from data_pipeline.annotations.masks import boxes_of
+from data_pipeline.annotations.placing import Placing, place
 from data_pipeline.augment.kinds import augmentation
 from data_pipeline.bad_images import BadImagePolicy
 from data_pipeline.batch_layout import batch_layout
@@ -194,3 +196,24 @@ def test_annotations_come_with_their_images_and_a_damaged_one_replaces_both(inde
         assert not image[:, filled[0] :].any()
         assert not image[:, :, filled[1] :].any()
         assert image[:, : filled[0], : filled[1]].any()
+
+
+def test_what_replaces_a_damaged_annotation_is_what_replaces_a_damaged_image(index, scenes, tmp_path):
+    """To the last bit: the neighbour, cut as the image was to be."""
+    bad, layout = 5, batch_layout(COUNT)
+
+    def annotate(plan):
+        if plan.sample_ids[0] == bad:
+            raise BadImage("its label map is damaged")
+
+    order, policy = TrainingOrder(layout, seed=3, stop_step=1), BadImagePolicy(limit=0.5)
+    with ImageLoader(index, order, decoding("large_scale_jitter"), annotate=annotate, bad_images=policy) as loader:
+        (found,) = loader
+    copied = shutil.copytree(scenes / "images", tmp_path / "images")
+    damaged = build_index(copied, progress=False)
+    (copied / damaged.name(bad)).write_bytes(b"no image")
+    with ImageLoader(damaged, order, decoding("large_scale_jitter"), bad_images=policy) as loader:
+        (expected,) = loader
+    assert found.replaced == expected.replaced == 1
+    assert np.array_equal(found.sample_ids, expected.sample_ids)
+    assert torch.equal(found.images, expected.images)

@@ -94,6 +94,9 @@ RUNS = {"size": [10, 20], "counts": [200]}
 BAD = {
     "image": (changed(image_id=99), "object 11", "image_id 99 does not exist"),
     "category": (changed(category_id=1), "object 11 of a.jpg", "category_id 1 does not exist"),
+    "id of text": (changed(id="x"), "object x of a.jpg", "its id is 'x'; expected a whole number"),
+    "image of a list": (changed(image_id=[3]), "object 11", "its image_id is [3]; expected a whole number"),
+    "category of nothing": (changed(category_id={}), "object 11 of a.jpg", "its category_id is {}"),
     "no box": (changed(bbox=None), "object 11 of a.jpg", "it has no bbox"),
     "box of three": (changed(bbox=[1, 2, 3]), "object 11 of a.jpg", "its box is [1, 2, 3]"),
     "box not finite": (changed(bbox=[1, 2, 3, float("nan")]), "object 11 of a.jpg", "expected x, y, width, height"),
@@ -138,10 +141,11 @@ def test_an_id_that_another_object_has_is_named(read):
 @pytest.mark.parametrize(
     ("about", "said"),
     [
-        ("{", "is no JSON"),
-        ("[]", "holds a list; expected COCO's JSON"),
+        ("{", "is not valid JSON"),
+        ("[]", "COCO's JSON of objects, holds a list, expected an object"),
         ({"images": [], "annotations": []}, "is not COCO's JSON of objects: 'categories'"),
         ({**FILE, "images": [{"id": 1, "height": 2, "width": 2}]}, "is not COCO's JSON of objects: 'file_name'"),
+        ({**FILE, "images": [{**FILE["images"][0], "height": float("inf")}]}, "is not COCO's JSON of objects: cannot"),
         ({**FILE, "images": 2 * FILE["images"]}, "gives image id 7 more than once (3 such)"),
         ({**FILE, "categories": 2 * FILE["categories"]}, "gives category id 2 more than once"),
     ],

@@ -125,7 +125,7 @@ def test_global_blocks_are_evenly_placed_as_published():
 
 
 def test_an_image_of_no_whole_patches_is_refused():
-    with pytest.raises(UsageError, match="42 x 24 px is not of whole patches of 4 px"):
+    with pytest.raises(UsageError, match="42 px is not a multiple of patch_size 4 px"):
         encoder()(torch.randn(1, 3, 42, 24))
 
 

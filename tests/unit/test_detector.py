@@ -143,6 +143,15 @@ def test_in_bf16_boxes_stay_float32_and_losses_near(model, scenes):
     assert detections[0]["boxes"].dtype == torch.float32
 
 
+@pytest.mark.parametrize(("patch", "sides"), [(16, [32, 64, 128, 256, 512]), (14, [28, 56, 112, 224, 448])])
+def test_anchors_are_eight_strides_wide_as_vitdets(patch, sides):
+    size = ViTSize(patch_size=patch, width=32, depth=2, heads=2)
+    side = 4 * patch
+    encoder = DenseEncoder(size, image_size=(side, side), pretraining_size=side, window=2, global_blocks=(1,))
+    anchors = MaskRcnn(encoder, classes=CLASSES, channels=CHANNELS).rpn.anchor_generator
+    assert [list(of_map) for of_map in anchors.sizes] == [[one] for one in sides]
+
+
 @pytest.mark.slow
 def test_it_learns_a_scene_and_finds_its_objects(scenes):
     torch.manual_seed(0)

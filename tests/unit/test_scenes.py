@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipeline import scenes as scenes_module
 from data_pipeline.annotations.coco import read_coco
+from data_pipeline.annotations.masks import run_lengths
 from data_pipeline.errors import UsageError
-from data_pipeline.scenes import BACKGROUND, VISIBLE, run_lengths, write_scenes
+from data_pipeline.scenes import BACKGROUND, write_scenes
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,30 @@ def test_digits_are_apart_cover_each_other_and_stand_out(scenes):
         contrasts.append(abs(pixels[labels != BACKGROUND].mean() - pixels[labels == BACKGROUND].mean()))
     assert touching >= 1
     assert np.median(contrasts) > 15
-    assert VISIBLE == 0.5
+
+
+def test_at_least_half_of_each_digit_stays_visible(monkeypatch, tmp_path):
+    """Of the pixels that it was painted with: those of all attempts are noted, and its own hold what is seen of it."""
+    place, paint = scenes_module._placed, scenes_module.paint
+    tried, shares = [], []
+
+    def noted(*given):
+        tried.append(place(*given))
+        return tried[-1]
+
+    def watched(*given):
+        tried.clear()
+        scene = paint(*given)
+        wholes = [opacity >= scenes_module.EDGE for opacity in tried]
+        for mask in scene.masks:
+            shares.append(max(mask.sum() / whole.sum() for whole in wholes if not (mask & ~whole).any()))
+        return scene
+
+    monkeypatch.setattr(scenes_module, "_placed", noted)
+    monkeypatch.setattr(scenes_module, "paint", watched)
+    write_scenes(tmp_path / "scenes", train=60, val=1, side=64)
+    assert min(shares) >= 0.5
+    assert sum(share < 1 for share in shares) > 20
 
 
 def test_a_second_call_leaves_them_and_another_folder_has_the_same_bytes(scenes, tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix, jaccard_score
 
+from data_pipeline.annotations.label_maps import IGNORED
 from data_pipeline.errors import UsageError
-from mae_scale.models.segmenter import IGNORED
 from mae_scale.tasks.segmentation.pixel_counts import PixelCounts
 from mae_scale.tasks.segmentation.windows import by_windows, starts_of
 

@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn import functional
 from transformers.models.upernet.modeling_upernet import UperNetHead
 
+from data_pipeline.annotations.label_maps import IGNORED
 from mae_scale.models.dense import DenseEncoder
 from mae_scale.models.global_batch_norm import GlobalBatchNorm2d, with_global_statistics
-from mae_scale.models.segmenter import IGNORED, Segmenter, pixel_losses
+from mae_scale.models.segmenter import Segmenter, pixel_losses
 from mae_scale.models.vit import ViTSize
 
 CLASSES = 5

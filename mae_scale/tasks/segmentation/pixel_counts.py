@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.annotations.label_maps import IGNORED
 from mae_scale.distributed.collectives import from_all
-from mae_scale.models.segmenter import IGNORED
 
 
 class PixelCounts:
