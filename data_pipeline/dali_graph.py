@@ -145,7 +145,7 @@ def _view(part: DataNode, kind: Augmentation, image_size: int, prefix: str, *, n
 
     flip = integers("flip", 0)
     scaled = kind.crop == "scaled"
-    size = floats("filled", 1) if scaled else [image_size, image_size]
+    size = floats("filled", 1) if scaled or kind.crop == "unbounded" else [image_size, image_size]
     images = resize_crop(part, floats("region_start", 1), floats("region_end", 1), size)
     if kind.colours:
         images = jitter_colours(images, floats("levels", 2), floats("saturation", 0), floats("hue", 0))

@@ -106,7 +106,7 @@ def _view_inputs(kind: Augmentation, image_size: int, plan: BatchPlan) -> dict[s
         "region_end": np.ascontiguousarray(plan.regions[:, 2:]),
         "flip": plan.flips,
     }
-    if kind.crop == "scaled":
+    if kind.crop in ("scaled", "unbounded"):
         inputs["filled"] = plan.filled.astype(np.float32)
     if kind.colours:
         inputs["levels"], inputs["saturation"] = jitter_slots(plan.jitter, plan.jitter_order)

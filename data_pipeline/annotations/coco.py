@@ -34,7 +34,7 @@ class BadObject:
 @dataclass(frozen=True)
 class CocoFile:
     """The images of a file in its order: names as given, ids, sizes int [n]; the categories in the order of their ids,
-    which need not be without gaps; the objects, and those that were left out."""
+    which need not be without gaps; the objects, and those that were left out, with their places in "annotations"."""
 
     names: list[str]
     image_ids: list[int]
@@ -44,6 +44,7 @@ class CocoFile:
     categories: list[str]
     objects: Objects
     bad: list[BadObject]
+    left_out: list[int]
 
 
 class _Unusable(Exception):
@@ -71,7 +72,7 @@ def read_coco(path: Path) -> CocoFile:
     _refuse_twice(path, "category id", [c[0] for c in categories])
     rows = {image_id: row for row, (image_id, *_) in enumerate(images)}
     classes = {category_id: row for row, (category_id, _) in enumerate(categories)}
-    objects, bad = _objects(annotations, images, rows, classes)
+    objects, bad, left_out = _objects(annotations, images, rows, classes)
     return CocoFile(
         [name for _, name, _, _ in images],
         [image_id for image_id, *_ in images],
@@ -81,6 +82,7 @@ def read_coco(path: Path) -> CocoFile:
         [name for _, name in categories],
         objects,
         bad,
+        left_out,
     )
 
 
@@ -103,10 +105,10 @@ class _Object:
 
 def _objects(
     annotations: list[Any], images: list[tuple[int, str, int, int]], rows: dict[int, int], classes: dict[int, int]
-) -> tuple[Objects, list[BadObject]]:
-    """Return the usable objects by image, and the others."""
+) -> tuple[Objects, list[BadObject], list[int]]:
+    """Return the usable objects by image, the others, and the others' places in the list."""
     by_image: list[list[_Object]] = [[] for _ in images]
-    bad, seen = [], set()
+    bad, left_out, seen = [], [], set()
     for number, annotation in enumerate(annotations):
         try:
             found = _object(annotation, images, rows, classes)
@@ -116,6 +118,7 @@ def _objects(
             by_image[found.image].append(found)
         except _Unusable as error:
             bad.append(BadObject(_place(annotation, number, images, rows), str(error)))
+            left_out.append(number)
     objects = [one for of_image in by_image for one in of_image]
     polygons = [polygon for one in objects for polygon in one.polygons]
     points = np.concatenate([np.zeros((0, 2), np.float32), *polygons])
@@ -133,6 +136,7 @@ def _objects(
             runs=np.array([run for one in objects for run in one.runs], np.int32),
         ),
         bad,
+        left_out,
     )
 
 

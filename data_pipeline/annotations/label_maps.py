@@ -9,10 +9,31 @@ from PIL import Image
 
 from data_pipeline.annotations.placing import Placing
 from data_pipeline.arrays import Uint8Array
-from data_pipeline.errors import BadImage, reason_of
+from data_pipeline.errors import BadImage, UsageError, reason_of
 
 IGNORED = 255
 """The label of pixels that count for nothing: not labelled, and beyond the image."""
+
+
+MOST_CLASSES = 254
+"""Numbers that are left for classes in a byte, beside that of no label."""
+_ADE20K_HEADING = "Idx\t"
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Return the classes' names: a line each, or the last column of ADE20K's objectInfo150.txt.
+
+    Raises UsageError for a file that cannot be read, is empty, or names too many classes.
+    """
+    try:
+        lines = [line.rstrip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read ({reason_of(error)}); expected a class's name on each line") from None
+    if lines and lines[0].startswith(_ADE20K_HEADING):
+        lines = [line.rpartition("\t")[2] for line in lines[1:]]
+    if not 0 < len(lines) <= MOST_CLASSES:
+        raise UsageError(f"{path} names {len(lines)} classes; expected 1 to {MOST_CLASSES}, one on each line")
+    return lines
 
 
 def read_label_map(path: Path, *, height: int, width: int, classes: int) -> Uint8Array:

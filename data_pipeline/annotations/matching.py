@@ -25,16 +25,23 @@ class Matched:
     rows: Int64Array
     bad: list[BadObject]
 
-    def check(self, path: Path, *, limit: float) -> None:
-        """Raise UsageError, naming them, when there are more contradictions than a share `limit` of the images."""
-        allowed = int(limit * len(self.rows))
-        if len(self.bad) > allowed:
-            named = "; ".join(f"{one.what}: {one.reason}" for one in self.bad[:LISTED])
-            more = f"; and {len(self.bad) - LISTED} more" if len(self.bad) > LISTED else ""
-            raise UsageError(
-                f"{path} contradicts itself or the images {len(self.bad)} times, allowed are {allowed} ({limit:g} of "
-                f"{len(self.rows)} images); mend them: {named}{more}"
-            )
+
+def refuse_contradictions(bad: Sequence[BadObject], path: Path, *, images: int, limit: float, key: str) -> list[str]:
+    """Return a line that names the first contradictions of annotations; none without any.
+
+    Raises UsageError, with the same names, for more of them than a share `limit` (the setting `key`) of the images.
+    """
+    if not bad:
+        return []
+    named = "; ".join(f"{one.what}: {one.reason}" for one in bad[:LISTED])
+    more = f"; and {len(bad) - LISTED:,} more" if len(bad) > LISTED else ""
+    allowed = int(limit * images)
+    if len(bad) > allowed:
+        raise UsageError(
+            f"{path} contradicts itself or the images {len(bad):,} times, allowed are {allowed:,} ({key}={limit:g} of "
+            f"{images:,} images); mend it, or raise that limit: {named}{more}"
+        )
+    return [f"{len(bad):,} annotations of {path} are left out: {named}{more}"]
 
 
 def match_objects(index: Index, found: CocoFile) -> Matched:

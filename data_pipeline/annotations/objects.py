@@ -35,6 +35,25 @@ class Objects:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def take(self, images: Int64Array) -> Objects:
+        """Return the objects of these images, in their order; an image -1 has none."""
+        first, objects = _gathered(self.first, images)
+        polygons_of, polygons = _gathered(self.polygons_of, objects)
+        points_of, points = _gathered(self.points_of, polygons)
+        runs_of, runs = _gathered(self.runs_of, objects)
+        return Objects(
+            first=first,
+            ids=self.ids[objects],
+            category=self.category[objects],
+            boxes=self.boxes[objects],
+            crowd=self.crowd[objects],
+            polygons_of=polygons_of,
+            points_of=points_of,
+            points=self.points[points],
+            runs_of=runs_of,
+            runs=self.runs[runs],
+        )
+
     def of(self, image: int) -> slice:
         """Return the rows of an image's objects."""
         return slice(int(self.first[image]), int(self.first[image + 1]))
@@ -52,3 +71,11 @@ class Objects:
 def rows_of(lengths: list[int]) -> Int64Array:
     """Return where each of several pieces of these lengths begins, and where the last ends: int64 [pieces + 1]."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.array(lengths, np.int64), dtype=np.int64)])
+
+
+def _gathered(ends: Int64Array, pieces: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Return where each of the chosen pieces then begins, int64 [k + 1], and the rows of all of them, int64 [rows]."""
+    begin = np.where(pieces >= 0, ends[pieces], 0)
+    lengths = np.where(pieces >= 0, ends[pieces + 1], 0) - begin
+    first = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+    return first, np.repeat(begin - first[:-1], lengths) + np.arange(first[-1])

@@ -34,7 +34,10 @@ def draw_crops(
     if kind.crop == "whole":
         return whole, whole.astype(np.float32), filled
     if kind.crop == "scaled":
-        return whole, *scaled_regions(draws[:, :2], size, kind.scale, image_size)
+        return whole, *scaled_regions(draws[:, :3], size, kind.scale, image_size, by_shorter=kind.by_shorter)
+    if kind.crop == "unbounded":
+        resized = _resized(size, image_size / size.min(axis=1, keepdims=True))
+        return whole, whole.astype(np.float32), resized.astype(np.int32)
     resized = int(image_size / EVALUATION_CROP) * size // size.min(axis=1, keepdims=True)
     room = resized - image_size
     centre = kind.crop == "centre"
@@ -46,20 +49,32 @@ def draw_crops(
 
 
 def scaled_regions(
-    draws: Float64Array, size: Int64Array, scale: tuple[float, float], image_size: int
+    draws: Float64Array,
+    size: Int64Array,
+    scale: tuple[float, float],
+    image_size: int,
+    *,
+    by_shorter: bool = False,
 ) -> tuple[Float32Array, Int32Array]:
     """Return the regions float32 [n, 4] and filled int32 [n, 2] of large-scale jitter.
 
-    Source: Ghiasi et al., arXiv 2012.07177. draws [n, 2] in [0, 1); size [n, 2] (height, width). An image is resized so
+    Source: Ghiasi et al., arXiv 2012.07177. draws [n, 3] in [0, 1); size [n, 2] (height, width). An image is resized so
     that it just fits into a square of image_size times a factor from `scale`; of what is then larger than image_size a
-    part is taken, at the same share of the room in both directions, as detectron2 does.
+    part is taken, at the same share of the room in both directions, as detectron2 does. by_shorter: its shorter side is
+    resized to image_size times the factor, and the part lies anywhere, as mmsegmentation has it.
     """
     factor = scale[0] + (scale[1] - scale[0]) * draws[:, :1]
-    resized = np.maximum(np.rint(size * (image_size * factor / size.max(axis=1, keepdims=True))), 1)
+    side = size.min(axis=1, keepdims=True) if by_shorter else size.max(axis=1, keepdims=True)
+    resized = _resized(size, image_size * factor / side)
     filled = np.minimum(resized, image_size)
-    start = np.rint((resized - filled) * draws[:, 1:])
+    start = np.rint((resized - filled) * (draws[:, 1:] if by_shorter else draws[:, 1:2]))
     regions = np.concatenate([start, start + filled], axis=1) * np.tile(size / resized, 2)
     return regions.astype(np.float32), filled.astype(np.int32)
+
+
+def _resized(size: Int64Array, factor: Float64Array) -> Float64Array:
+    """Return sizes [n, 2] times a factor [n, 1], in whole pixels."""
+    return np.maximum(np.rint(size * factor), 1)
 
 
 def random_resized_crops(

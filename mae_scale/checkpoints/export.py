@@ -23,8 +23,16 @@ from mae_scale.checkpoints.store import (
 from mae_scale.config.load import stored_recipe
 from mae_scale.config.schema import Recipe
 from mae_scale.models.beit import Beit
-from mae_scale.models.build import build_beit, build_classifier_of, build_moco_of, build_model
+from mae_scale.models.build import (
+    build_beit,
+    build_classifier_of,
+    build_detector,
+    build_moco_of,
+    build_model,
+    build_segmenter,
+)
 from mae_scale.models.classifier import Classifier
+from mae_scale.models.dense import DenseModel
 from mae_scale.models.mae import MaskedAutoencoder
 from mae_scale.models.moco import Moco
 from mae_scale.models.weights.autoencoder import to_hf, to_official, to_timm
@@ -35,7 +43,7 @@ from mae_scale.models.weights.moco import moco_to_official
 
 FORMATS = ("official", "timm", "hf", "safetensors")
 SUFFIXES = (".safetensors", ".pth")
-Model = MaskedAutoencoder | Beit | Moco | Classifier
+Model = MaskedAutoencoder | Beit | Moco | Classifier | DenseModel
 """What a checkpoint holds."""
 
 
@@ -43,6 +51,10 @@ def weights_in(model: Model, layout: str) -> dict[str, torch.Tensor]:
     """Return a model's weights by the names of a layout, one of FORMATS; safetensors: our own names."""
     if layout == "safetensors":
         return dict(model.state_dict())
+    if isinstance(model, DenseModel):
+        raise UsageError(
+            f"a detector or a segmenter has no names in the layout {layout}; write it with --format safetensors"
+        )
     if isinstance(model, Beit):
         return {"official": beit_to_official, "timm": beit_to_timm, "hf": beit_to_hf}[layout](model)
     if isinstance(model, Classifier):
@@ -111,7 +123,8 @@ def model_of(recipe: Recipe, manifest: dict[str, Any]) -> Model:
         return build_beit(recipe, words)
     if recipe.task == "moco":
         return build_moco_of(recipe)
-    return build_classifier_of(recipe, len(manifest["classes"]))
+    build = {"detection": build_detector, "segmentation": build_segmenter}.get(recipe.task, build_classifier_of)
+    return build(recipe, len(manifest["classes"]))
 
 
 def _frozen_weights(checkpoint: Path, digest: str) -> dict[str, torch.Tensor]:
@@ -153,7 +166,7 @@ def weights_of(source: Path) -> dict[str, torch.Tensor]:
     # Our own names of an autoencoder have no positions, and those of another grid are to be resampled.
     if isinstance(model, Beit):
         return beit_to_official(model)
-    if isinstance(model, Classifier):
+    if isinstance(model, Classifier | DenseModel):
         return dict(model.state_dict())
     return to_official(model.encoder if isinstance(model, Moco) else model, decoder=False)
 

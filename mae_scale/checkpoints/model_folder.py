@@ -23,12 +23,16 @@ from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from mae_scale.checkpoints.export import Model, weights_in
 from mae_scale.models.beit import Beit, BeitEncoder
 from mae_scale.models.classifier import Classifier
+from mae_scale.models.dense import DenseModel
 from mae_scale.models.mae import MaskedAutoencoder
+from mae_scale.models.moco import Moco
 from mae_scale.models.targets import NormalisedPixels, Pixels
 from mae_scale.models.vit import SIZES
 from mae_scale.models.weights.autoencoder import to_hf
 from mae_scale.models.weights.classifier import classifier_to_hf, classifier_to_timm
 
+EncoderModel = MaskedAutoencoder | Beit | Moco | Classifier
+"""A model that the libraries have an architecture for, or for its encoder."""
 WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 LAYER_NORM_EPS = 1e-6
 BICUBIC = 3  # Pillow's number
@@ -41,6 +45,10 @@ def export_folder(model: Model, classes: Sequence[str] | None, folder: Path, lay
     is whole, config.json last. Raises UsageError for a model that the library has no architecture for, for a folder
     that holds other weights or is a run's own, and when the folder cannot be written.
     """
+    if isinstance(model, DenseModel):
+        raise UsageError(
+            f"--format {layout} has no folder for a detector or a segmenter; write a file with --format safetensors"
+        )
     if layout == "hf":
         what, config, state = _for_transformers(model, classes)
         preprocessor = _preprocessor(model.image_size)
@@ -65,7 +73,9 @@ def export_folder(model: Model, classes: Sequence[str] | None, folder: Path, lay
     return what
 
 
-def _for_transformers(model: Model, classes: Sequence[str] | None) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+def _for_transformers(
+    model: EncoderModel, classes: Sequence[str] | None
+) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """Return the kind, config.json and weights for transformers' from_pretrained."""
     size = model.encoder.size
     config = {
@@ -98,7 +108,7 @@ def _for_transformers(model: Model, classes: Sequence[str] | None) -> tuple[str,
 
 
 def _beit_for_transformers(
-    model: Model, config: dict[str, Any], classes: Sequence[str] | None
+    model: EncoderModel, config: dict[str, Any], classes: Sequence[str] | None
 ) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """Return the kind, config.json and weights; config: the sizes. Its head predicts words, or pixels."""
     config = {key: value for key, value in config.items() if key != "qkv_bias"} | {
@@ -123,7 +133,7 @@ def _beit_for_transformers(
     return f"transformers' {architecture}", what, weights_in(model, "hf")
 
 
-def _has_their_decoder(model: Model) -> TypeGuard[MaskedAutoencoder]:
+def _has_their_decoder(model: EncoderModel) -> TypeGuard[MaskedAutoencoder]:
     """Return whether the model has a decoder with a mask token that predicts pixels, as transformers' does."""
     return isinstance(model, MaskedAutoencoder) and not model.encoder_mask_tokens and isinstance(model.target, Pixels)
 
@@ -166,7 +176,7 @@ def _preprocessor(image_size: int) -> dict[str, Any]:
     }
 
 
-def _for_timm(model: Model, classes: Sequence[str] | None) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+def _for_timm(model: EncoderModel, classes: Sequence[str] | None) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """Return the kind, config.json and weights for timm.create_model; of an autoencoder the encoder alone."""
     size, side = model.encoder.size, model.image_size
     labels = {}

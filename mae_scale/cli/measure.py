@@ -21,7 +21,7 @@ from mae_scale.cli.options import (
 from mae_scale.cli.relaunch import relaunch, starts_ranks
 
 if TYPE_CHECKING:
-    from mae_scale.config.schema import Recipe
+    pass
 
 measure_app = typer.Typer()
 Results = TypeVar("Results")
@@ -41,22 +41,38 @@ def evaluate(
             help="folder, or a published layout: imagenet-a, imagenet-r, imagenet-sketch, imagenet-c.",
         ),
     ] = "folder",
+    figure: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="PNG to write: a detector's or a segmenter's predictions over images."),
+    ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="A detector's results to write, in COCO's format (.json), or a folder for a segmenter's PNGs.",
+        ),
+    ] = None,
     nproc: Nproc = 1,
     json: Json = None,
 ) -> None:
-    """Measure top-1 and top-5 of a classifier on data.val_root, exact for any number of ranks.
+    """Measure a classifier, a detector or a segmenter on data.val_root, exact for any number of ranks.
+
+    Top-1 and top-5; COCO's average precision of boxes and masks; mean intersection over union.
 
     Example: `mae-scale evaluate finetune/vit_base_224 --weights mae_finetuned_vit_base.pth
     data.val_root=/data/imagenet/val`
     """
-    from mae_scale.tasks.classification import evaluate as evaluation
+    from mae_scale.tasks.evaluation import Asked
+    from mae_scale.tasks.registry import evaluation_of
 
-    overrides = with_weights(overrides, weights)
-    loaded = _measured(evaluation.check, recipe, overrides, json)
-    results = _on_ranks(nproc, lambda: evaluation.evaluate(loaded, kind))
+    loaded = read_recipe(recipe, with_weights(recipe, overrides, weights))
+    evaluation, asked = evaluation_of(loaded), Asked(kind, figure, predictions)
+    evaluation.check(loaded, asked)
+    check_json(json)
+    results = _on_ranks(nproc, lambda: evaluation.evaluate(loaded, asked))
     if results is not None:
         write_figures(json, results)
-        typer.echo(evaluation.describe(results, evaluation.validation_root(loaded)))
+        typer.echo(evaluation.describe(loaded, results))
 
 
 @measure_app.command()
@@ -82,8 +98,9 @@ def knn(
     """
     from mae_scale.tasks.classification import knn as evaluation
 
-    overrides = with_weights(overrides, weights)
-    loaded = _measured(evaluation.check, recipe, overrides, json)
+    loaded = read_recipe(recipe, with_weights(recipe, overrides, weights))
+    evaluation.check(loaded)
+    check_json(json)
     results = _on_ranks(nproc, lambda: evaluation.nearest_neighbours(loaded, k, figure))
     if results is not None:
         write_figures(json, results)
@@ -160,14 +177,6 @@ def partial_curve(
         typer.echo(f"{point['trained_blocks']:g} blocks: top-1 {point['top1']:.2f} %{std}")
     typer.echo(f"{out}")
     write_figures(json, points)
-
-
-def _measured(check: Callable[[Recipe], None], recipe: str, overrides: list[str], json: Path | None) -> Recipe:
-    """Return the recipe, checked, before anything is measured."""
-    loaded = read_recipe(recipe, overrides)
-    check(loaded)
-    check_json(json)
-    return loaded
 
 
 def _on_ranks(nproc: int, work: Callable[[], Results | None]) -> Results | None:

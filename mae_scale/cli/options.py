@@ -97,9 +97,22 @@ def read_recipe(recipe: str, overrides: list[str] | None) -> "Recipe":
         raise
 
 
-def with_weights(overrides: list[str] | None, weights: Path | None) -> list[str]:
-    """Return the overrides with those of --weights."""
-    return [*(overrides or []), *([f"classifier.weights={weights}"] if weights else [])]
+def with_weights(recipe: str, overrides: list[str] | None, weights: Path | None) -> list[str]:
+    """Return the overrides with that of --weights, for the section of the recipe's task that takes it.
+
+    Raises UsageError when the task starts from no weights.
+    """
+    overrides = list(overrides or [])
+    if weights is None:
+        return overrides
+    from mae_scale.config.schema import STARTING
+
+    task = read_recipe(recipe, overrides).task
+    if task not in STARTING:
+        raise UsageError(
+            f"--weights {weights}: the recipe's task is {task}, which starts from none; drop it", on_all_ranks=True
+        )
+    return [*overrides, f"{STARTING[task]}.weights={weights}"]
 
 
 def check_folder_of(option: str, path: Path | None) -> None:

@@ -15,7 +15,7 @@ Chain = Annotated[
     typer.Argument(
         metavar="RECIPE|section.key=value",
         autocompletion=complete_chain,
-        help="The chain's recipes; overrides apply to all of them, classifier.* to classifiers only.",
+        help="The chain's recipes; overrides apply to all of them, classifier.*, detection.*, ... to their task only.",
     ),
 ]
 Nodes = Annotated[int, typer.Option(metavar="N", min=1, help="Number of nodes per job.")]
@@ -61,7 +61,8 @@ def submit(
 ) -> None:
     """Send a chain of Slurm jobs, one per recipe, each to start when the one before has succeeded.
 
-    A classifier without weights starts from the weights of the job before it. What cannot fit on the GPUs is refused.
+    A classifier, detector or segmenter without weights starts from the weights of the job before it. What cannot fit on
+    the GPUs is refused.
 
     Example: `mae-scale submit pretrain/vit_huge_1600ep finetune/vit_huge_224 finetune/vit_huge_448 --nodes 16
     --out runs data.root=/data/imagenet/train data.val_root=/data/imagenet/val`

@@ -85,12 +85,12 @@ def finetune(
     quiet: Quiet = False,
     log_file: LogFile = None,
 ) -> None:
-    """Train a classifier: end to end, its last blocks, its head alone, or everything from scratch, as the recipe says.
+    """Train a classifier (end to end, its last blocks, its head alone, or from scratch), a detector or a segmenter.
 
     Example: `mae-scale finetune finetune/vit_huge_224 --weights runs/vit_huge --out runs/vit_huge_224
     data.root=/data/imagenet/train data.val_root=/data/imagenet/val`
     """
-    overrides, output = _with_uri(with_weights(overrides, weights), tracking_uri), Output(quiet, log_file)
+    overrides, output = _with_uri(with_weights(recipe, overrides, weights), tracking_uri), Output(quiet, log_file)
     _train(Start("finetune", recipe, overrides, out, nproc=nproc, dry_run=dry_run, output=output, json=json))
 
 
@@ -113,7 +113,7 @@ def probe(
     Example: `mae-scale probe probe/vit_large --weights runs/vit_large --out runs/vit_large_probe
     data.root=/data/imagenet/train data.val_root=/data/imagenet/val`
     """
-    overrides, output = _with_uri(with_weights(overrides, weights), tracking_uri), Output(quiet, log_file)
+    overrides, output = _with_uri(with_weights(recipe, overrides, weights), tracking_uri), Output(quiet, log_file)
     _train(Start("probe", recipe, overrides, out, nproc=nproc, dry_run=dry_run, output=output, json=json))
 
 
@@ -185,7 +185,7 @@ def _train_on_local_ranks(start: Start, task: Task[Any]) -> int:
 
 def _train_as_this_rank(start: Start, task: Task[Any]) -> int:
     """Train, and let rank 0 write the figures that --json asks for."""
-    from mae_scale.tasks.classification.validation import EVALUATION
+    from mae_scale.tasks.evaluation import EVALUATION
     from mae_scale.training.run import run
 
     code = run(task, start.output)

@@ -5,7 +5,17 @@ import difflib
 from pydantic_core import ErrorDetails
 
 from mae_scale.config.old_names import RENAMED
-from mae_scale.config.schema import TASKS_WITH_SECTION, Recipe, keys_of
+from mae_scale.config.schema import DENSE, STARTING, TASKS_WITH_SECTION, Recipe, keys_of
+
+SCALE_JITTERS = ("large_scale_jitter", "scale_jitter")
+
+
+MEASURED = {
+    "classification": ("val/top1",),
+    "detection": ("val/box_ap", "val/mask_ap"),
+    "segmentation": ("val/mean_iou",),
+}
+"""What single tasks measure on data.val_root."""
 
 
 def contradiction(recipe: Recipe) -> str | None:
@@ -15,32 +25,64 @@ def contradiction(recipe: Recipe) -> str | None:
         return f"data.cache_gib={recipe.data.cache_gib:g} bounds data.cache, which is not set; add data.cache=DIR"
     if recipe.data.fraction is not None and recipe.data.labels_per_class is not None:
         return "data.fraction and data.labels_per_class each choose the training images; drop one of them"
-    if (recipe.task == "classification") != (classifier is not None):
-        section = "no section classifier" if classifier is None else "a section classifier"
-        return f"task: {recipe.task}, and {section}; task: classification and the section classifier belong together"
+    for task, name in STARTING.items():
+        has = getattr(recipe, name) is not None
+        if (recipe.task == task) != has:
+            kind = "a" if has else "no"
+            return (
+                f"task: {recipe.task}, and {kind} section {name}; task: {task} and the section {name} belong together"
+            )
     if recipe.tokeniser is not None and recipe.task not in TASKS_WITH_SECTION["tokeniser"]:
         return f"the section tokeniser gives or trains words; task: {recipe.task} does not have it"
     if recipe.tokeniser is None and recipe.task == "dvae":
         return "task: dvae trains a tokeniser, and there is no section tokeniser; add one, such as tokeniser.words=8192"
     if (recipe.task == "moco") != (recipe.moco is not None):
         return f"task: {recipe.task}, and a section moco; the section moco belongs to task: moco"
-    if problem := _of_beit(recipe) or _of_words(recipe) or _never_measured(recipe):
+    of_parts = (_of_schedule(recipe), _of_beit(recipe), _of_words(recipe), _of_dense(recipe), _never_measured(recipe))
+    if problem := next(filter(None, of_parts), None):
         return problem
+    start, section = recipe.start, STARTING.get(recipe.task)
+    if start is None and optim.layer_decay != 1:
+        return f"optim.layer_decay belongs to tasks that start from weights; task: {recipe.task} does not have it"
     if classifier is None:
         for key, found in (
-            ("optim.layer_decay", optim.layer_decay != 1),
             ("optim.name=lars", optim.name == "lars"),
             ("data.labels_per_class", recipe.data.labels_per_class is not None),
         ):
             if found:
                 return f"{key} belongs to task: classification; task: {recipe.task} does not have it"
+    if start is not None and start.from_scratch and start.weights:
+        return f"{section}.from_scratch=true and {section}.weights={start.weights}; drop one of them"
+    if classifier is None:
         return None
-    if classifier.from_scratch and classifier.weights:
-        return f"classifier.from_scratch=true and classifier.weights={classifier.weights}; drop one of them"
     if classifier.from_scratch and classifier.trained_blocks is not None:
         return "classifier.from_scratch=true trains everything; drop classifier.trained_blocks"
     if optim.name == "lars" and classifier.trained_blocks != 0:
         return "optim.name=lars is for linear probing (classifier.trained_blocks=0); use adamw"
+    return None
+
+
+def _of_schedule(recipe: Recipe) -> str | None:
+    """Return which keys of the schedule contradict each other; else None."""
+    shape, at = recipe.schedule.shape, recipe.schedule.step_epochs
+    if (shape == "steps") != bool(at):
+        return f"schedule.shape={shape}, and schedule.step_epochs={list(at)}; shape=steps and they belong together"
+    last = recipe.schedule.epochs
+    if list(at) != sorted(set(at)) or (at and not recipe.schedule.warmup_epochs <= at[0] <= at[-1] < last):
+        return f"schedule.step_epochs={list(at)}; expected them to rise, after the warm-up and before epoch {last}"
+    return None
+
+
+def _of_dense(recipe: Recipe) -> str | None:
+    """Return which keys of detection and segmentation the recipe has in vain; else None."""
+    data, task = recipe.data, recipe.task
+    if (data.augmentation in SCALE_JITTERS) != (task in DENSE):
+        expected = " or ".join(SCALE_JITTERS) if task in DENSE else "another"
+        return f"data.augmentation={data.augmentation}: task: {task} takes {expected}"
+    if task not in DENSE:
+        return None
+    if data.random_erasing or data.exif_orientation:
+        return f"data.random_erasing and data.exif_orientation would not move annotations; task: {task} has neither"
     return None
 
 
@@ -74,20 +116,22 @@ def _of_words(recipe: Recipe) -> str | None:
 def _never_measured(recipe: Recipe) -> str | None:
     """Return which metric that the recipe asks for is never measured, and what to do; else None."""
     best, knn = recipe.checkpoint.keep_best, recipe.tracking.knn_images
-    if knn is not None and recipe.task == "classification":
-        return "tracking.knn_images belongs to pre-training; task: classification measures its own accuracy"
+    if knn is not None and recipe.task in STARTING:
+        return f"tracking.knn_images belongs to pre-training; task: {recipe.task} measures its own accuracy"
     if knn is not None and recipe.data.val_root is None:
         return f"tracking.knn_images={knn} measures images of data.val_root; add data.val_root=/path/to/images"
     if best is None or not best.startswith("val/"):
         return None
-    if best == "val/loss" and recipe.task == "moco":
-        return "checkpoint.keep_best=val/loss is not measured by task: moco; use val/knn_top1 or train/loss"
+    if best == "val/loss" and recipe.task in ("moco", *DENSE):
+        instead = {"detection": "val/box_ap", "segmentation": "val/mean_iou"}.get(recipe.task, "val/knn_top1")
+        return f"checkpoint.keep_best=val/loss is not measured by task: {recipe.task}; use {instead} or train/loss"
     if recipe.data.val_root is None:
         return f"checkpoint.keep_best={best} is measured on data.val_root; add data.val_root=/path/to/images"
     if best == "val/knn_top1" and knn is None:
         return f"checkpoint.keep_best={best} is measured with tracking.knn_images only; add tracking.knn_images=10000"
-    if best == "val/top1" and recipe.task != "classification":
-        return f"checkpoint.keep_best={best} belongs to task: classification; use val/loss or val/knn_top1"
+    for task, measured in MEASURED.items():
+        if best in measured and recipe.task != task:
+            return f"checkpoint.keep_best={best} belongs to task: {task}; use train/loss, or what this task measures"
     return None
 
 

@@ -11,7 +11,14 @@ from pydantic.fields import FieldInfo
 
 from data_pipeline.files import write_atomically
 from mae_scale.config.section import Section
-from mae_scale.config.task_sections import ClassifierSection, MocoSection, TokeniserSection
+from mae_scale.config.task_sections import (
+    ClassifierSection,
+    DetectionSection,
+    MocoSection,
+    SegmentationSection,
+    StartSection,
+    TokeniserSection,
+)
 from mae_scale.passwords import without_password
 
 
@@ -57,13 +64,19 @@ class DataSection(Section):
         "none",
         "rand_augment",
         "moco_v3",
+        "large_scale_jitter",
+        "scale_jitter",
     ] = Field(
         "random_resized_crop",
         description="none: centre crop; rand_augment: fine-tuning's, rand-m9-mstd0.5-inc1; moco_v3: crops of 8 to "
-        "100 % of the area, colour jitter with hue, grey, blur",
+        "100 % of the area, colour jitter with hue, grey, blur; large_scale_jitter: detection's, resized by 0.1 to 2 "
+        "of what fits; scale_jitter: segmentation's, the shorter side resized by 0.5 to 2, colour jitter",
     )
     crop_scale: float | None = Field(
         None, gt=0, le=1, description="smallest crop as a share of the area; null: the augmentation's own"
+    )
+    scale_range: tuple[float, float] | None = Field(
+        None, description="smallest and largest factor of large_scale_jitter or scale_jitter; null: its own"
     )
     flip: float | None = Field(
         None, ge=0, le=1, description="probability of a horizontal flip; null: the augmentation's own"
@@ -106,10 +119,14 @@ class OptimSection(Section):
 
 
 class ScheduleSection(Section):
-    """Linear warm-up, then half-cycle cosine to 0 at the end of the last epoch; set every step."""
+    """Linear warm-up, then the shape of the decay, to the end of the last epoch; set every step."""
 
     epochs: int = Field(800, gt=0, description="length of the schedule")
     warmup_epochs: int | float = Field(40, ge=0, description="epochs of linear warm-up")
+    shape: Literal["cosine", "linear", "steps"] = Field(
+        "cosine", description="half-cycle cosine to 0; a line to 0; or a tenth of it from each of step_epochs on"
+    )
+    step_epochs: tuple[float, ...] = Field((), description="epochs from which on the rate is a tenth, for shape=steps")
     stop_after_steps: int | None = Field(
         None, gt=0, description="end after this many steps, without changing the schedule"
     )
@@ -153,7 +170,10 @@ class CheckpointSection(Section):
     every_epochs: int | None = Field(1, gt=0, description="interval in epochs; the last step is always saved")
     keep: int = Field(2, gt=0, description="number of newest checkpoints to keep")
     keep_every_epochs: int | None = Field(None, gt=0, description="also keep those of every n-th epoch")
-    keep_best: Literal["train/loss", "val/loss", "val/top1", "val/knn_top1"] | None = Field(
+    keep_best: (
+        Literal["train/loss", "val/loss", "val/top1", "val/knn_top1", "val/box_ap", "val/mask_ap", "val/mean_iou"]
+        | None
+    ) = Field(
         None,
         description="also keep the best one by this metric: the mean training loss since its predecessor (true means "
         "this too), or what was measured on data.val_root at its step",
@@ -221,7 +241,9 @@ class Recipe(Section):
     """A complete training run."""
 
     task: str = Field(
-        "mae", description="mae (masked autoencoder), beit, moco (MoCo v3), dvae (discrete VAE) or classification"
+        "mae",
+        description="mae (masked autoencoder), beit, moco (MoCo v3), dvae (discrete VAE), classification, detection "
+        "(Mask R-CNN) or segmentation (UperNet)",
     )
     seed: int = Field(0, ge=0, description="seed of weights, order, augmentation, masks and mixing")
     model: ModelSection = ModelSection()
@@ -229,6 +251,8 @@ class Recipe(Section):
     optim: OptimSection = OptimSection()
     schedule: ScheduleSection = ScheduleSection()
     classifier: ClassifierSection | None = None
+    detection: DetectionSection | None = None
+    segmentation: SegmentationSection | None = None
     moco: MocoSection | None = None
     tokeniser: TokeniserSection | None = None
     engine: EngineSection = EngineSection()
@@ -266,6 +290,26 @@ class Recipe(Section):
         return self.classifier
 
     @property
+    def detecting(self) -> DetectionSection:
+        """The section detection; TypeError where the task has none."""
+        if self.detection is None:
+            raise TypeError(f"a recipe with task: {self.task} has no section detection")
+        return self.detection
+
+    @property
+    def segmenting(self) -> SegmentationSection:
+        """The section segmentation; TypeError where the task has none."""
+        if self.segmentation is None:
+            raise TypeError(f"a recipe with task: {self.task} has no section segmentation")
+        return self.segmentation
+
+    @property
+    def start(self) -> StartSection | None:
+        """The section with the starting weights; None where the task starts from none."""
+        section: StartSection | None = getattr(self, STARTING.get(self.task, ""), None)
+        return section
+
+    @property
     def tokenisation(self) -> TokeniserSection:
         """The section tokeniser; TypeError where the task has none."""
         if self.tokeniser is None:
@@ -290,8 +334,14 @@ class Recipe(Section):
         write_atomically(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False).encode())
 
 
+STARTING = {"classification": "classifier", "detection": "detection", "segmentation": "segmentation"}
+"""Of the tasks that start from weights: the section that names them."""
+DENSE = ("detection", "segmentation")
+"""Tasks that learn from annotated images, and not from a label of each."""
 TASKS_WITH_SECTION = {
     "classifier": ("classification",),
+    "detection": ("detection",),
+    "segmentation": ("segmentation",),
     "moco": ("moco",),
     "tokeniser": ("dvae", "beit", "mae"),
 }
@@ -306,6 +356,15 @@ FREE_KEYS = {
     "data.val_root",
     "data.index",
     "classifier.weights",
+    "detection.weights",
+    "detection.annotations",
+    "detection.val_annotations",
+    "segmentation.weights",
+    "segmentation.labels",
+    "segmentation.val_labels",
+    "segmentation.class_names",
+    "segmentation.evaluation",
+    "segmentation.stride",
     "tokeniser.weights",
     "tokeniser.tokens",
     "data.threads",

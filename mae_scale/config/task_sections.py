@@ -1,4 +1,5 @@
-"""The sections of a recipe that belong to single tasks: the classifier, MoCo v3, the tokeniser."""
+"""The sections of a recipe that belong to single tasks: the classifier, the detector, the segmenter, MoCo v3, the
+tokeniser."""
 
 from pathlib import Path
 from typing import Literal
@@ -8,11 +9,16 @@ from pydantic import Field
 from mae_scale.config.section import Section
 
 
-class ClassifierSection(Section):
-    """The classifier on the encoder, its starting weights, and which part of both is trained."""
+class StartSection(Section):
+    """The weights that a task starts from."""
 
     weights: Path | None = Field(None, description="starting weights: a file, a checkpoint or a run's folder")
     from_scratch: bool = Field(False, description="train from random weights")
+
+
+class ClassifierSection(StartSection):
+    """The classifier on the encoder, its starting weights, and which part of both is trained."""
+
     pool: Literal["mean", "cls"] = Field("mean", description="mean of the patch tokens, then a norm; or the cls token")
     batch_norm: bool = Field(False, description="affine-free BatchNorm before the head, over all ranks; frozen encoder")
     trained_blocks: float | None = Field(
@@ -28,6 +34,56 @@ class ClassifierSection(Section):
         gt=0,
         lt=1,
         description="decay of the moving average of the weights, which is what is evaluated; null: none",
+    )
+
+
+class DenseSection(StartSection):
+    """The encoder of whole images, and the limit on contradictory annotations: of detection and of segmentation."""
+
+    pretraining_size: int = Field(
+        224, gt=0, description="pixels per side that the positions of the starting weights are of"
+    )
+    window: int | None = Field(
+        14, gt=0, description="side of the windows that most blocks attend within, in patches; null: no windows"
+    )
+    global_blocks: int = Field(
+        4, gt=0, description="number of evenly placed blocks that attend to the whole image, where there are windows"
+    )
+    bad_annotation_limit: float = Field(
+        0.001, ge=0, le=1, description="contradictory annotations, per image, above which a start is refused"
+    )
+
+
+class DetectionSection(DenseSection):
+    """Mask R-CNN on the encoder, and the objects that it learns from."""
+
+    annotations: Path | None = Field(None, description="COCO's JSON of the objects in data.root's images")
+    val_annotations: Path | None = Field(None, description="COCO's JSON of the objects in data.val_root's images")
+    channels: int = Field(256, gt=0, description="channels of the feature pyramid and of the heads")
+    sampled_boxes: int = Field(512, gt=0, description="boxes per image that the box head is trained on")
+
+
+class SegmentationSection(DenseSection):
+    """UperNet on the encoder, and the label maps that it learns from."""
+
+    window: int | None = Field(
+        None, gt=0, description="side of the windows that most blocks attend within, in patches; null: no windows"
+    )
+    labels: Path | None = Field(None, description="folder of the label maps (PNG) of data.root's images")
+    val_labels: Path | None = Field(None, description="folder of the label maps (PNG) of data.val_root's images")
+    class_names: Path | None = Field(
+        None, description="text file of the classes' names, one per line; or ADE20K's objectInfo150.txt"
+    )
+    maps_after: tuple[int, int, int, int] = Field(
+        (3, 5, 7, 11), description="blocks, from 0, whose maps are used; 7, 11, 15, 23 for ViT-L"
+    )
+    channels: int = Field(768, gt=0, description="channels of UperNet's head")
+    auxiliary_channels: int = Field(256, gt=0, description="channels of the auxiliary head")
+    evaluation: Literal["sliding", "whole"] = Field(
+        "sliding", description="the shorter side as image_size, by overlapping windows; or the whole image, fitted in"
+    )
+    stride: int | None = Field(
+        None, gt=0, description="step of the sliding windows in pixels; null: two thirds of image_size"
     )
 
 

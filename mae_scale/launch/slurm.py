@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_pipeline.errors import RunError, UsageError
 from mae_scale.config.load import load_recipe
-from mae_scale.config.schema import TASKS_WITH_SECTION, Recipe
+from mae_scale.config.schema import DENSE, STARTING, TASKS_WITH_SECTION, Recipe
 from mae_scale.engines.policy import layout_of, refuse_wrong_combinations
 from mae_scale.launch.job_plan import Nodes, check_hardware, job_plan
 from mae_scale.launch.slurm_templates import (
@@ -110,10 +110,10 @@ class Link:
 def submit(words: list[str], shape: Shape, out: Path, *, dry_run: bool, force: bool) -> None:
     """Check, plan, render and send the chain of the recipes in `words`; what holds an = is an override for all of them.
 
-    Those of a section that not all tasks have, such as classifier, are for those that have it. A classifier that needs
-    weights and has none set starts from the link before it, and what predicts words and has no tokeniser set takes that
-    of the last link before it that trains one. force: send also what does not fit by its plan. Raises UsageError before
-    anything is sent, RunError when sbatch refuses a link after all.
+    Those of a section that not all tasks have, such as classifier, are for those that have it. What needs weights and
+    has none set starts from the link before it (a detector or a segmenter from the last that is neither), and what
+    predicts words and has no tokeniser set takes that of the last link before it that trains one. force: send also what
+    does not fit by its plan. Raises UsageError before anything is sent, RunError when sbatch refuses a link after all.
     """
     names = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word]
@@ -258,18 +258,19 @@ def send(links: list[Link]) -> list[str]:
 def make_link(name: str, overrides: list[str], shape: Shape, place: Place, before: list[Link]) -> Link:
     """Return the link after those `before`, checked. Raises UsageError for what can be refused now."""
     task = load_recipe(name).task
-    classifies = task == "classification"
     overrides = [override for override in overrides if _takes(task, override)]
     recipe = load_recipe(name, overrides)
-    if classifies and recipe.classification.weights is None and not recipe.classification.from_scratch:
-        if not before:
+    if recipe.start is not None and recipe.start.weights is None and not recipe.start.from_scratch:
+        key = f"{STARTING[task]}.weights"
+        source = _source(task, before)
+        if source is None:
             raise UsageError(
                 f"{name} has no weights to start from; put the recipe that trains them before it, or add "
-                "classifier.weights=PATH (a run's folder, a checkpoint or a file of weights)"
+                f"{key}=PATH (a run's folder, a checkpoint or a file of weights)"
             )
-        overrides.append(f"classifier.weights={before[-1].out}")
+        overrides.append(f"{key}={source.out}")
         recipe = load_recipe(name, overrides)
-    taken = recipe.classification.weights if classifies else None
+    taken = recipe.start.weights if recipe.start is not None else None
     if recipe.model.target == WORDS:
         tokenisers = [link for link in before if link.recipe.task == "dvae"]
         if tokenisers and (recipe.tokeniser is None or recipe.tokeniser.weights is None):
@@ -286,6 +287,13 @@ def make_link(name: str, overrides: list[str], shape: Shape, place: Place, befor
     options = {**shape.options(template), "job-name": f"mae-{place.label}", "output": f"{place.files}-%j.log"}
     text = render(template, options, [given, "--out", str(place.folder), *overrides])
     return Link(name, recipe, place.folder, script=Path(f"{place.files}.sbatch"), text=text, shape=shape)
+
+
+def _source(task: str, before: list[Link]) -> Link | None:
+    """Return the link that a task starts from: the one before it, or of dense tasks the last that is none."""
+    if task in DENSE:
+        before = [link for link in before if link.recipe.task not in DENSE]
+    return before[-1] if before else None
 
 
 def _template(name: str) -> str:

@@ -1,11 +1,22 @@
 """From a recipe to its model, with initial weights."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from data_pipeline.errors import UsageError
 from mae_scale.config.schema import ModelSection, Recipe
+from mae_scale.config.task_sections import DenseSection
 from mae_scale.models.beit import Beit
 from mae_scale.models.classifier import Classifier, build_classifier
+from mae_scale.models.dense import DenseEncoder, evenly_placed
 from mae_scale.models.mae import MaskedAutoencoder, build_mae
 from mae_scale.models.moco import Moco, build_moco
 from mae_scale.models.vit import ViTSize, resolve_size
+
+if TYPE_CHECKING:
+    from mae_scale.models.detector import MaskRcnn
+    from mae_scale.models.segmenter import Segmenter
 
 
 def size_of(model: ModelSection) -> ViTSize:
@@ -68,3 +79,47 @@ def build_moco_of(recipe: Recipe) -> Moco:
         hidden=section.hidden,
         dim=section.dim,
     )
+
+
+def build_dense_encoder(model: ModelSection, section: DenseSection) -> DenseEncoder:
+    """Return the encoder of a detector or a segmenter, initialised from torch's generator."""
+    size = size_of(model)
+    places = range(size.depth) if section.window is None else evenly_placed(size.depth, section.global_blocks)
+    return DenseEncoder(
+        size,
+        image_size=(model.image_size, model.image_size),
+        pretraining_size=section.pretraining_size,
+        window=section.window or 1,  # without windows no block takes it
+        global_blocks=places,
+        drop_path=model.drop_path,
+    )
+
+
+def build_detector(recipe: Recipe, classes: int) -> MaskRcnn:
+    """Return the Mask R-CNN of a recipe, initialised from torch's generator."""
+    from mae_scale.models.detector import MaskRcnn
+
+    section = recipe.detecting
+    encoder = build_dense_encoder(recipe.model, section)
+    return MaskRcnn(encoder, classes=classes, channels=section.channels, sampled_boxes=section.sampled_boxes)
+
+
+def build_segmenter(recipe: Recipe, classes: int) -> Segmenter:
+    """Return the UperNet of a recipe, initialised from torch's generator. Raises UsageError without transformers."""
+    try:
+        from mae_scale.models.segmenter import Segmenter
+    except ImportError as error:
+        raise UsageError(missing_extra(error)) from None
+    section = recipe.segmenting
+    return Segmenter(
+        build_dense_encoder(recipe.model, section),
+        classes=classes,
+        after=section.maps_after,
+        channels=section.channels,
+        auxiliary_channels=section.auxiliary_channels,
+    )
+
+
+def missing_extra(error: ImportError) -> str:
+    """Return the line about a library of the extra `dense` that is not installed."""
+    return f"{error.name or error} is not installed; detection and segmentation need `pip install mae-scale[dense]`"

@@ -190,6 +190,13 @@ class DenseEncoder(nn.Module):
         return resampled.permute(0, 2, 3, 1)
 
 
+class DenseModel(nn.Module):
+    """A model of whole images and `classes` of things in them: a dense encoder, and what comes after it."""
+
+    encoder: DenseEncoder
+    classes: int
+
+
 class MapNorm(nn.LayerNorm):
     """LayerNorm over the channels of maps [B, C, h, w]."""
 

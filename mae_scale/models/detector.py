@@ -24,7 +24,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
-from mae_scale.models.dense import DenseEncoder, FeaturePyramid, MapNorm
+from mae_scale.models.dense import DenseEncoder, DenseModel, FeaturePyramid, MapNorm
 
 LEVELS = ("0", "1", "2", "3", "pool")
 """Names of the pyramid's maps, the finest first; boxes are pooled from all but the last."""
@@ -93,12 +93,15 @@ def _cast(x: object, dtype: torch.dtype) -> object:
     return type(x)(_cast(one, dtype) for one in cast(Sequence[object], x))  # type: ignore[call-arg]
 
 
-class MaskRcnn(nn.Module):
-    """Mask R-CNN over the maps of a dense encoder; `classes` without the background."""
+class MaskRcnn(DenseModel):
+    """Mask R-CNN over the maps of a dense encoder; `classes` without the background.
 
-    def __init__(self, encoder: DenseEncoder, *, classes: int, channels: int = 256):
+    The box head is trained on `sampled_boxes` of an image's proposals, a quarter of which may be of objects.
+    """
+
+    def __init__(self, encoder: DenseEncoder, *, classes: int, channels: int = 256, sampled_boxes: int = 512):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.classes = encoder, classes
         self.pyramid = FeaturePyramid(encoder.size.width, channels)
         sides = tuple((FINEST_ANCHOR * encoder.size.patch_size * 2**level,) for level in range(len(LEVELS)))
         anchors = AnchorGenerator(sides, (ASPECT_RATIOS,) * len(LEVELS))
@@ -120,7 +123,7 @@ class MaskRcnn(nn.Module):
             Float32(FastRCNNPredictor(LINEAR_WIDTH, 1 + classes)),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
-            batch_size_per_image=512,
+            batch_size_per_image=sampled_boxes,
             positive_fraction=0.25,
             bbox_reg_weights=None,
             score_thresh=0.05,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,29 +39,48 @@ class TrainedGlobalBatchNorm(nn.Module):
         return x * self.weight.float() + self.bias.float()
 
 
-class GlobalBatchNorm2d(nn.BatchNorm2d):
+class GlobalBatchNorm2d(nn.Module):
     """`nn.BatchNorm2d` with the statistics of all ranks' batch in training; float32 in any precision.
 
-    Every rank has maps of the same number of images and the same size. Running averages are those of the global batch.
+    Every rank has maps of the same number of images and the same size. Running averages are those of the global batch,
+    float32 too (in bf16 they would stop following the mean), and take no part in a step that is not finite.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return maps [B, C, h, w] normalised, in the precision that they came in."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
         if self.training:
             batch, channels, height, width = x.shape
             rows = x.float().permute(0, 2, 3, 1).reshape(1, -1, channels)
             normal, mean, var = _Normalised.apply(rows, self.eps)
             count = rows.shape[1] * _ranks()
-            assert self.momentum is not None
-            self.running_mean.lerp_(mean[0].to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((var[0] * (count / max(1, count - 1))).to(self.running_var.dtype), self.momentum)
+            self._follow(mean[0], var[0] * (count / max(1, count - 1)))
             normal = normal.reshape(batch, height, width, channels)
         else:
-            mean, scale = self.running_mean.float(), torch.rsqrt(self.running_var.float() + self.eps)
-            normal = (x.float().permute(0, 2, 3, 1) - mean) * scale
+            scale = torch.rsqrt(self.running_var + self.eps)
+            normal = (x.float().permute(0, 2, 3, 1) - self.running_mean) * scale
         return (normal * self.weight.float() + self.bias.float()).permute(0, 3, 1, 2).to(x.dtype)
+
+    def _follow(self, mean: Tensor, var: Tensor) -> None:
+        """Move the running averages [C] towards a batch's mean and unbiased variance, where these are finite."""
+        finite = torch.isfinite(mean.sum() + var.sum())
+        for kept, new in ((self.running_mean, mean), (self.running_var, var)):
+            kept.copy_(torch.where(finite, kept.lerp(new, self.momentum), kept))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GlobalBatchNorm2d:
+        """Move or convert the module; the running averages stay float32."""
+        super()._apply(fn, recurse)
+        self.running_mean, self.running_var = self.running_mean.float(), self.running_var.float()
+        return self
 
 
 def _ranks() -> int:
@@ -73,8 +93,9 @@ def with_global_statistics(module: nn.Module) -> nn.Module:
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.BatchNorm2d:
+                assert child.momentum is not None
                 own = GlobalBatchNorm2d(child.num_features, child.eps, child.momentum)
-                own.load_state_dict(child.state_dict())
+                own.load_state_dict({key: child.state_dict()[key] for key in own.state_dict()})
                 setattr(parent, name, own)
     return module
 

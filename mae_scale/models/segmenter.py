@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import SimpleNamespace
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 
 from data_pipeline.annotations.label_maps import IGNORED
-from mae_scale.models.dense import DenseEncoder, rescalings
+from mae_scale.models.dense import DenseEncoder, DenseModel, rescalings
 from mae_scale.models.global_batch_norm import GlobalBatchNorm2d, with_global_statistics
 
 AUXILIARY_WEIGHT = 0.4
 
 
-class Segmenter(nn.Module):
+class Segmenter(DenseModel):
     """A dense encoder, four rescaled maps, UperNet's head and the auxiliary one."""
 
     def __init__(
@@ -51,9 +51,17 @@ class Segmenter(nn.Module):
 
     def forward(self, images: Tensor, branch_scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return logits float32 [B, C, H, W] of images [B, 3, H, W], and those of the auxiliary head."""
+        maps = self._maps(images, branch_scales)
+        return _enlarged(self.head(maps), images), _enlarged(self.auxiliary(maps), images)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return logits float32 [B, C, H, W] of images [B, 3, H, W], of UperNet's head alone."""
+        return _enlarged(self.head(self._maps(images, None)), images)
+
+    def _maps(self, images: Tensor, branch_scales: Tensor | None) -> list[Tensor]:
+        """Return the maps after the blocks `after`, [B, D, s h, s w] for s = 4, 2, 1, 1/2."""
         maps = self.encoder(images, branch_scales, after=self.after)
-        maps = [scale(one) for scale, one in zip(self.scales, maps, strict=True)]
-        return tuple(_enlarged(head(maps), images) for head in (self.head, self.auxiliary))  # type: ignore[return-value]
+        return [scale(one) for scale, one in zip(self.scales, maps, strict=True)]
 
 
 def _enlarged(logits: Tensor, images: Tensor) -> Tensor:

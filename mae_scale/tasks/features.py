@@ -19,7 +19,7 @@ from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others, from_first
 from mae_scale.models.build import size_of
-from mae_scale.tasks.classification.evaluate import all_ranks, predictor
+from mae_scale.tasks.evaluation import all_ranks, predictor
 from mae_scale.training.evaluation_loader import evaluation_loader
 
 Kind = Literal["cls", "mean", "patch"]

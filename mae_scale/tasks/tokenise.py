@@ -23,7 +23,7 @@ from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others, from_all, from_first
 from mae_scale.distributed.ranks import Ranks
 from mae_scale.models.tokeniser import STRIDE, Tokeniser
-from mae_scale.tasks.classification.evaluate import all_ranks
+from mae_scale.tasks.evaluation import all_ranks
 from mae_scale.tasks.tokens import MANIFEST, UNFINISHED, Heading, Shard, damage, read_heading, shard_name
 from mae_scale.tasks.words import TokenisedWords, view_of
 from mae_scale.training.evaluation_loader import BATCH_SIZE, evaluation_loader

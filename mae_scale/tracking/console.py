@@ -190,6 +190,10 @@ def _evaluation(metrics: Mapping[str, float]) -> list[tuple[int, str]]:
     """Return the fields of what was measured on the validation images, where it was."""
     if "val/top1" in metrics:
         return [(2, f"val top-1 {metrics['val/top1']:6.2f} %")]
+    if "val/mean_iou" in metrics:
+        return [(2, f"val mean IoU {metrics['val/mean_iou']:6.2f} %")]
+    if "val/box_ap" in metrics:
+        return [(2, f"val box AP {metrics['val/box_ap']:5.1f}  mask AP {metrics.get('val/mask_ap', math.nan):5.1f}")]
     loss, knn = metrics.get("val/loss"), metrics.get("val/knn_top1")
     fields = [] if loss is None else [(2, f"val loss {loss:.4f}")]
     return fields if knn is None else [*fields, (2, f"k-NN top-1 {knn:.2f} %")]

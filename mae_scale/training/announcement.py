@@ -1,5 +1,6 @@
 """The lines that a start prints: at its beginning, when nothing is left to do, and under --dry-run."""
 
+import math
 import os
 from pathlib import Path
 
@@ -71,7 +72,9 @@ def _schedule(recipe: Recipe, steps: Steps) -> str:
         every.append(f"{checkpoint.every_epochs * steps.per_epoch} steps ({checkpoint.every_epochs} epochs)")
     rises = f"rises to {recipe.lr:.3g} over {warmup} steps" if warmup else f"begins at {recipe.lr:.3g}"
     when = "".join(f"every {interval}, " for interval in every) + "at the end"
-    return f"learning rate: {rises} and falls to 0 at step {steps.total}; checkpoints: {when}"
+    at = [str(math.ceil(epoch * steps.per_epoch)) for epoch in recipe.schedule.step_epochs]
+    falls = f"a tenth from step {' and '.join(at)} on" if at else f"falls to 0 at step {steps.total}"
+    return f"learning rate: {rises} and {falls}; checkpoints: {when}"
 
 
 def _refuse_unwritable(out: Path) -> None:

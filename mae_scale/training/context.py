@@ -52,13 +52,8 @@ class RunContext:
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of update number `step`, from 0."""
-        schedule = self.recipe.schedule
         return learning_rate(
-            step,
-            peak_lr=self.recipe.lr,
-            steps_per_epoch=self.steps.per_epoch,
-            epochs=schedule.epochs,
-            warmup_epochs=schedule.warmup_epochs,
+            step, peak_lr=self.recipe.lr, steps_per_epoch=self.steps.per_epoch, schedule=self.recipe.schedule
         )
 
     def momentum(self, step: int) -> float | None:

@@ -3,6 +3,7 @@
 from data_pipeline.augment.kinds import SecondView, augmentation
 from data_pipeline.bad_images import BadImagePolicy
 from data_pipeline.batch_order import EvaluationOrder
+from data_pipeline.batches import Annotate
 from data_pipeline.index import Index
 from data_pipeline.loader import ImageLoader
 from mae_scale.config.schema import Recipe
@@ -21,13 +22,14 @@ def evaluation_loader(
     batch_size: int | None = None,
     second: SecondView | None = None,
     bad_images: BadImagePolicy | None = None,
+    annotate: Annotate | None = None,
 ) -> ImageLoader:
     """Return this rank's part of each image once, in batches of engine.micro_batch unless batch_size is given.
 
     Batches are made of neighbours in the index, so that they are the same ones for any number of ranks. `kind`: the
-    augmentation, evaluation or evaluation_whole; `second`: the view made beside it; `bad_images`: a policy in place
-    of the recipe's.
+    augmentation, one of those for evaluation; `second`: the view made beside it; `bad_images`: a policy in place
+    of the recipe's; `annotate`: what is annotated, as in ImageLoader.
     """
     order = EvaluationOrder(batch_size or recipe.engine.micro_batch or BATCH_SIZE, ranks.rank, ranks.world_size)
     decoding = decoding_of(recipe, augmentation(kind), ranks, second)
-    return ImageLoader(index, order, decoding, bad_images=bad_images or bad_image_policy(recipe))
+    return ImageLoader(index, order, decoding, annotate=annotate, bad_images=bad_images or bad_image_policy(recipe))

@@ -19,7 +19,7 @@ from data_pipeline.index_diff import differing_images
 from mae_scale.checkpoints.shards import digest_of
 from mae_scale.checkpoints.store import FROZEN, Damaged, damaged_folders, list_checkpoints, read_manifest
 from mae_scale.config.load import load_recipe
-from mae_scale.config.schema import Recipe, differing_keys
+from mae_scale.config.schema import STARTING, Recipe, differing_keys
 from mae_scale.tracking.metrics_log import read_metrics
 from mae_scale.tracking.mlflow_state import mlflow_run_of
 
@@ -156,19 +156,21 @@ def started_from(out: Path, source: Path | None) -> dict[str, Any] | None:
     return {"path": str(source), **known}
 
 
-def refuse_other_weights(path: Path, out: Path) -> None:
-    """Raise UsageError when `path` is a file with other weights than those that the run in `out` was begun with.
+def refuse_other_weights(recipe: Recipe, out: Path) -> None:
+    """Raise UsageError when a recipe names a file with other weights than those that the run in `out` was begun with.
 
     They are not needed any more, so that they may be gone; and the checkpoints of another run's folder may be newer.
     """
+    path = None if recipe.start is None else recipe.start.weights
     known = (recorded(out, "started_from") or {}).get("sha256")
-    if known is None or not path.is_file():
+    if known is None or path is None or not path.is_file():
         return
     found = digest_of(path)
     if found != known:
         raise UsageError(
-            f"classifier.weights={path} (--weights) are other weights than the run in {out} was begun with (sha256 "
-            f"{found[:12]}, expected {known[:12]}); drop --weights to go on with that run, or choose another --out"
+            f"{STARTING[recipe.task]}.weights={path} (--weights) are other weights than the run in {out} was begun "
+            f"with (sha256 {found[:12]}, expected {known[:12]}); drop --weights to go on with that run, or choose "
+            "another --out"
         )
 
 

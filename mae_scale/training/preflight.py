@@ -60,9 +60,8 @@ def check_images(task: Task[Any], *, keep: bool = True, progress: bool = True) -
     Raises UsageError when the images, or the task's starting weights, do not fit.
     """
     data, root, val_root = task.recipe.data, training_root(task.recipe), task.recipe.data.val_root
-    part = data.labels_per_class is not None or data.fraction is not None
     training = Folder("data.root", root, lambda: open_index(root, data.index, keep=keep, progress=progress))
-    found = {IMAGES: run_images(task.out / IMAGES, training, task.choose_images, part=part)}
+    found = {IMAGES: run_images(task.out / IMAGES, training, task.choose_images, part=task.selects_images)}
     steps_of(task.recipe, len(found[IMAGES].index))  # refuses a batch larger than the data
     if val_root is not None:
         validation = Folder("data.val_root", val_root, lambda: open_index(val_root, keep=keep, progress=progress))
@@ -83,6 +82,7 @@ def prepare(task: Task[Any], *, progress: bool = True) -> None:
         for name, images in inputs.items():
             if not images.is_kept:
                 images.index.save(out / name)
+        task.keep(inputs[IMAGES].index)
         recipe.save(out / RECIPE)
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written to: {error.strerror}") from None
@@ -105,4 +105,10 @@ def training_root(recipe: Recipe) -> Path:
 def training_augmentation(recipe: Recipe) -> Augmentation:
     """Return the recipe's augmentation. Raises UsageError for settings that it does not have."""
     data = recipe.data
-    return augmentation(data.augmentation, crop_scale=data.crop_scale, flip=data.flip, erasing=data.random_erasing)
+    return augmentation(
+        data.augmentation,
+        crop_scale=data.crop_scale,
+        scale_range=data.scale_range,
+        flip=data.flip,
+        erasing=data.random_erasing,
+    )

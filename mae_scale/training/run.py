@@ -249,6 +249,7 @@ def _open_loader(task: Task[Any], context: RunContext, objective: Objective, sta
         order,
         decoding_of(recipe, training_augmentation(recipe), context.ranks, task.second_view()),
         draw=objective.draw,
+        annotate=task.annotate(context.index),
         bad_images=bad_image_policy(recipe),
         cache=None if data.cache is None else ImageCache(data.cache, context.index, limit_gib=data.cache_gib),
     )

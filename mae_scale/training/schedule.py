@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from data_pipeline.plan import steps_per_epoch
-from mae_scale.config.schema import Recipe
+from mae_scale.config.schema import Recipe, ScheduleSection
 
 
 class Steps(NamedTuple):
@@ -24,16 +24,25 @@ def steps_of(recipe: Recipe, images: int) -> Steps:
     return Steps(per_epoch, total, min(total, recipe.schedule.stop_after_steps or total))
 
 
-def learning_rate(step: int, *, peak_lr: float, steps_per_epoch: int, epochs: int, warmup_epochs: float) -> float:
-    """Return the rate of update `step` (from 0): linear warm-up, then half-cycle cosine to 0 (He et al., table 8).
+TENTH = 0.1
 
-    With e = step / steps_per_epoch: peak * e / warmup_epochs while e < warmup_epochs, then
-    peak * (1 + cos(pi * (e - warmup_epochs) / (epochs - warmup_epochs))) / 2.
+
+def learning_rate(step: int, *, peak_lr: float, steps_per_epoch: int, schedule: ScheduleSection) -> float:
+    """Return the rate of update `step` (from 0): linear warm-up, then the schedule's shape.
+
+    With e = step / steps_per_epoch: peak * e / warmup_epochs while e < warmup_epochs. Then, with the share
+    s = (e - warmup_epochs) / (epochs - warmup_epochs), cosine: peak * (1 + cos(pi * s)) / 2 (He et al., table 8);
+    linear: peak * (1 - s) (the polynomial of power 1 of semantic segmentation, which mmsegmentation begins at e = 0);
+    steps: peak * 0.1 ^ (number of step_epochs that e has reached) (Li et al., arXiv 2203.16527, appendix A.2).
     """
-    epoch = step / steps_per_epoch
-    if epoch < warmup_epochs:
-        return peak_lr * epoch / warmup_epochs
-    return peak_lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
+    epoch, warmup = step / steps_per_epoch, schedule.warmup_epochs
+    if epoch < warmup:
+        return peak_lr * epoch / warmup
+    if schedule.shape == "steps":
+        return peak_lr * TENTH ** sum(epoch >= begin for begin in schedule.step_epochs)
+    if schedule.shape == "linear":
+        return peak_lr * (schedule.epochs - epoch) / (schedule.epochs - warmup)
+    return peak_lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (schedule.epochs - warmup)))
 
 
 def momentum(step: int, *, start: float, total: int) -> float:

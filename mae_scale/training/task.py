@@ -5,6 +5,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from data_pipeline.augment.kinds import SecondView
 from data_pipeline.batch_layout import BatchLayout
+from data_pipeline.batches import Annotate
 from data_pipeline.index import Index
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.base import Engine, Objective
@@ -72,6 +73,18 @@ class Task(Protocol[ObjectiveT]):
 
     def second_view(self) -> SecondView | None:
         """Return the second view that is made of each training image, in Batch.second; None without one."""
+        return None
+
+    @property
+    def selects_images(self) -> bool:
+        """Return whether only some of data.root's images may be trained on."""
+        return self.recipe.data.labels_per_class is not None or self.recipe.data.fraction is not None
+
+    def keep(self, images: Index) -> None:
+        """Write what else the ranks read into the run's folder, of its training images. Once, before the ranks meet."""
+
+    def annotate(self, images: Index) -> Annotate | None:
+        """Return what reads the annotations of training images; None where they have none but their labels."""
         return None
 
     def build(self, index: Index) -> ObjectiveT:

@@ -2,60 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from data_pipeline.errors import UsageError
 from mae_scale.checkpoints.export import find_checkpoint, starting_weights
 from mae_scale.checkpoints.store import read_manifest
-from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
-from mae_scale.distributed.collectives import first_then_others, process_group
-from mae_scale.distributed.heartbeat import Control
-from mae_scale.distributed.ranks import Ranks, ranks_from_environment
-from mae_scale.engines.policy import precision_of
+from mae_scale.distributed.collectives import first_then_others
 from mae_scale.models.build import build_classifier_of
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.weights.classifier import classes_in, load_classifier
 from mae_scale.tasks.classification.datasets import EvaluationSet, corruption_summary, open_sets
 from mae_scale.tasks.classification.measure import measure, report
+from mae_scale.tasks.evaluation import Asked, all_ranks, predictor, validation_root
+from mae_scale.tasks.starting_weights import weights_path
+
+FORM = " (a folder per class)"
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, asked: Asked) -> None:
     """Raise UsageError for what can be refused before a rank is started."""
+    if asked.figure is not None or asked.predictions is not None:
+        raise UsageError("--figure and --predictions are of detectors and segmenters; drop them for a classifier")
+    check_inputs(recipe)
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Raise UsageError for a recipe of another task, and for weights or images that are not there."""
     if recipe.task != "classification":
         raise UsageError(
             f"the recipe's task is {recipe.task}, expected classification; give one of finetune/..., probe/..., "
             "or a run's recipe"
         )
     weights_path(recipe)
-    validation_root(recipe)
+    validation_root(recipe, FORM)
 
 
-def weights_path(recipe: Recipe) -> Path:
-    """Return classifier.weights. Raises UsageError when it is not set, or does not exist."""
-    advice = "add --weights PATH (a run's folder, a checkpoint or a file of weights)"
-    weights = required(recipe.classification.weights, "classifier.weights", advice)
-    if not weights.exists():
-        raise UsageError(f"classifier.weights={weights} (--weights) does not exist; give a folder or a file of weights")
-    return weights
-
-
-def validation_root(recipe: Recipe) -> Path:
-    """Return data.val_root. Raises UsageError when it is not set."""
-    return required(recipe.data.val_root, "data.val_root", "add data.val_root=/path/to/images (a folder per class)")
-
-
-def evaluate(recipe: Recipe, kind: str) -> dict[str, Any] | None:
+def evaluate(recipe: Recipe, asked: Asked) -> dict[str, Any] | None:
     """Return the results of the recipe's weights on data.val_root, a set of that kind; on rank 0, else None.
 
     {"set": kind, "top1": percent, "top5": percent, "loss": nats, "images": n, "per_class": [...]}; imagenet-c:
     {"set": kind, "mCE": percent, "corruptions": {name: {"error", "CE"}}, "severities": {"name/severity": results}}.
     """
+    kind = asked.set_kind
     with all_ranks(recipe) as (ranks, device):
         model, names, sets = first_then_others(lambda: _opened(recipe, kind))
         predict = predictor(model, recipe, device)
@@ -74,7 +63,7 @@ def evaluate(recipe: Recipe, kind: str) -> dict[str, Any] | None:
 
 def _opened(recipe: Recipe, kind: str) -> tuple[Classifier, list[str] | None, list[EvaluationSet]]:
     model, names = trained_classifier(recipe)
-    return model, names, open_sets(kind, validation_root(recipe), num_classes=model.classes, class_names=names)
+    return model, names, open_sets(kind, validation_root(recipe, FORM), num_classes=model.classes, class_names=names)
 
 
 def trained_classifier(recipe: Recipe) -> tuple[Classifier, list[str] | None]:
@@ -95,31 +84,6 @@ def trained_classifier(recipe: Recipe) -> tuple[Classifier, list[str] | None]:
     return model.eval(), names
 
 
-Predict = Callable[[torch.Tensor], torch.Tensor]
-"""Images [B, 3, S, S] to a model's output, float32, on the device."""
-
-
-def predictor(model: torch.nn.Module, recipe: Recipe, device: torch.device) -> Predict:
-    """Return the model on the device as a function of images, in the recipe's precision by autocast."""
-    precision = precision_of(recipe, gpu=device.type == "cuda")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    model.to(device)
-
-    def predict(images: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return model(images).float()
-
-    return predict
-
-
-@contextlib.contextmanager
-def all_ranks(recipe: Recipe) -> Iterator[tuple[Ranks, torch.device]]:
-    """Join the ranks that evaluate together; yield this one's place and device."""
-    ranks, timeout_s = ranks_from_environment(), recipe.engine.collective_timeout_s
-    with process_group(ranks, timeout_s) as device, Control(ranks, timeout_s):
-        yield ranks, device
-
-
 def _names_of(one: EvaluationSet, classes: int) -> list[str]:
     """Return names of the model's classes, from the folders that hold their images."""
     names = [str(number) for number in range(classes)]
@@ -129,8 +93,9 @@ def _names_of(one: EvaluationSet, classes: int) -> list[str]:
     return names
 
 
-def describe(results: dict[str, Any], root: Path) -> str:
+def describe(recipe: Recipe, results: dict[str, Any]) -> str:
     """Return human-readable lines."""
+    root = recipe.data.val_root
     if "mCE" in results:
         rows = [
             f"  {name:18} error {found['error']:6.2f} %" + (f"   CE {found['CE']:6.2f}" if "CE" in found else "")

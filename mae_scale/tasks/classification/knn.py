@@ -30,11 +30,12 @@ from mae_scale.models.build import build_classifier_of
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.weights.classifier import classes_in, load_classifier
 from mae_scale.reports.classification import neighbours_figure
-from mae_scale.tasks.classification import evaluate
 from mae_scale.tasks.classification.accuracy import Accuracy
 from mae_scale.tasks.classification.datasets import EvaluationSet, folder_set, refuse_unlabelled
-from mae_scale.tasks.classification.evaluate import Predict, all_ranks, predictor
+from mae_scale.tasks.classification.evaluate import FORM, check_inputs
 from mae_scale.tasks.classification.measure import report
+from mae_scale.tasks.evaluation import Predict, all_ranks, predictor, validation_root
+from mae_scale.tasks.starting_weights import weights_path
 from mae_scale.tracking.finished_run import add_artifact
 from mae_scale.tracking.mlflow_uri import tracking_uri
 from mae_scale.training.decoding import decoding_on_cpu
@@ -75,7 +76,7 @@ class FeaturesOf(torch.nn.Module):
 
 def check(recipe: Recipe) -> None:
     """Raise UsageError for what can be refused before a rank is started."""
-    evaluate.check(recipe)
+    check_inputs(recipe)
     known_root(recipe)
 
 
@@ -119,11 +120,11 @@ def _opened(recipe: Recipe) -> tuple[Classifier, Index, EvaluationSet]:
     elif data.fraction is not None:
         index = index.share(data.fraction, seed=recipe.seed)
     one = folder_set(
-        open_index(evaluate.validation_root(recipe), progress=False),
+        open_index(validation_root(recipe, FORM), progress=False),
         num_classes=len(index.classes),
         class_names=index.classes,
     )
-    state = starting_weights(evaluate.weights_path(recipe))
+    state = starting_weights(weights_path(recipe))
     model = build_classifier_of(recipe, classes_in(state) or len(index.classes))
     load_classifier(model, state)
     return model.eval(), index, one
@@ -206,7 +207,7 @@ def _draw(asked: Features, known: Features, validation: Index, index: Index, rec
 
 def _to_mlflow(recipe: Recipe, figure: Path) -> None:
     """Add the figure to the MLflow run that trained the weights, where there is one."""
-    weights = evaluate.weights_path(recipe)
+    weights = weights_path(recipe)
     uri = tracking_uri(recipe.tracking.uri, weights)
     if uri is not None:
         add_artifact(weights, uri, figure, "figures")

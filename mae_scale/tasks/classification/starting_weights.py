@@ -18,6 +18,7 @@ from mae_scale.models.classifier import Classifier
 from mae_scale.models.weights.checked_copy import LoadReport
 from mae_scale.models.weights.classifier import load_classifier
 from mae_scale.models.weights.files import is_export
+from mae_scale.tasks.starting_weights import loaded_note
 from mae_scale.training.inputs import has_checkpoint, started_from
 from mae_scale.training.task import Origin
 
@@ -64,9 +65,7 @@ def _load(model: Classifier, path: Path) -> tuple[Path, list[str]]:
     """Load the weights that a path names; return what was read, and a line about what of it was used."""
     source = starting_point(path)
     loaded = load_weights(model, source)
-    fresh = f"; fresh: {_places(loaded.not_set)}" if loaded.not_set else ""
-    unused = f"; unused: {_places(loaded.unused)}" if loaded.unused else ""
-    notes = [f"{len(loaded.loaded)} tensors from {path}{fresh}{unused}"]
+    notes = [loaded_note(loaded, path)]
     if isinstance(model.encoder, BeitEncoder) and source.is_file() and not is_export(source):
         notes.append(
             "  BEiT's published files were trained on images normalised by mean and std 0.5, and here ImageNet's are "
@@ -103,12 +102,3 @@ def _load_frozen(model: Classifier, file: Path) -> None:
             "it is written again from --weights",
             on_all_ranks=True,
         ) from None
-
-
-def _places(names: list[str]) -> str:
-    """Return names of tensors, shortened to their first parts and how many there are of each."""
-    parts: dict[str, int] = {}
-    for name in names:
-        part = name.split(".")[0]
-        parts[part] = parts.get(part, 0) + 1
-    return ", ".join(f"{part} ({count})" if count > 1 else part for part, count in parts.items())

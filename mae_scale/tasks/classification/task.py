@@ -29,6 +29,7 @@ from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelle
 from mae_scale.tasks.classification.objective import Classify
 from mae_scale.tasks.classification.starting_weights import initialise, load_weights
 from mae_scale.tasks.classification.validation import EVALUATION, Validation
+from mae_scale.tasks.starting_weights import check_start
 from mae_scale.tracking.mlflow_models import ServedClassifier, keep_model
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
@@ -59,16 +60,7 @@ class Classification(Task[Classify]):
         section = self.recipe.classification
         with torch.device("meta"):
             build_classifier_of(self.recipe, 2)
-        begun = has_checkpoint(self.out)  # then the weights that it started from are not needed
-        if section.weights is None and not section.from_scratch and not begun:
-            raise UsageError(
-                "no weights to start from; add --weights PATH (a run's folder, a checkpoint or a file of weights), "
-                "or classifier.from_scratch=true"
-            )
-        if section.weights is not None and not section.weights.exists() and not begun:
-            raise UsageError(
-                f"classifier.weights={section.weights} (--weights) does not exist; give a folder or a file of weights"
-            )
+        check_start(self.recipe, self.out)
         if (section.mixup or section.cutmix) and layout.micro_batch % 2:
             raise UsageError(
                 f"mixup and cutmix mix neighbours, and a rank's micro-batch is {layout.micro_batch} images; "
@@ -93,7 +85,7 @@ class Classification(Task[Classify]):
         if path is None:
             return
         if has_checkpoint(self.out):
-            refuse_other_weights(path, self.out)
+            refuse_other_weights(self.recipe, self.out)
             return
         with torch.device("meta"):
             model = build_classifier_of(self.recipe, len(images.classes))

@@ -18,6 +18,8 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
+from data_pipeline.json_object import read_object
+
 MEASURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """COCO's twelve, in its order: over IoU 0.5 to 0.95, at 0.5, at 0.75, of small, medium and large objects; recall with
 1, 10 and 100 detections an image, and by size."""
@@ -54,16 +56,35 @@ def results_of(
 
 
 def average_precision(
-    annotations: Path, results: list[dict[str, Any]], kind: Literal["bbox", "segm"]
+    annotations: Path, results: list[dict[str, Any]], kind: Literal["bbox", "segm"], *, left_out: Sequence[int] = ()
 ) -> dict[str, float]:
-    """Return MEASURES in percent of results on all images of COCO's JSON; NaN where there is nothing to measure."""
+    """Return MEASURES in percent of results on all images of COCO's JSON; NaN where there is nothing to measure.
+
+    left_out: the places in its "annotations" of those that do not count.
+    """
     if not results:
         return dict.fromkeys(MEASURES, 0.0)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
-        truth = COCO(str(annotations))
+        truth = COCO(_truth(annotations, left_out))
         evaluation = COCOeval_faster(truth, truth.loadRes([dict(one) for one in results]), kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     found = [float(value) for value in evaluation.stats[: len(MEASURES)]]
     return {name: math.nan if value < 0 else 100 * value for name, value in zip(MEASURES, found, strict=True)}
+
+
+def _truth(annotations: Path, left_out: Sequence[int]) -> dict[str, Any]:
+    """Return COCO's JSON without the annotations that do not count; those without an area get their mask's."""
+    about = read_object(annotations, f"{annotations}, which is to be COCO's JSON of objects,")
+    sizes = {image["id"]: (image["height"], image["width"]) for image in about["images"]}
+    dropped = set(left_out)
+    counted = [one for number, one in enumerate(about["annotations"]) if number not in dropped]
+    for one in counted:
+        one.setdefault("iscrowd", 0)
+        if "area" not in one:
+            mask = one["segmentation"]
+            if isinstance(mask, list) or isinstance(mask["counts"], list):
+                mask = coco_mask.frPyObjects(mask, *sizes[one["image_id"]])
+            one["area"] = float(coco_mask.area(coco_mask.merge(mask) if isinstance(mask, list) else mask))
+    return {**about, "annotations": counted}

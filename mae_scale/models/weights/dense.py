@@ -1,0 +1,85 @@
+"""Weights of a detector or a segmenter: an encoder's from a file in any known layout, or all of it from our own.
+
+A pre-trained or fine-tuned ViT gives its patches, positions and blocks. Relative positions begin at zero, and what
+comes after the encoder stays fresh. Its cls token, final norm, head and decoder have no place here.
+"""
+
+from __future__ import annotations
+
+import math
+
+from timm.layers.pos_embed import resample_abs_pos_embed
+from torch import Tensor
+
+from data_pipeline.errors import UsageError
+from mae_scale.models.dense import DenseModel
+from mae_scale.models.weights.beit import is_beit
+from mae_scale.models.weights.checked_copy import LoadReport, check_same, check_size, copy_weights
+from mae_scale.models.weights.classifier import release_names
+from mae_scale.models.weights.files import StateDict
+from mae_scale.models.weights.layouts import DECODER, ENCODER, UNNAMED, from_release, to_release
+
+_UNUSED = ("cls_token", "norm.", "fc_norm.", "head.", "batch_norm.", "lm_head.", *DECODER, *UNNAMED)
+_RELATIVE = ("attn.rel_pos_h", "attn.rel_pos_w")
+AFTER_ENCODER = ("rpn.", "auxiliary.")
+"""Beginnings of names that a detector or a segmenter has after its encoder, and no encoder's file has."""
+
+
+def is_dense(state: StateDict) -> bool:
+    """Return whether weights are those of a whole detector or segmenter, by our own names."""
+    return any(name.startswith(AFTER_ENCODER) for name in state)
+
+
+def load_dense(model: DenseModel, state: StateDict) -> LoadReport:
+    """Copy a file's tensors (`read_weights`) into the model's encoder, or into all of it where they are of the whole.
+
+    Layouts of an encoder are those of `load_classifier`, a BEiT's excepted. Positions of another grid than
+    the encoder's own, that of its pretraining_size, are resampled in float32, bicubic and without antialiasing.
+    Raises UsageError, with nothing copied: a file of another size or kind, keys that are missing or unexpected, shapes
+    that do not fit.
+    """
+    own, encoder = model.state_dict(keep_vars=True), model.encoder
+    if is_dense(state):
+        advice = "give weights of the same model, image size and classes, or those of a pre-training"
+        check_same(state, own, layout="our own detector or segmenter", advice=advice)
+        return copy_weights(own, state)
+    if is_beit(state):
+        raise UsageError(
+            "these are weights of a BEiT, whose positions relative to each other the encoder of whole images does not "
+            "have; give those of a plain ViT (task mae, moco or classification)"
+        )
+    given, layout = release_names(state)
+    check_size(given, encoder.size)
+    if "pos_embed" not in given:
+        raise UsageError(
+            "the weights have no positions, so the image size that they were trained at is not known; write them again "
+            "with `mae-scale export --format official`"
+        )
+    unused = [key for key in given if key.startswith(_UNUSED)]
+    given = {key: value for key, value in given.items() if not key.startswith(_UNUSED)}
+    given["pos_embed"] = _on_grid(given["pos_embed"], encoder.pretraining_grid)
+    prefix = "encoder."
+    expected = to_release({name: value for name, value in own.items() if name.startswith(prefix)}, ENCODER)
+    expected = {name: value for name, value in expected.items() if not name.endswith(_RELATIVE)}
+    check_same(given, expected, layout=layout, advice="give a whole file of a plain ViT, with nothing else in it")
+    report = copy_weights(own, from_release(given, ENCODER))
+    report.unused = unused
+    return report
+
+
+def _on_grid(positions: Tensor, grid: int) -> Tensor:
+    """Resample [1, 1 + l, D], its first a cls token's, to [1, grid * grid, D]; as they are if they are of no grid."""
+    patches = positions.shape[1] - 1 if positions.ndim == 3 else 0
+    if patches < 1 or math.isqrt(patches) ** 2 != patches:
+        return positions
+    if patches != grid**2:
+        positions = resample_abs_pos_embed(positions.float(), [grid, grid], antialias=False)
+    return positions[:, 1:]
+
+
+def refuse_encoder(state: StateDict, source: str) -> None:
+    """Raise UsageError when weights, of a place that is named, are of an encoder alone, with nothing to evaluate."""
+    if not is_dense(state):
+        raise UsageError(
+            f"--weights {source} holds no detector or segmenter to evaluate; train one from it first, and give that run"
+        )

@@ -1,0 +1,164 @@
+"""What detection and segmentation have in common: the encoder of whole images, its start, its work in numbers."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from data_pipeline.batch_layout import BatchLayout
+from data_pipeline.index import Index
+from mae_scale.checkpoints.export import checkpoint_model, export_weights, starting_point, weights_of
+from mae_scale.checkpoints.store import list_checkpoints
+from mae_scale.config.task_sections import DenseSection
+from mae_scale.distributed.collectives import first_then_others
+from mae_scale.engines.base import Objective
+from mae_scale.engines.optimizers import parameter_groups
+from mae_scale.models.dense import DenseEncoder, DenseModel
+from mae_scale.models.weights.dense import load_dense
+from mae_scale.planning.workload import Stack
+from mae_scale.tasks.starting_weights import check_start, loaded_note
+from mae_scale.training.context import RunContext
+from mae_scale.training.inputs import has_checkpoint, refuse_other_weights, started_from
+from mae_scale.training.task import Origin, Task
+
+
+class DenseObjective(Objective):
+    """An objective whose model has a dense encoder, with a layer for each of its blocks."""
+
+    never_decayed = frozenset(("pos_embed",))
+    model: DenseModel
+
+    @property
+    def encoder(self) -> DenseEncoder:
+        """The model's encoder."""
+        return self.model.encoder
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Transformer blocks: what is compiled, checkpointed and sharded."""
+        return list(self.encoder.blocks)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers for layer-wise lr decay: the embedding, the blocks, and what comes after."""
+        return len(self.encoder.blocks) + 2
+
+    def layer_of(self, name: str) -> int:
+        """Return the layer, from 0, of one of the objective's parameters."""
+        _, model_part, encoder_part, *rest = [*name.split("."), "", ""]
+        if model_part != "encoder":
+            return self.layers - 1
+        return 1 + int(rest[0]) if encoder_part == "blocks" else 0
+
+
+DenseT = TypeVar("DenseT", bound=DenseObjective)
+
+
+class DenseTransfer(Task[DenseT]):
+    """A task that trains a head for places in an image, and the encoder below it, on annotated images."""
+
+    command: ClassVar[str] = "finetune"
+
+    @property
+    def kind(self) -> str:
+        return self.recipe.task
+
+    @property
+    def section(self) -> DenseSection:
+        """The recipe's section of the task."""
+        section = self.recipe.start
+        assert isinstance(section, DenseSection)
+        return section
+
+    @cached_property
+    def planned(self) -> DenseT:
+        """The objective on the device "meta", for the numbers in it."""
+        with torch.device("meta"):
+            return self.objective(classes=self.planned_classes)
+
+    planned_classes: ClassVar[int]
+    """Number of classes of the data set that a plan is made for."""
+
+    def objective(self, classes: int) -> DenseT:
+        """Return the objective for a number of classes, initialised from torch's generator."""
+        raise NotImplementedError
+
+    def class_names(self) -> list[str]:
+        """Return the names of the classes that the run in the task's folder is of."""
+        raise NotImplementedError
+
+    def check(self, layout: BatchLayout) -> None:
+        check_start(self.recipe, self.out)
+        _ = self.planned  # refuses sizes that do not fit
+
+    def check_fit(self, images: Index, validation: Index | None) -> None:
+        path = self.section.weights
+        if path is None:
+            return
+        if has_checkpoint(self.out):
+            refuse_other_weights(self.recipe, self.out)
+            return
+        with torch.device("meta"):
+            objective = self.objective(classes=len(self.class_names()))
+        load_dense(objective.model, weights_of(starting_point(path)))
+
+    def build(self, index: Index) -> DenseT:
+        return self.objective(classes=len(self.class_names()))
+
+    def initialise(self, objective: DenseT, index: Index) -> Origin:
+        """Load the weights that the run starts from, unless it has a checkpoint. All ranks call it."""
+        path, source, notes = self.section.weights, None, []
+        if path is not None and not has_checkpoint(self.out):
+            source = first_then_others(lambda: starting_point(path))
+            loaded = first_then_others(lambda: load_dense(objective.model, weights_of(source)))
+            notes.append(loaded_note(loaded, path))
+        is_first = torch.distributed.get_rank() == 0
+        return Origin(
+            notes,
+            {"classes": self.class_names(), "started_from": started_from(self.out, source) if is_first else None},
+        )
+
+    def training_flops(self) -> int:
+        work = self.workload(self.planned_classes)
+        return work.forward_flops + work.backward_flops
+
+    def stacks(self, encoder: DenseEncoder) -> tuple[Stack, ...]:
+        """Return the encoder's blocks: those over the whole image, and those in windows, filled up to whole ones."""
+        size, side = encoder.size, self.recipe.model.image_size // encoder.size.patch_size
+        window = self.section.window
+        whole = size.depth if window is None else self.section.global_blocks
+        found = [Stack(side**2, size.width, size.heads, whole, whole)]
+        if window is not None and whole < size.depth:
+            count, rest = (-(-side // window)) ** 2, size.depth - whole
+            found.append(Stack(count * window**2, size.width, size.heads, rest, rest, sequences=count))
+        return tuple(found)
+
+    def embedding(self, encoder: DenseEncoder) -> tuple[int, int, int, bool]:
+        """Return (rows per image, inner, outer, trained) of the patches' embedding."""
+        size = encoder.size
+        return (self.recipe.model.image_size // size.patch_size) ** 2, 3 * size.patch_size**2, size.width, True
+
+    def describe(self, objective: DenseT) -> list[str]:
+        """Return what is trained, and with layer-wise decay each layer's share of the learning rate."""
+        groups = parameter_groups(objective, self.recipe.optim)
+        trained = sum(p.numel() for group in groups for p in group["params"])
+        said = [f"{trained:,} parameters are trained, for {len(self.class_names())} classes"]
+        if self.recipe.optim.layer_decay < 1:
+            said += [
+                f"  {group['name']:24}  lr x {group['lr_scale']:.4f}  weight decay {group['weight_decay']:<5g}"
+                f"{sum(p.numel() for p in group['params']):>12,} parameters"
+                for group in groups
+            ]
+        return said
+
+    def leave_weights(self, context: RunContext) -> Path:
+        """Write export/model.safetensors of the last checkpoint, by our own names; return it. On rank 0 alone."""
+        weights = context.out / "export" / "model.safetensors"
+        if not weights.exists():
+            model, _ = checkpoint_model(list_checkpoints(context.checkpoints)[-1][1])
+            export_weights(model, weights, "safetensors")
+        return weights

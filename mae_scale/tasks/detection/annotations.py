@@ -1,0 +1,96 @@
+"""The objects that a run learns from: read from COCO's JSON at its first start, and kept in its folder."""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+from pathlib import Path
+
+from data_pipeline.annotations.annotated import AnnotatedImages, DamagedAnnotations, load_annotated
+from data_pipeline.annotations.coco import CocoFile, read_coco
+from data_pipeline.annotations.matching import match_objects, refuse_contradictions, with_objects
+from data_pipeline.errors import UsageError
+from data_pipeline.index import Index
+from mae_scale.config.required import required
+from mae_scale.config.schema import Recipe
+from mae_scale.training.inputs import has_step, recorded
+
+OBJECTS = "objects.npz"
+DIGEST = "annotations"
+"""The fact of a checkpoint's manifest about them: their digest."""
+LIMIT = "detection.bad_annotation_limit"
+
+log = logging.getLogger("mae_scale")
+
+
+class TrainingObjects:
+    """The objects of a run's training images."""
+
+    def __init__(self, recipe: Recipe, out: Path):
+        self._recipe, self._file = recipe, out / OBJECTS
+
+    @cached_property
+    def _found(self) -> CocoFile:
+        advice = "add detection.annotations=/path/to/instances_train2017.json (COCO's JSON of the training objects)"
+        return read_coco(required(self._recipe.detecting.annotations, "detection.annotations", advice))
+
+    def choose(self, images: Index) -> Index:
+        """Return the images that have an object that is no crowd. Raises UsageError when there is none."""
+        rows = match_objects(images, self._found).rows
+        chosen = with_objects(self._found, rows)
+        if not len(chosen):
+            raise UsageError(
+                f"none of the {len(images):,} images of {images.root} has objects in "
+                f"{self._recipe.detecting.annotations}, which names {len(self._found.names):,} images such as "
+                f"{self._found.names[0] if self._found.names else '-'}; expected names relative to data.root"
+            )
+        return images.take(chosen)
+
+    @cached_property
+    def categories(self) -> list[str]:
+        """The categories' names: of those that are kept, else of the JSON."""
+        return self._kept.categories if self._kept is not None else self._found.categories
+
+    @cached_property
+    def _kept(self) -> AnnotatedImages | None:
+        """What the run's folder holds since its first step; None before, or where it is lost."""
+        if not (has_step(self._file.parent) and self._file.exists()):
+            return None
+        try:
+            return load_annotated(self._file)
+        except DamagedAnnotations as error:
+            log.warning("%s; it is written again", error)
+            return None
+
+    def check(self, images: Index) -> None:
+        """Refuse contradictory annotations of training images, and others than the run was begun with."""
+        if self._kept is None:
+            self._read(images)
+
+    def keep(self, images: Index) -> None:
+        """Write the objects of the training images into the run's folder, unless they are there."""
+        if self._kept is None:
+            self._read(images).save(self._file)
+
+    def load(self) -> AnnotatedImages:
+        """Return the objects that `keep` has written."""
+        return load_annotated(self._file)
+
+    def _read(self, images: Index) -> AnnotatedImages:
+        path, section = self._recipe.detecting.annotations, self._recipe.detecting
+        assert path is not None  # _found
+        matched = match_objects(images, self._found)
+        lines = refuse_contradictions(
+            matched.bad, path, images=len(images), limit=section.bad_annotation_limit, key=LIMIT
+        )
+        for line in lines:
+            log.warning(line)
+        found = AnnotatedImages.of(self._found, matched.rows)
+        known = recorded(self._file.parent, DIGEST)
+        if known is not None and found.digest() != known:
+            raise UsageError(
+                f"detection.annotations={path} holds other objects than the run in {self._file.parent} was begun with "
+                f"(digest {found.digest()[:12]}, expected {known[:12]}), and {self._file.name} there, which keeps "
+                "them, is lost or damaged; give the file of the first start, or choose another --out"
+            )
+        return found
