@@ -55,7 +55,7 @@ class Scene:
 
 def write_scenes(root: str | os.PathLike[str], *, train: int, val: int, side: int) -> Path:
     """Write scenes of `side` px: root/train and root/val with images/NUMBER.jpg, labels/NUMBER.png (label maps with a
-    palette) and instances.json (COCO's).
+    palette) and instances.json (COCO's); root/classes.txt with the names of the label maps' classes.
 
     Digits of validation are not among those of training. The bytes are the same each time; a folder that holds them
     already is left unchanged. Raises UsageError when `root` holds something else.
@@ -82,6 +82,7 @@ def write_scenes(root: str | os.PathLike[str], *, train: int, val: int, side: in
             labels.save(root / part / "labels" / f"{number:06d}.png")
             scenes.append(scene)
         write_atomically(root / part / "instances.json", json.dumps(as_coco(scenes, side)).encode())
+    write_atomically(root / "classes.txt", "".join(f"{name}\n" for name in CLASSES).encode())
     finish_sample(root, content)
     return root
 

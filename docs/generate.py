@@ -27,6 +27,8 @@ GROUPS = {
     "probe": "Linear probing",
     "partial": "Partial fine-tuning",
     "scratch": "Supervised from scratch",
+    "detection": "Detection and instance segmentation",
+    "segmentation": "Semantic segmentation",
     "paper": "The paper in small",
 }
 BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", "≥"), Lt: ("lt", "<"), Le: ("le", "≤")}

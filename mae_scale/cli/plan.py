@@ -37,7 +37,12 @@ def plan(
     ] = DEFAULT_LINK,
     images: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Number of training images; default: ImageNet-1K's.", show_default=False),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Number of training images; default: those of ImageNet-1K, COCO or ADE20K, by the task.",
+            show_default=False,
+        ),
     ] = None,
     calibrate: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON of measured rates.", show_default=False)
@@ -60,7 +65,7 @@ def plan(
     --measure rates.json --nproc 8` also measures the links between ranks, as srun does over nodes
     """
     from mae_scale.config.load import load_recipe
-    from mae_scale.tasks.plan import IMAGES, asked_of, make_plan
+    from mae_scale.tasks.plan import asked_of, make_plan
     from mae_scale.tasks.plan_text import plan_lines
 
     if measure is not None:
@@ -82,7 +87,7 @@ def plan(
             gpus_per_node=gpus_per_node,
             gpu=gpu,
             link=link,
-            images=images or IMAGES,
+            images=images,
             calibration=calibrate,
         )
     )

@@ -80,9 +80,6 @@ class DenseTransfer(Task[DenseT]):
         with torch.device("meta"):
             return self.objective(classes=self.planned_classes)
 
-    planned_classes: ClassVar[int]
-    """Number of classes of the data set that a plan is made for."""
-
     def objective(self, classes: int) -> DenseT:
         """Return the objective for a number of classes, initialised from torch's generator."""
         raise NotImplementedError

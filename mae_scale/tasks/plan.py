@@ -32,8 +32,6 @@ from mae_scale.tasks.registry import task_of
 from mae_scale.training.planned import setting_of
 
 GIB = 2**30
-IMAGES, CLASSES = 1_281_167, 1000
-"""ImageNet-1K's training images and classes."""
 IMAGE_BYTES = 110_000
 """Mean size of a JPEG of ImageNet-1K."""
 MOST_GPUS = 4096
@@ -52,7 +50,8 @@ class Asked:
     cluster: Cluster
     gpu: Gpu
     link: Link
-    images: int = IMAGES
+    images: int | None = None
+    """Training images; None: of the data set that the task is planned for."""
     calibration: Path | None = None
 
 
@@ -75,10 +74,11 @@ class Plan:
     @property
     def images(self) -> int:
         """Training images that the recipe takes of the data set's."""
-        data = self.asked.recipe.data
+        data, task = self.asked.recipe.data, task_of(self.asked.recipe, Path())
+        images = self.asked.images or task.planned_images
         if data.labels_per_class is not None:
-            return min(self.asked.images, data.labels_per_class * CLASSES)
-        return int(self.asked.images * (data.fraction or 1))
+            return min(images, data.labels_per_class * task.planned_classes)
+        return int(images * (data.fraction or 1))
 
     @property
     def steps(self) -> int:
@@ -181,7 +181,8 @@ def make_plan(asked: Asked) -> Plan:
     if asked.calibration is not None:
         source = f"--calibrate {asked.calibration}"
         rates = calibrated(rates, read_object(asked.calibration, source), source)
-    work = task_of(recipe, Path()).workload(CLASSES)
+    task = task_of(recipe, Path())
+    work = task.workload(task.planned_classes)
     capacity = 1e9 * asked.gpu.memory_gb
     found = all_candidates(work, setting, cluster, rates, capacity, _choices(recipe, setting))
     best = recommended(found)

@@ -49,6 +49,9 @@ class Task(Protocol[ObjectiveT]):
 
     command: ClassVar[str]
     """The command that trains it: pretrain or finetune."""
+    planned_images: ClassVar[int] = 1_281_167
+    planned_classes: ClassVar[int] = 1000
+    """Training images and classes of the data set that a plan is made for: ImageNet-1K, where a task has no other."""
     recipe: Recipe
     out: Path
 

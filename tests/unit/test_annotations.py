@@ -8,7 +8,7 @@ from PIL import Image
 
 from data_pipeline.annotations.coco import read_coco
 from data_pipeline.annotations.label_maps import IGNORED, place_labels, read_label_map
-from data_pipeline.annotations.matching import label_files, match_objects, with_objects
+from data_pipeline.annotations.matching import label_files, match_objects, refuse_contradictions, with_objects
 from data_pipeline.annotations.placing import Placing
 from data_pipeline.errors import BadImage, UsageError
 from data_pipeline.index_build import build_index
@@ -54,7 +54,7 @@ def test_images_find_their_objects_by_name(index, tmp_path):
     }
     assert matched.bad == []
     assert [names[image] for image in with_objects(found, matched.rows)] == ["a.jpg", "deep/b.jpg"]
-    matched.check(tmp_path / "instances.json", limit=0)
+    assert refuse_contradictions(matched.bad, tmp_path / "instances.json", images=4, limit=0, key="limit") == []
 
 
 def test_an_image_of_another_size_is_named_and_above_the_limit_refused(index, tmp_path):
@@ -64,12 +64,14 @@ def test_an_image_of_another_size_is_named_and_above_the_limit_refused(index, tm
     assert [(one.what, one.reason) for one in matched.bad] == [
         ("a.jpg", "the image is 30 x 40 px, its annotations are of 40 x 30 px")
     ]
-    matched.check(tmp_path / "instances.json", limit=0.25)
+    about = {"path": tmp_path / "instances.json", "images": 4, "key": "limit"}
+    (line,) = refuse_contradictions(matched.bad, limit=0.25, **about)
+    assert line.startswith(f"1 annotations of {tmp_path}/instances.json are left out: a.jpg: the image is 30 x 40 px")
     with pytest.raises(
         UsageError,
-        match=r"contradicts itself or the images 1 times, allowed are 0 \(0\.1 of 4 images\).*a\.jpg: the image is",
+        match=r"contradicts itself or the images 1 times, allowed are 0 \(limit=0\.1 of 4 images\).*a\.jpg: the image is",
     ):
-        matched.check(tmp_path / "instances.json", limit=0.1)
+        refuse_contradictions(matched.bad, limit=0.1, **about)
 
 
 def test_label_maps_are_found_beside_their_images(index, images, tmp_path):

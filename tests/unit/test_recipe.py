@@ -12,7 +12,7 @@ import torch
 
 from data_pipeline.errors import UsageError
 from mae_scale.config.load import load_recipe, packaged_recipes
-from mae_scale.config.schema import differing_keys
+from mae_scale.config.schema import STARTING, differing_keys
 from mae_scale.engines.deepspeed_config import deepspeed_config
 from mae_scale.engines.policy import layout_of, refuse_wrong_combinations
 from mae_scale.models.build import build_beit
@@ -161,10 +161,10 @@ def test_a_packaged_recipe_has_a_header_with_result_cost_and_command_and_runs_on
     recipe = load_recipe(name)
     verb = "probe" if "probe" in name else task_of(recipe, Path()).command
     assert f" {verb} {name} " in command
-    starts = recipe.classifier is not None and not recipe.classifier.from_scratch
+    starts = recipe.start is not None and not recipe.start.from_scratch
     assert ("--weights" in command) == starts
     if starts:
-        recipe = load_recipe(name, [f"classifier.weights={tmp_path}"])
+        recipe = load_recipe(name, [f"{STARTING[recipe.task]}.weights={tmp_path}"])
     predicts_words = recipe.model.target == "tokens"
     assert ("tokeniser.weights=" in command) == predicts_words
     if predicts_words:
@@ -184,7 +184,8 @@ def test_the_cost_that_a_header_names_is_that_of_its_images(name):
     cost = r"Cost: (\S+) FLOPs of matrix products; about (\S+) H100 hours, planned and not measured\."
     flops, hours = re.search(cost, header(name)).groups()
     recipe = load_recipe(name)
-    expected = task_of(recipe, Path()).training_flops() * IMAGENET * recipe.schedule.epochs
+    task = task_of(recipe, Path())
+    expected = task.training_flops() * task.planned_images * recipe.schedule.epochs
     assert float(flops) == pytest.approx(expected, rel=0.1)
     ranks = ranks_of(command_of(name))
     shape = {"nodes": max(1, ranks // 8), "gpus_per_node": min(ranks, 8)}

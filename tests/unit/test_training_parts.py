@@ -9,6 +9,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 
 from mae_scale.config.load import load_recipe
+from mae_scale.config.schema import ScheduleSection
 from mae_scale.training.context import RunContext
 from mae_scale.training.schedule import learning_rate
 from mae_scale.training.step_metrics import StepClock
@@ -19,7 +20,7 @@ STEPS_PER_EPOCH = IMAGES // 4096
 
 def test_the_whole_1600_epoch_curve_is_the_papers():
     recipe = load_recipe("pretrain/vit_huge_1600ep")
-    options = {"peak_lr": recipe.lr, "steps_per_epoch": STEPS_PER_EPOCH, "epochs": 1600, "warmup_epochs": 40}
+    options = {"peak_lr": recipe.lr, "steps_per_epoch": STEPS_PER_EPOCH, "schedule": recipe.schedule}
     steps = range(1600 * STEPS_PER_EPOCH)
     curve = torch.tensor([learning_rate(step, **options) for step in steps], dtype=torch.float64)
     warm = 40 * STEPS_PER_EPOCH
@@ -36,18 +37,47 @@ def test_the_whole_1600_epoch_curve_is_the_papers():
 
 
 def test_the_rate_is_set_every_step_and_reaches_zero_exactly_after_the_last():
-    options = {"peak_lr": 1.0, "steps_per_epoch": 7, "epochs": 10, "warmup_epochs": 2}
+    options = {"peak_lr": 1.0, "steps_per_epoch": 7, "schedule": ScheduleSection(epochs=10, warmup_epochs=2)}
     assert learning_rate(1, **options) == pytest.approx(1 / 14)
     assert learning_rate(14, **options) == 1.0
     assert learning_rate(42, **options) == pytest.approx(0.5)
     assert learning_rate(70, **options) == pytest.approx(0, abs=1e-15)
-    assert learning_rate(0, peak_lr=1.0, steps_per_epoch=7, epochs=1, warmup_epochs=0) == 1.0
+    at_once = ScheduleSection(epochs=1, warmup_epochs=0)
+    assert learning_rate(0, peak_lr=1.0, steps_per_epoch=7, schedule=at_once) == 1.0
 
 
 def test_the_peak_is_at_the_end_of_warm_up():
-    rates = [learning_rate(s, peak_lr=2.0, steps_per_epoch=10, epochs=20, warmup_epochs=5) for s in range(200)]
+    schedule = ScheduleSection(epochs=20, warmup_epochs=5)
+    rates = [learning_rate(s, peak_lr=2.0, steps_per_epoch=10, schedule=schedule) for s in range(200)]
     assert math.isclose(max(rates), 2.0)
     assert rates.index(max(rates)) == 50
+
+
+def test_detection_falls_to_a_tenth_at_vitdets_steps():
+    """detectron2's, 100 epochs: 184,375 steps of 64, a tenth at 163,889 and at 177,546, after 250 steps of warm-up."""
+    recipe = load_recipe("detection/vit_base")
+    per_epoch = 117_266 // 64
+    rates = [
+        learning_rate(step, peak_lr=recipe.lr, steps_per_epoch=per_epoch, schedule=recipe.schedule)
+        for step in range(100 * per_epoch)
+    ]
+    assert recipe.lr == pytest.approx(1e-4)
+    assert rates[125] == pytest.approx(0.5e-4, rel=2e-3)
+    falls = [step for step in range(251, len(rates)) if rates[step] < rates[step - 1]]
+    shares = [step / len(rates) for step in falls]
+    assert shares == pytest.approx([163_889 / 184_375, 177_546 / 184_375], abs=1e-3)
+    assert (rates[falls[0]], rates[-1]) == pytest.approx((1e-5, 1e-6))
+
+
+def test_segmentation_falls_along_a_line():
+    """mmsegmentation's polynomial of power 1 over 160,000 steps of 16, which warms up over 1,500."""
+    recipe = load_recipe("segmentation/vit_base")
+    per_epoch = 20_210 // 16
+    total = recipe.schedule.epochs * per_epoch
+    assert total == pytest.approx(160_000, rel=3e-3)
+    for step in (3_000, 80_000, 159_000):
+        rate = learning_rate(step, peak_lr=recipe.lr, steps_per_epoch=per_epoch, schedule=recipe.schedule)
+        assert rate == pytest.approx(1e-4 * (1 - step / total), rel=0.01)
 
 
 def context_of(recipe: str, *overrides: str) -> RunContext:

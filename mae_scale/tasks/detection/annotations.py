@@ -35,9 +35,17 @@ class TrainingObjects:
         return read_coco(required(self._recipe.detecting.annotations, "detection.annotations", advice))
 
     def choose(self, images: Index) -> Index:
-        """Return the images that have an object that is no crowd. Raises UsageError when there is none."""
-        rows = match_objects(images, self._found).rows
-        chosen = with_objects(self._found, rows)
+        """Return the images that have an object that is no crowd.
+
+        Raises UsageError when there is none, or for more contradictory annotations than detection.bad_annotation_limit.
+        """
+        section, matched = self._recipe.detecting, match_objects(images, self._found)
+        assert section.annotations is not None  # _found
+        for line in refuse_contradictions(
+            matched.bad, section.annotations, images=len(images), limit=section.bad_annotation_limit, key=LIMIT
+        ):
+            log.warning(line)
+        chosen = with_objects(self._found, matched.rows)
         if not len(chosen):
             raise UsageError(
                 f"none of the {len(images):,} images of {images.root} has objects in "
@@ -63,7 +71,7 @@ class TrainingObjects:
             return None
 
     def check(self, images: Index) -> None:
-        """Refuse contradictory annotations of training images, and others than the run was begun with."""
+        """Raise UsageError when the objects are lost, and the file has others than the run was begun with."""
         if self._kept is None:
             self._read(images)
 
@@ -77,19 +85,11 @@ class TrainingObjects:
         return load_annotated(self._file)
 
     def _read(self, images: Index) -> AnnotatedImages:
-        path, section = self._recipe.detecting.annotations, self._recipe.detecting
-        assert path is not None  # _found
-        matched = match_objects(images, self._found)
-        lines = refuse_contradictions(
-            matched.bad, path, images=len(images), limit=section.bad_annotation_limit, key=LIMIT
-        )
-        for line in lines:
-            log.warning(line)
-        found = AnnotatedImages.of(self._found, matched.rows)
+        found = AnnotatedImages.of(self._found, match_objects(images, self._found).rows)
         known = recorded(self._file.parent, DIGEST)
         if known is not None and found.digest() != known:
             raise UsageError(
-                f"detection.annotations={path} holds other objects than the run in {self._file.parent} was begun with "
+                f"detection.annotations={self._recipe.detecting.annotations} holds other objects than the run in {self._file.parent} was begun with "
                 f"(digest {found.digest()[:12]}, expected {known[:12]}), and {self._file.name} there, which keeps "
                 "them, is lost or damaged; give the file of the first start, or choose another --out"
             )

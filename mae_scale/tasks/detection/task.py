@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 class Detection(DenseTransfer[DetectObjects]):
     """Train Mask R-CNN (He et al., arXiv 1703.06870) with ViTDet's pyramid and heads (Li et al., arXiv 2203.16527)."""
 
-    planned_classes: ClassVar[int] = 80  # COCO's
+    planned_images: ClassVar[int] = 117_266  # COCO's that have objects
+    planned_classes: ClassVar[int] = 80
 
     def objective(self, classes: int) -> DetectObjects:
         return DetectObjects(build_detector(self.recipe, classes), seed=self.recipe.seed)

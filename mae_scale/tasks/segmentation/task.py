@@ -31,7 +31,8 @@ from mae_scale.training.workload import workload_of
 class Segmentation(DenseTransfer[LabelPixels]):
     """Train UperNet (Xiao et al., arXiv 1807.10221) as MAE and BEiT do on ADE20K."""
 
-    planned_classes: ClassVar[int] = 150  # ADE20K's
+    planned_images: ClassVar[int] = 20_210  # ADE20K's
+    planned_classes: ClassVar[int] = 150
 
     def objective(self, classes: int) -> LabelPixels:
         return LabelPixels(build_segmenter(self.recipe, classes), seed=self.recipe.seed)
