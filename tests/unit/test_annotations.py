@@ -69,7 +69,7 @@ def test_an_image_of_another_size_is_named_and_above_the_limit_refused(index, tm
     assert line.startswith(f"1 annotations of {tmp_path}/instances.json are left out: a.jpg: the image is 30 x 40 px")
     with pytest.raises(
         UsageError,
-        match=r"contradicts itself or the images 1 times, allowed are 0 \(limit=0\.1 of 4 images\).*a\.jpg: the image is",
+        match=r"contradicts itself or the images 1 times, allowed are 0 \(limit=0\.1 of 4 images\).*a\.jpg: the image",
     ):
         refuse_contradictions(matched.bad, limit=0.1, **about)
 

@@ -89,8 +89,9 @@ class TrainingObjects:
         known = recorded(self._file.parent, DIGEST)
         if known is not None and found.digest() != known:
             raise UsageError(
-                f"detection.annotations={self._recipe.detecting.annotations} holds other objects than the run in {self._file.parent} was begun with "
-                f"(digest {found.digest()[:12]}, expected {known[:12]}), and {self._file.name} there, which keeps "
-                "them, is lost or damaged; give the file of the first start, or choose another --out"
+                f"detection.annotations={self._recipe.detecting.annotations} holds other objects than the run in "
+                f"{self._file.parent} was begun with (digest {found.digest()[:12]}, expected {known[:12]}), and "
+                f"{self._file.name} there, which keeps them, is lost or damaged; give the file of the first start, or "
+                "choose another --out"
             )
         return found
