@@ -13,6 +13,7 @@ from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.index import Index
 from mae_scale.checkpoints.export import checkpoint_model, export_weights, starting_point, weights_of
 from mae_scale.checkpoints.store import list_checkpoints
+from mae_scale.config.required import required
 from mae_scale.config.task_sections import DenseSection
 from mae_scale.distributed.collectives import first_then_others
 from mae_scale.engines.base import Objective
@@ -88,9 +89,22 @@ class DenseTransfer(Task[DenseT]):
         """Return the names of the classes that the run in the task's folder is of."""
         raise NotImplementedError
 
+    needed: ClassVar[dict[str, str]]
+    """The section's keys that name annotations, and what each is to name; those of val_... where there is val_root."""
+
+    def needs(self, key: str) -> Path:
+        """Return one of the `needed` paths. Raises UsageError when it is not set."""
+        name = f"{self.recipe.task}.{key}"
+        found: Path | None = getattr(self.section, key)
+        return required(found, name, f"add {name}={self.needed[key]}")
+
     def check(self, layout: BatchLayout) -> None:
         check_start(self.recipe, self.out)
         _ = self.planned  # refuses sizes that do not fit
+        if not has_checkpoint(self.out):  # a run keeps what it has read
+            for key in self.needed:
+                if not key.startswith("val_") or self.recipe.data.val_root is not None:
+                    self.needs(key)
 
     def check_fit(self, images: Index, validation: Index | None) -> None:
         path = self.section.weights

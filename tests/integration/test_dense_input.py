@@ -43,7 +43,7 @@ def changed(scenes, tmp_path):
 
 
 DETECTION = {
-    "detection.annotations=null": "detection.annotations is not set; add detection.annotations=/path/to/instances",
+    "detection.annotations=null": "is not set; add detection.annotations=/path/to/instances_train2017.json (COCO's",
     "detection.val_annotations=null": "detection.val_annotations=/path/to/instances_val2017.json",
     "detection.annotations=nowhere.json": "nowhere.json",
     "model.patch_size=5": "image_size 32 px is not a multiple of patch_size 5 px",

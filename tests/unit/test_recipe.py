@@ -164,7 +164,8 @@ def test_a_packaged_recipe_has_a_header_with_result_cost_and_command_and_runs_on
     starts = recipe.start is not None and not recipe.start.from_scratch
     assert ("--weights" in command) == starts
     if starts:
-        recipe = load_recipe(name, [f"{STARTING[recipe.task]}.weights={tmp_path}"])
+        annotations = [f"{recipe.task}.{key}=x" for key in getattr(task_of(recipe, Path()), "needed", ())]
+        recipe = load_recipe(name, [f"{STARTING[recipe.task]}.weights={tmp_path}", *annotations])
     predicts_words = recipe.model.target == "tokens"
     assert ("tokeniser.weights=" in command) == predicts_words
     if predicts_words:

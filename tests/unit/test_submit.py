@@ -1,5 +1,6 @@
 """`mae-scale submit` without a Slurm: what it renders, what it refuses, and what it says to sbatch."""
 
+import json
 import shlex
 import shutil
 import subprocess
@@ -358,3 +359,33 @@ def test_a_password_does_not_get_into_a_script(submit, no_slurm, tmp_path, uri):
     assert "export the whole URI as MLFLOW_TRACKING_URI" in error
     assert "hidden" not in out + error
     assert not (tmp_path / "runs").exists()
+
+
+def test_detection_and_segmentation_start_from_the_last_link_that_is_neither(submit, no_slurm, tmp_path):
+    """Each its own data: recipes of the user's own name COCO and ADE20K."""
+    for task, keys in (
+        ("detection", {"annotations": "/c.json"}),
+        ("segmentation", {"labels": "/l", "class_names": "/n.txt"}),
+    ):
+        own = {"extends": f"{task}/vit_large", "data": {"root": f"/{task}"}, task: keys}
+        (tmp_path / f"{task}.yaml").write_text(json.dumps(own))
+    (tmp_path / "first.yaml").write_text(json.dumps({"extends": LARGE, "data": {"root": "/imagenet"}}))
+    chain = ["first.yaml", "detection.yaml", "segmentation.yaml"]
+    code, out, error = submit(*chain, "--nodes", 2, "--out", "runs", "--dry-run")
+    assert code == 0, error
+    assert f"detection.weights={tmp_path}/runs/first" in out
+    assert f"segmentation.weights={tmp_path}/runs/first" in out
+    code, _, error = submit("detection/vit_huge", "data.root=/d", "--nodes", 2, "--out", "runs", "--dry-run")
+    assert code == 2
+    assert "detection/vit_huge has no weights to start from; put the recipe that trains them before it" in error
+    code, _, error = submit(LARGE, "detection/vit_huge", "data.root=/d", "--nodes", 2, "--out", "runs", "--dry-run")
+    assert code == 2
+    assert "it starts from pretrain/vit_large_1600ep, and these are weights of vit_large_patch16" in error
+
+
+def test_a_classifier_cannot_start_from_a_detector(submit, no_slurm, tmp_path):
+    chain = [LARGE, "detection/vit_large", "finetune/vit_large_224", "data.root=/d", "detection.annotations=/c.json"]
+    code, _, error = submit(*chain, "--nodes", 4, "--out", "runs", "--dry-run")
+    assert code == 2
+    assert "it starts from detection/vit_large, and " in error
+    assert "detector" in error

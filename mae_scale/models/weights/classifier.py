@@ -32,6 +32,7 @@ from mae_scale.models.weights.layouts import (
     Names,
     from_release,
     hf_to_release,
+    is_dense,
     release_to_hf,
     to_release,
 )
@@ -141,7 +142,15 @@ def classifier_to_hf(model: Classifier) -> StateDict:
 
 
 def release_names(state: StateDict) -> tuple[StateDict, str]:
-    """Return the tensors by the release's names, and their layout's name; keys without a name there keep theirs."""
+    """Return the tensors by the release's names, and their layout's name; keys without a name there keep theirs.
+
+    Raises UsageError for a detector or a segmenter, whose encoder computes something else.
+    """
+    if is_dense(state):
+        raise UsageError(
+            "these are weights of a detector or a segmenter, whose encoder has no cls token and other attention: give "
+            "those that it was started from"
+        )
     if is_beit(state):
         return beit_release_names(state), "BEiT"
     state = encoder_of_moco(state)

@@ -17,17 +17,10 @@ from mae_scale.models.weights.beit import is_beit
 from mae_scale.models.weights.checked_copy import LoadReport, check_same, check_size, copy_weights
 from mae_scale.models.weights.classifier import release_names
 from mae_scale.models.weights.files import StateDict
-from mae_scale.models.weights.layouts import DECODER, ENCODER, UNNAMED, from_release, to_release
+from mae_scale.models.weights.layouts import DECODER, ENCODER, UNNAMED, from_release, is_dense, to_release
 
 _UNUSED = ("cls_token", "norm.", "fc_norm.", "head.", "batch_norm.", "lm_head.", *DECODER, *UNNAMED)
 _RELATIVE = ("attn.rel_pos_h", "attn.rel_pos_w")
-AFTER_ENCODER = ("rpn.", "auxiliary.")
-"""Beginnings of names that a detector or a segmenter has after its encoder, and no encoder's file has."""
-
-
-def is_dense(state: StateDict) -> bool:
-    """Return whether weights are those of a whole detector or segmenter, by our own names."""
-    return any(name.startswith(AFTER_ENCODER) for name in state)
 
 
 def load_dense(model: DenseModel, state: StateDict) -> LoadReport:

@@ -72,6 +72,14 @@ DECODER = ("decoder_", "mask_token")  # how the release's decoder keys begin
 UNNAMED = ("target.", "encoder.mask_token")  # ours that no other layout has a name for
 
 
+_AFTER_ENCODER = ("rpn.", "auxiliary.")  # how names of a detector and of a segmenter begin, and no encoder's
+
+
+def is_dense(state: StateDict) -> bool:
+    """Return whether weights are those of a whole detector or segmenter, by our own names."""
+    return any(name.startswith(_AFTER_ENCODER) for name in state)
+
+
 def to_release(state: StateDict, names: Names) -> StateDict:
     """Return ours -> release, views where possible; keys without a name there keep theirs."""
     released: StateDict = {}

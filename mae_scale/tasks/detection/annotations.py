@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
 from data_pipeline.annotations.annotated import AnnotatedImages, DamagedAnnotations, load_annotated
-from data_pipeline.annotations.coco import CocoFile, read_coco
+from data_pipeline.annotations.coco import CocoFile
 from data_pipeline.annotations.matching import match_objects, refuse_contradictions, with_objects
 from data_pipeline.errors import UsageError
 from data_pipeline.index import Index
-from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
 from mae_scale.training.inputs import has_step, recorded
 
@@ -24,15 +24,14 @@ log = logging.getLogger("mae_scale")
 
 
 class TrainingObjects:
-    """The objects of a run's training images."""
+    """The objects of a run's training images; `read` gives COCO's JSON."""
 
-    def __init__(self, recipe: Recipe, out: Path):
-        self._recipe, self._file = recipe, out / OBJECTS
+    def __init__(self, recipe: Recipe, out: Path, read: Callable[[], CocoFile]):
+        self._recipe, self._file, self._read_file = recipe, out / OBJECTS, read
 
     @cached_property
     def _found(self) -> CocoFile:
-        advice = "add detection.annotations=/path/to/instances_train2017.json (COCO's JSON of the training objects)"
-        return read_coco(required(self._recipe.detecting.annotations, "detection.annotations", advice))
+        return self._read_file()
 
     def choose(self, images: Index) -> Index:
         """Return the images that have an object that is no crowd.

@@ -6,12 +6,12 @@ import json
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
+from data_pipeline.annotations.coco import read_coco
 from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.batches import Annotate
 from data_pipeline.errors import UsageError
 from data_pipeline.index import Index, load_index
 from data_pipeline.plan import BatchPlan
-from mae_scale.config.required import required
 from mae_scale.engines.base import Engine
 from mae_scale.models.build import build_detector, missing_extra
 from mae_scale.planning.workload import Workload
@@ -34,6 +34,10 @@ class Detection(DenseTransfer[DetectObjects]):
 
     planned_images: ClassVar[int] = 117_266  # COCO's that have objects
     planned_classes: ClassVar[int] = 80
+    needed: ClassVar[dict[str, str]] = {
+        "annotations": "/path/to/instances_train2017.json (COCO's JSON of data.root's objects)",
+        "val_annotations": "/path/to/instances_val2017.json (COCO's JSON of data.val_root's objects)",
+    }
 
     def objective(self, classes: int) -> DetectObjects:
         return DetectObjects(build_detector(self.recipe, classes), seed=self.recipe.seed)
@@ -41,7 +45,7 @@ class Detection(DenseTransfer[DetectObjects]):
     @cached_property
     def objects(self) -> TrainingObjects:
         """The objects of the run's training images."""
-        return TrainingObjects(self.recipe, self.out)
+        return TrainingObjects(self.recipe, self.out, lambda: read_coco(self.needs("annotations")))
 
     def class_names(self) -> list[str]:
         return self.objects.categories
@@ -141,7 +145,5 @@ class Detection(DenseTransfer[DetectObjects]):
     def _evaluation_set(self, images: Index) -> DetectionSet:
         from mae_scale.tasks.detection.evaluation_set import detection_set
 
-        section = self.recipe.detecting
-        advice = "data.val_root is measured against it; add detection.val_annotations=/path/to/instances_val2017.json"
-        path = required(section.val_annotations, "detection.val_annotations", advice)
-        return detection_set(images, path, categories=self.class_names(), limit=section.bad_annotation_limit)
+        limit = self.recipe.detecting.bad_annotation_limit
+        return detection_set(images, self.needs("val_annotations"), categories=self.class_names(), limit=limit)

@@ -29,7 +29,6 @@ from mae_scale.tasks.starting_weights import weights_path
 from mae_scale.tasks.stored_pictures import shown_rows
 
 WORST = 5
-KEY = "segmentation.val_labels"
 
 
 def check(recipe: Recipe, asked: Asked) -> None:
@@ -37,7 +36,13 @@ def check(recipe: Recipe, asked: Asked) -> None:
     asked.check_dense("")
     weights_path(recipe)
     validation_root(recipe)
-    required(recipe.segmenting.val_labels, KEY, f"add {KEY}=/path/to/annotations (a PNG of the same name per image)")
+    labels_of(recipe)
+
+
+def labels_of(recipe: Recipe) -> Path:
+    """Return segmentation.val_labels. Raises UsageError when it is not set."""
+    key = "segmentation.val_labels"
+    return required(recipe.segmenting.val_labels, key, f"add {key}=/path/to/annotations/validation (PNGs)")
 
 
 def evaluate(recipe: Recipe, asked: Asked) -> dict[str, Any] | None:
@@ -100,7 +105,7 @@ def _opened(recipe: Recipe) -> tuple[LabelPixels, list[str], Index, LabelFiles]:
             f"segmentation.class_names={given} are other classes than those that {source} was trained on; drop the key"
         )
     index = open_index(validation_root(recipe), progress=False)
-    labels = LabelFiles(index, recipe.segmenting.val_labels, KEY, classes=len(names))
+    labels = LabelFiles(index, labels_of(recipe), classes=len(names))
     model = build_segmenter(recipe, len(names))
     load_dense(model, state)
     return LabelPixels(model, seed=recipe.seed), names, index, labels

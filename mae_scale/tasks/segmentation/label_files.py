@@ -22,9 +22,8 @@ CLASSES = "classes.json"
 class LabelFiles:
     """The label maps of an index's images, in a folder."""
 
-    def __init__(self, index: Index, folder: Path | None, key: str, *, classes: int):
-        """Find the files. Raises UsageError naming images without one; `key` is the recipe's, that gives the folder."""
-        folder = required(folder, key, f"add {key}=/path/to/annotations (a PNG of the same name for each image)")
+    def __init__(self, index: Index, folder: Path, *, classes: int):
+        """Find the files. Raises UsageError naming images without one."""
         self._index, self._classes = index, classes
         self._files = label_files(index, folder)
 

@@ -33,6 +33,11 @@ class Segmentation(DenseTransfer[LabelPixels]):
 
     planned_images: ClassVar[int] = 20_210  # ADE20K's
     planned_classes: ClassVar[int] = 150
+    needed: ClassVar[dict[str, str]] = {
+        "labels": "/path/to/annotations/training (a PNG of the same name for each image of data.root)",
+        "val_labels": "/path/to/annotations/validation (a PNG of the same name for each image of data.val_root)",
+        "class_names": "FILE (a class's name on each line, or ADE20K's objectInfo150.txt)",
+    }
 
     def objective(self, classes: int) -> LabelPixels:
         return LabelPixels(build_segmenter(self.recipe, classes), seed=self.recipe.seed)
@@ -127,9 +132,7 @@ class Segmentation(DenseTransfer[LabelPixels]):
         return said
 
     def _training_labels(self, images: Index) -> LabelFiles:
-        section = self.recipe.segmenting
-        return LabelFiles(images, section.labels, "segmentation.labels", classes=len(self.class_names()))
+        return LabelFiles(images, self.needs("labels"), classes=len(self.class_names()))
 
     def _validation_labels(self, images: Index) -> LabelFiles:
-        section = self.recipe.segmenting
-        return LabelFiles(images, section.val_labels, "segmentation.val_labels", classes=len(self.class_names()))
+        return LabelFiles(images, self.needs("val_labels"), classes=len(self.class_names()))
