@@ -15,7 +15,7 @@ from data_pipeline.files import write_json
 from data_pipeline.index import Index
 from data_pipeline.index_build import open_index
 from mae_scale.config.load import load_recipe
-from mae_scale.config.schema import Recipe
+from mae_scale.config.schema import STARTING, Recipe
 from mae_scale.distributed.ranks import launched
 from mae_scale.launch.grid import Grid, GridPoint
 from mae_scale.launch.local import launch_local_ranks
@@ -63,7 +63,8 @@ def steps_of(sweep: Sweep, point: GridPoint) -> list[Step]:
         first = _step(sweep.recipe, folder, [*point.overrides, f"tracking.sweep={sweep.name}"])
         if sweep.then is None:
             return [first]
-        overrides = [*point.then_overrides, f"classifier.weights={folder}", f"tracking.sweep={sweep.name}"]
+        section = STARTING[load_recipe(sweep.then).task]  # _check_transfer
+        overrides = [*point.then_overrides, f"{section}.weights={folder}", f"tracking.sweep={sweep.name}"]
         overrides.append(f"tracking.run_name={point.name} {THEN} {sweep.then}")
         if first.recipe.tracking.uri is None and (uri := tracking_uri(None, folder)) is not None:
             overrides.append(f"tracking.uri={uri}")  # that of the sweep's folder, not of the point's
@@ -145,9 +146,10 @@ def _check_transfer(sweep: Sweep) -> None:
     """Raise UsageError for a transfer that is none, or settings for a transfer that there is not."""
     if sweep.then is None and sweep.grid.then:
         raise UsageError(f"then.{sweep.grid.then[0]} is for a transfer after each run; add --then RECIPE")
-    if sweep.then is not None and load_recipe(sweep.then).task != "classification":
+    if sweep.then is not None and load_recipe(sweep.then).task not in STARTING:
         raise UsageError(
-            f"--then {sweep.then} does not start from weights; expected a classifier, such as probe/vit_base"
+            f"--then {sweep.then} does not start from weights; expected a classifier, such as probe/vit_base, a "
+            "detector or a segmenter"
         )
 
 

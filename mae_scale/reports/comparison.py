@@ -14,6 +14,8 @@ PANELS = {
     "loss (dashed: validation)": {"train/loss": "-", "val/loss": "--"},
     "gradient norm": {"train/grad_norm": "-"},
     "top-1, % (dotted: k-NN)": {"val/top1": "-", "val/knn_top1": ":"},
+    "average precision, % (dotted: masks)": {"val/box_ap": "-", "val/mask_ap": ":"},
+    "mean intersection over union, %": {"val/mean_iou": "-"},
 }
 COLOURS = ("#1f5fa8", "#c0562b", "#2e7d4f", "#7b4fa3", "#b08900", "#2a8c94", "#a83a6b", "#5a6b7b")
 SPAN_OF_LOG_SCALE = 20.0

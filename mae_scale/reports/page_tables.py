@@ -24,6 +24,9 @@ VALUES = {
     "val/loss": ("val loss", "{:.4f}"),
     "val/top1": ("top-1, %", "{:.2f}"),
     "val/knn_top1": ("k-NN, %", "{:.2f}"),
+    "val/box_ap": ("box AP, %", "{:.1f}"),
+    "val/mask_ap": ("mask AP, %", "{:.1f}"),
+    "val/mean_iou": ("mean IoU, %", "{:.2f}"),
     "perf/images_per_second": ("images/s", "{:,.1f}"),
 }
 

@@ -23,9 +23,19 @@ from mae_scale.training.run_state import DONE, NOT_STARTED, RUNNING, STOPPED_EAR
 SWEEP, RESULTS, FIGURE = "sweep.json", "results.json", "results.png"
 TABLE = "results_table.json"
 """The table in MLflow, which lists files by name: the figure comes first."""
-METRICS = {"val/loss": "val/loss", "train/loss": "train/loss", "val/top1": "top1", "val/knn_top1": "knn_top1"}
+METRICS = {
+    "val/loss": "val/loss",
+    "train/loss": "train/loss",
+    "val/top1": "top1",
+    "val/knn_top1": "knn_top1",
+    "val/box_ap": "box_ap",
+    "val/mask_ap": "mask_ap",
+    "val/mean_iou": "mean_iou",
+}
 """Metrics of a run by their names here."""
-THEN_METRICS = {"val/top1": "then_top1"}
+THEN_METRICS = {
+    metric: f"then_{METRICS[metric]}" for metric in ("val/top1", "val/box_ap", "val/mask_ap", "val/mean_iou")
+}
 """Metrics of the transfer after it."""
 ROWS_IN_DESCRIPTION = 30
 ENDED = (DONE, STOPPED_EARLY)

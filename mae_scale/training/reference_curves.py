@@ -20,7 +20,7 @@ from mae_scale.config.schema import Recipe, differing_keys
 from mae_scale.tracking.metrics_log import read_metrics
 
 MEANS = ("train/loss", "train/grad_norm")
-LAST = ("val/loss", "val/top1", "val/knn_top1")
+LAST = ("val/loss", "val/top1", "val/knn_top1", "val/box_ap", "val/mask_ap", "val/mean_iou")
 MOST_DIFFERENCES = 5
 """A recipe that differs from a run in more keys is no reference for it."""
 
