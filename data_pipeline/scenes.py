@@ -1,6 +1,6 @@
 """Write scenes for dense tasks: scikit-learn's real digits pasted on crops of its photographs, with exact annotations.
 
-Each scene has up to six digits, scaled, turned, coloured and partly over each other. What is annotated follows from
+Each scene has up to four digits, scaled, turned, coloured and partly over each other. What is annotated follows from
 the pixels that are painted: a digit's mask are those of its own that no later one covers, its box is the mask's.
 """
 
@@ -23,7 +23,7 @@ from data_pipeline.samples import begin_sample, finish_sample, held_out_digits
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MOST_DIGITS = 6
+MOST_DIGITS = 4
 ATTEMPTS = 4  # to find a place for a digit
 VISIBLE = 0.5  # share of each digit's pixels that stay visible, at least
 EDGE = 0.4  # opacity from which on a pixel is the digit's
@@ -133,7 +133,7 @@ def _placed(digit: Float64Array, side: int, random: np.random.Generator) -> Floa
     """Return a digit's opacity, float32 [side, side], 0 to 1: scaled, turned, and wholly within the scene."""
     from PIL import Image
 
-    size = int(side * (0.15 + 0.25 * random.random()))
+    size = int(side * (0.35 + 0.3 * random.random()))
     small = Image.fromarray((digit / 16).astype(np.float32))
     large = small.resize((size, size), Image.Resampling.BICUBIC)
     turned = large.rotate(60 * random.random() - 30, Image.Resampling.BICUBIC, expand=True)

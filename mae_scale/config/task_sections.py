@@ -60,6 +60,7 @@ class DetectionSection(DenseSection):
     annotations: Path | None = Field(None, description="COCO's JSON of the objects in data.root's images")
     val_annotations: Path | None = Field(None, description="COCO's JSON of the objects in data.val_root's images")
     channels: int = Field(256, gt=0, description="channels of the feature pyramid and of the heads")
+    proposals: int = Field(1000, gt=0, description="boxes per image that the region proposal network proposes")
     sampled_boxes: int = Field(512, gt=0, description="boxes per image that the box head is trained on")
 
 

@@ -101,7 +101,13 @@ def build_detector(recipe: Recipe, classes: int) -> MaskRcnn:
 
     section = recipe.detecting
     encoder = build_dense_encoder(recipe.model, section)
-    return MaskRcnn(encoder, classes=classes, channels=section.channels, sampled_boxes=section.sampled_boxes)
+    return MaskRcnn(
+        encoder,
+        classes=classes,
+        channels=section.channels,
+        proposals=section.proposals,
+        sampled_boxes=section.sampled_boxes,
+    )
 
 
 def build_segmenter(recipe: Recipe, classes: int) -> Segmenter:

@@ -32,7 +32,6 @@ FINEST_ANCHOR = 2
 """Side of the finest map's anchors in patches: 32 px, 8 strides, for patches of 16 px. It doubles with each map."""
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 BOX_CELLS, MASK_CELLS = 7, 14
-LINEAR_WIDTH = 1024
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,19 @@ def _cast(x: object, dtype: torch.dtype) -> object:
 class MaskRcnn(DenseModel):
     """Mask R-CNN over the maps of a dense encoder; `classes` without the background.
 
-    The box head is trained on `sampled_boxes` of an image's proposals, a quarter of which may be of objects.
+    Of the best `proposals` boxes of each map (twice as many in training) those that do not overlap better ones are
+    proposed, at most as many; the box head is trained on `sampled_boxes` of these, a quarter of which may be of objects.
     """
 
-    def __init__(self, encoder: DenseEncoder, *, classes: int, channels: int = 256, sampled_boxes: int = 512):
+    def __init__(
+        self,
+        encoder: DenseEncoder,
+        *,
+        classes: int,
+        channels: int = 256,
+        proposals: int = 1000,
+        sampled_boxes: int = 512,
+    ):
         super().__init__()
         self.encoder, self.classes = encoder, classes
         self.pyramid = FeaturePyramid(encoder.size.width, channels)
@@ -112,15 +120,15 @@ class MaskRcnn(DenseModel):
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
             positive_fraction=0.5,
-            pre_nms_top_n={"training": 2000, "testing": 1000},
-            post_nms_top_n={"training": 1000, "testing": 1000},
+            pre_nms_top_n={"training": 2 * proposals, "testing": proposals},
+            post_nms_top_n={"training": proposals, "testing": proposals},
             nms_thresh=0.7,
         )
         pooled = LEVELS[:-1]
         self.roi_heads = RoIHeads(
             MultiScaleRoIAlign(pooled, BOX_CELLS, sampling_ratio=2),
-            Float32(FastRCNNConvFCHead((channels, BOX_CELLS, BOX_CELLS), [channels] * 4, [LINEAR_WIDTH], MapNorm)),
-            Float32(FastRCNNPredictor(LINEAR_WIDTH, 1 + classes)),
+            Float32(FastRCNNConvFCHead((channels, BOX_CELLS, BOX_CELLS), [channels] * 4, [4 * channels], MapNorm)),
+            Float32(FastRCNNPredictor(4 * channels, 1 + classes)),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
             batch_size_per_image=sampled_boxes,
