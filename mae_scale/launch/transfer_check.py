@@ -6,7 +6,7 @@ import torch
 
 from data_pipeline.errors import UsageError
 from mae_scale.config.schema import Recipe
-from mae_scale.models.build import build_beit, build_classifier_of, build_moco_of, build_model
+from mae_scale.models.build import build_beit, build_classifier_of, build_moco_of, build_model, patch_grid
 from mae_scale.models.weights.autoencoder import to_official
 from mae_scale.models.weights.beit import beit_to_official
 from mae_scale.models.weights.classifier import load_classifier
@@ -39,6 +39,6 @@ def refuse_other_model(name: str, start: Recipe, recipe: Recipe) -> None:
                 raise UsageError("that trains a tokeniser, and no encoder")
             else:
                 left = build_classifier_of(start, classes).state_dict()
-            load_classifier(build_classifier_of(recipe, classes), left)
+            load_classifier(build_classifier_of(recipe, classes), left, patch_grid(start.model))
     except UsageError as error:
         raise UsageError(f"it starts from {name}, and {error}") from None

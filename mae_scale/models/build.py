@@ -5,7 +5,7 @@ from mae_scale.models.beit import Beit
 from mae_scale.models.classifier import Classifier, build_classifier
 from mae_scale.models.mae import MaskedAutoencoder, build_mae
 from mae_scale.models.moco import Moco, build_moco
-from mae_scale.models.vit import ViTSize, resolve_size
+from mae_scale.models.vit import ViTSize, grid_shape, resolve_size
 
 
 def size_of(model: ModelSection) -> ViTSize:
@@ -13,6 +13,11 @@ def size_of(model: ModelSection) -> ViTSize:
     return resolve_size(
         model.name, patch_size=model.patch_size, width=model.width, depth=model.depth, heads=model.heads
     )
+
+
+def patch_grid(model: ModelSection) -> tuple[int, int]:
+    """Return the rows and columns of patches of a recipe's images. Raises UsageError when patches do not fit."""
+    return grid_shape(model.image_size, size_of(model).patch_size)
 
 
 def build_model(recipe: Recipe, words: int = 2) -> MaskedAutoencoder:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from data_pipeline.errors import UsageError
-from mae_scale.checkpoints.export import find_checkpoint, starting_weights
+from mae_scale.checkpoints.export import find_checkpoint, grid_of_weights, starting_point, weights_of
 from mae_scale.checkpoints.store import read_manifest
 from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
@@ -83,7 +83,8 @@ def trained_classifier(recipe: Recipe) -> tuple[Classifier, list[str] | None]:
     Raises UsageError when the weights have no head, or do not fit.
     """
     path = weights_path(recipe)
-    state = starting_weights(path)
+    source = starting_point(path)
+    state = weights_of(source)
     classes = classes_in(state)
     if classes is None:
         raise UsageError(
@@ -91,12 +92,12 @@ def trained_classifier(recipe: Recipe) -> tuple[Classifier, list[str] | None]:
         )
     names = read_manifest(find_checkpoint(path))["classes"] if path.is_dir() else None
     model = build_classifier_of(recipe, classes)
-    load_classifier(model, state)
+    load_classifier(model, state, grid_of_weights(source))
     return model.eval(), names
 
 
 Predict = Callable[[torch.Tensor], torch.Tensor]
-"""Images [B, 3, S, S] to a model's output, float32, on the device."""
+"""Images [B, 3, H, W] to a model's output, float32, on the device."""
 
 
 def predictor(model: torch.nn.Module, recipe: Recipe, device: torch.device) -> Predict:
