@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import (
     Field,
-    PositiveInt,
     ValidationError,
     ValidatorFunctionWrapHandler,
     field_serializer,
@@ -20,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from data_pipeline.errors import UsageError
 from data_pipeline.files import write_atomically
-from data_pipeline.image_size import ImageSize, shortest_form, size_value
+from data_pipeline.image_size import ImageSize, height_and_width, shortest_form, size_value
 from mae_scale.config.section import Section
 from mae_scale.config.task_sections import ClassifierSection, MocoSection, TokeniserSection
 from mae_scale.passwords import without_password
@@ -35,9 +34,7 @@ class ModelSection(Section):
     encoder: Literal["vit", "beit"] = Field(
         "vit", description="beit: attention biased by relative position, LayerScale"
     )
-    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
-        224, description="pixels per side; or [height, width], both multiples of patch_size"
-    )
+    image_size: ImageSize = Field(224, description="pixels per side; or [height, width], both multiples of patch_size")
     patch_size: int | None = Field(None, gt=0, description="pixels per side; null: the model's")
     width: int | None = Field(None, gt=0, description="size of a token; null: the model's")
     depth: int | None = Field(None, gt=0, description="number of blocks; null: the model's")
@@ -62,11 +59,13 @@ class ModelSection(Section):
         """Return the size in its shortest form: [224, 224] is 224."""
         try:
             found: ImageSize = handler(value)
+            if min(height_and_width(found)) > 0:
+                return shortest_form(found)
         except ValidationError:
-            raise PydanticCustomError(
-                "image_size", "expected pixels per side, such as 224, or [height, width], such as [224, 448]"
-            ) from None
-        return shortest_form(found)
+            pass
+        raise PydanticCustomError(
+            "image_size", "expected pixels per side, such as 224, or [height, width], such as [224, 448]"
+        )
 
     @property
     def square_side(self) -> int:

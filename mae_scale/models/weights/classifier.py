@@ -213,7 +213,8 @@ def _on_grid(positions: Tensor, grid: tuple[int, int], given_grid: tuple[int, in
         return positions
     if patches != math.prod(of):
         raise UsageError(
-            f"the file has positions of {patches} patches, which are no square, and the model {grid[0]} x {grid[1]}: "
-            "give the run's folder or a checkpoint, whose recipe says their rows and columns"
+            f"pos_embed is {list(positions.shape)}, expected [1, {1 + math.prod(grid)}, {positions.shape[2]}] of "
+            f"{grid[0]} x {grid[1]} patches, or those of a square; for others give the run's folder or a checkpoint, "
+            "whose recipe says their rows and columns"
         )
     return resample_abs_pos_embed(positions.float(), list(grid), list(of), antialias=False)
