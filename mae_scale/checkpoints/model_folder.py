@@ -87,16 +87,19 @@ def _for_transformers(model: Model, classes: Sequence[str] | None) -> tuple[str,
         "num_channels": 3,
         "qkv_bias": True,
     }
-    if isinstance(model.encoder, BeitEncoder):
+    is_beit = isinstance(model.encoder, BeitEncoder)
+    if not isinstance(model.image_size, int) and (is_beit or not isinstance(model, Classifier)):
+        # Of ViTMAE's checks of images; of BEiT's tables, which it reads with rows and columns exchanged.
+        raise UsageError(
+            f"the model is for images of {size_text(model.image_size)} px, and transformers' "
+            f"{'BEiT' if is_beit else 'ViTMAE'} takes square ones only: use --format timm, or --format hf with a name "
+            "that ends in .safetensors, for the weights alone"
+        )
+    if is_beit:
         return _beit_for_transformers(model, config, classes)
     if isinstance(model, Classifier):
         state = classifier_to_hf(model)
         architecture, kind, more = "ViTForImageClassification", "vit", _labels(classes, model.classes)
-    elif not isinstance(model.image_size, int):
-        raise UsageError(
-            f"the model is for images of {size_text(model.image_size)} px, and transformers' ViTMAE takes square ones "
-            "only: use --format timm, or --format hf with a name that ends in .safetensors"
-        )
     elif _has_their_decoder(model):
         state = to_hf(model)
         architecture, kind, more = "ViTMAEForPreTraining", "vit_mae", _decoder(model)
