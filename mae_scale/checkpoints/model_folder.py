@@ -87,16 +87,11 @@ def _for_transformers(model: Model, classes: Sequence[str] | None) -> tuple[str,
         "num_channels": 3,
         "qkv_bias": True,
     }
-    is_beit = isinstance(model.encoder, BeitEncoder)
-    if not isinstance(model.image_size, int) and (is_beit or not isinstance(model, Classifier)):
-        # Of ViTMAE's checks of images; of BEiT's tables, which it reads with rows and columns exchanged.
-        raise UsageError(
-            f"the model is for images of {size_text(model.image_size)} px, and transformers' "
-            f"{'BEiT' if is_beit else 'ViTMAE'} takes square ones only: use --format timm, or --format hf with a name "
-            "that ends in .safetensors, for the weights alone"
-        )
-    if is_beit:
+    if isinstance(model.encoder, BeitEncoder):
+        _refuse_rectangles(model, "BEiT")  # it reads tables with rows and columns exchanged
         return _beit_for_transformers(model, config, classes)
+    if not isinstance(model, Classifier):
+        _refuse_rectangles(model, "ViTMAE")  # it refuses such images
     if isinstance(model, Classifier):
         state = classifier_to_hf(model)
         architecture, kind, more = "ViTForImageClassification", "vit", _labels(classes, model.classes)
@@ -110,6 +105,15 @@ def _for_transformers(model: Model, classes: Sequence[str] | None) -> tuple[str,
     if architecture == "ViTMAEModel":
         what += ", the encoder over all patches (transformers has no decoder of that kind)"
     return what, {"architectures": [architecture], "model_type": kind, **config, **more}, state
+
+
+def _refuse_rectangles(model: Model, theirs: str) -> None:
+    """Raise UsageError for a model of images that are not square, for transformers' architecture `theirs`."""
+    if not isinstance(model.image_size, int):
+        raise UsageError(
+            f"the model is for images of {size_text(model.image_size)} px, and transformers' {theirs} takes square "
+            "ones only: use --format timm, or --format hf with a name that ends in .safetensors, for the weights alone"
+        )
 
 
 def _beit_for_transformers(
