@@ -46,11 +46,8 @@ def export_folder(model: Model, classes: Sequence[str] | None, folder: Path, lay
     if layout == "hf":
         what, config, state = _for_transformers(model, classes)
         preprocessor = _preprocessor(model.image_size) if isinstance(model.image_size, int) else None
-        what += (
-            ""
-            if preprocessor
-            else f", without {PREPROCESSOR}: none of transformers' cuts rectangles as evaluation does"
-        )
+        if preprocessor is None:
+            what += f", without {PREPROCESSOR}: none of transformers' cuts rectangles as evaluation does"
     else:
         what, config, state = _for_timm(model, classes)
         preprocessor = None

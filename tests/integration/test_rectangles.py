@@ -90,6 +90,8 @@ def test_a_classifier_is_evaluated_from_its_run_and_from_its_file(finetuned, dig
         done = mae_scale(*command, "--weights", weights)
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / "answer.json").read_text())["top1"] == rows[-1]["val/top1"]
+    done = mae_scale(*command, "--weights", finetuned, "--set", "imagenet-c")
+    assert (done.returncode, "square crops, which model.image_size=[32,64] would stretch" in done.stderr) == (2, True)
     assert (finetuned / "figures" / "attention.png").exists()
     done = mae_scale("export", finetuned, tmp_path / "timm", "--format", "timm")
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from data_pipeline.errors import UsageError
+from data_pipeline.image_size import size_value
 from mae_scale.checkpoints.export import find_checkpoint, grid_of_weights, starting_point, weights_of
 from mae_scale.checkpoints.store import read_manifest
 from mae_scale.config.required import required
@@ -73,6 +74,12 @@ def evaluate(recipe: Recipe, kind: str) -> dict[str, Any] | None:
 
 
 def _opened(recipe: Recipe, kind: str) -> tuple[Classifier, list[str] | None, list[EvaluationSet]]:
+    size = recipe.model.image_size
+    if kind == "imagenet-c" and not isinstance(size, int):
+        raise UsageError(
+            f"--set imagenet-c: its images are square crops, which model.image_size={size_value(size)} would stretch; "
+            "evaluate a model of square images"
+        )
     model, names = trained_classifier(recipe)
     return model, names, open_sets(kind, validation_root(recipe), num_classes=model.classes, class_names=names)
 
