@@ -54,7 +54,7 @@ class Batch:
     were bad; `positions` [n] in the global batch; `valid` [n], False for filled-up positions and bad images of an
     evaluation; `number` the number of the global batch; `replaced` the number of bad images; `cache_hits` the number
     of images read from the cache; `drawn` the tensors of `Draw`, on the host (pinned when there is a GPU);
-    `second` the images' second view, float32 [n, 3, side, side], beside `images`, where one is asked for; `annotated`
+    `second` the images' second view, float32 [n, 3, H, W], beside `images`, where one is asked for; `annotated`
     the results of `Annotate`, one per image.
     """
 

@@ -19,6 +19,7 @@ from data_pipeline.augment.kinds import Augmentation, SecondView
 from data_pipeline.augment.rand_augment import apply_operations
 from data_pipeline.augment.solarise import solarise_images
 from data_pipeline.errors import UsageError
+from data_pipeline.image_size import ImageSize, height_and_width, size_text
 from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ PREFIXES = ("", "second_")
 
 @dataclass(frozen=True)
 class Decoding:
-    """The settings of decoding: augmentation, side of the square output in pixels, device and threads.
+    """The settings of decoding: augmentation, size of the output in pixels, device and threads.
 
     `device` is auto (a GPU where DALI sees one), cpu or gpu, with the GPU's number `device_id`. With
     `exif_orientation` each image is turned by its EXIF orientation before it is cropped, and crops are in turned
@@ -48,7 +49,7 @@ class Decoding:
     """
 
     augmentation: Augmentation
-    image_size: int
+    image_size: ImageSize
     device: str = "auto"
     device_id: int | None = None
     threads: int = 2
@@ -57,6 +58,12 @@ class Decoding:
 
     def __post_init__(self) -> None:
         second = self.second
+        for kind, (height, width), _ in self.views:
+            if kind.crop == "scaled" and height != width:
+                raise UsageError(
+                    f"augmentation '{kind.name}' fills images up to a square, and the image size is "
+                    f"{size_text((height, width))} px; use a square one"
+                )
         if second and second.augmentation and self.augmentation.erasing:
             raise UsageError(
                 f"random erasing (probability {self.augmentation.erasing:g}) is not made in pairs of views; "
@@ -69,12 +76,13 @@ class Decoding:
             )
 
     @property
-    def views(self) -> list[tuple[Augmentation, int, bool]]:
-        """Augmentation, side in pixels, and whether it is normalised, of each view."""
-        first = (self.augmentation, self.image_size, True)
-        if self.second is None:
+    def views(self) -> list[tuple[Augmentation, tuple[int, int], bool]]:
+        """Augmentation, height and width in pixels, and whether it is normalised, of each view."""
+        first, second = (self.augmentation, height_and_width(self.image_size), True), self.second
+        if second is None:
             return [first]
-        return [first, (self.second.augmentation or self.augmentation, self.second.image_size, self.second.normalised)]
+        kind = second.augmentation or self.augmentation
+        return [first, (kind, height_and_width(second.image_size), second.normalised)]
 
 
 def import_dali() -> ModuleType:
@@ -111,7 +119,7 @@ def training_pipeline(decoding: Decoding, max_batch: int, *, device: str, device
     """Return the built pipeline that decodes, crops, resizes, flips, augments and normalises up to `max_batch` images.
 
     `device` is mixed or cpu. Its inputs are named as the columns of a plan, see `data_pipeline.decoder`; it has an
-    output per view, float32 [n, 3, side, side].
+    output per view, float32 [n, 3, height, width].
     """
     import_dali()
     from nvidia.dali.pipeline import pipeline_def
@@ -121,8 +129,8 @@ def training_pipeline(decoding: Decoding, max_batch: int, *, device: str, device
     def graph() -> tuple[DataNode, ...]:
         part = _decoded(decoding, device)
         return tuple(
-            _view(part, kind, side, PREFIXES[number], normalised=normalised)
-            for number, (kind, side, normalised) in enumerate(decoding.views)
+            _view(part, kind, size, PREFIXES[number], normalised=normalised)
+            for number, (kind, size, normalised) in enumerate(decoding.views)
         )
 
     # Affinity stays off: ranks that share a machine would all be tied to its first cores.
@@ -132,8 +140,8 @@ def training_pipeline(decoding: Decoding, max_batch: int, *, device: str, device
     return pipeline
 
 
-def _view(part: DataNode, kind: Augmentation, image_size: int, prefix: str, *, normalised: bool) -> DataNode:
-    """Return, in a graph, a view of each decoded part, its inputs' names beginning with `prefix`."""
+def _view(part: DataNode, kind: Augmentation, output: tuple[int, int], prefix: str, *, normalised: bool) -> DataNode:
+    """Return, in a graph, a view (height, width) of each decoded part, its inputs' names beginning with `prefix`."""
     from nvidia.dali import fn
     from nvidia.dali.types import DALIDataType
 
@@ -145,7 +153,7 @@ def _view(part: DataNode, kind: Augmentation, image_size: int, prefix: str, *, n
 
     flip = integers("flip", 0)
     scaled = kind.crop == "scaled"
-    size = floats("filled", 1) if scaled or kind.crop == "unbounded" else [image_size, image_size]
+    size = floats("filled", 1) if scaled or kind.crop == "unbounded" else list(output)
     images = resize_crop(part, floats("region_start", 1), floats("region_end", 1), size)
     if kind.colours:
         images = jitter_colours(images, floats("levels", 2), floats("saturation", 0), floats("hue", 0))
@@ -161,7 +169,7 @@ def _view(part: DataNode, kind: Augmentation, image_size: int, prefix: str, *, n
     return fn.crop_mirror_normalize(
         images,
         mirror=0 if kind.rand_augment or scaled else flip,
-        **(_filled_up(image_size) if scaled else {}),
+        **(_filled_up(output) if scaled else {}),
         mean=[255 * value for value in IMAGENET_MEAN] if normalised else [0.0],
         std=[255 * value for value in IMAGENET_STD] if normalised else [255.0],
         dtype=DALIDataType.FLOAT,
@@ -169,10 +177,10 @@ def _view(part: DataNode, kind: Augmentation, image_size: int, prefix: str, *, n
     )
 
 
-def _filled_up(image_size: int) -> dict[str, Any]:
-    """Return the options that fill an image up with zeros, below and to the right, to a square."""
+def _filled_up(output: tuple[int, int]) -> dict[str, Any]:
+    """Return the options that fill an image up with zeros, below and to the right, to the output's size."""
     return {
-        "crop": (image_size, image_size),
+        "crop": output,
         "crop_pos_x": 0.0,
         "crop_pos_y": 0.0,
         "out_of_bounds_policy": "pad",

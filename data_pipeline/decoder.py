@@ -49,7 +49,7 @@ class Decoder:
         self._pipeline: Pipeline | None = None
 
     def decode(self, encoded: list[Uint8Array], plan: BatchPlan) -> Views:
-        """Return a DALI tensor list per view, float32 [n, 3, side, side], of `encoded` (uint8 arrays) cut by `plan`.
+        """Return a DALI tensor list per view, float32 [n, 3, height, width], of `encoded` (uint8 arrays) cut by `plan`.
 
         The host's part is finished when this returns; a list stays valid while something refers to it. Raises
         BadImage when an image (DALI does not say which) cannot be decoded, and RunError when no image is the cause, as
@@ -85,9 +85,9 @@ class Decoder:
             "crop_start": np.ascontiguousarray(plan.crops[:, :2]),
             "crop_shape": np.ascontiguousarray(plan.crops[:, 2:]),
         }
-        for prefix, (kind, side, _), view in zip(PREFIXES, self.decoding.views, (plan, plan.second), strict=False):
+        for prefix, (kind, size, _), view in zip(PREFIXES, self.decoding.views, (plan, plan.second), strict=False):
             assert view is not None, "a plan for one view, and a decoding of two"
-            inputs |= {prefix + name: column for name, column in _view_inputs(kind, side, view).items()}
+            inputs |= {prefix + name: column for name, column in _view_inputs(kind, size, view).items()}
         with caught() as self.damage:
             return tuple(self._pipeline.run(**inputs))
 
@@ -99,7 +99,7 @@ class Decoder:
         return training_pipeline(self.decoding, self.max_batch, device=self.device, device_id=self.device_id)
 
 
-def _view_inputs(kind: Augmentation, image_size: int, plan: BatchPlan) -> dict[str, np.ndarray]:
+def _view_inputs(kind: Augmentation, image_size: tuple[int, int], plan: BatchPlan) -> dict[str, np.ndarray]:
     """Return the inputs of a view's graph, by their names without prefix."""
     inputs: dict[str, np.ndarray] = {
         "region_start": np.ascontiguousarray(plan.regions[:, :2]),
@@ -112,7 +112,7 @@ def _view_inputs(kind: Augmentation, image_size: int, plan: BatchPlan) -> dict[s
         inputs["levels"], inputs["saturation"] = jitter_slots(plan.jitter, plan.jitter_order)
         inputs["hue"] = plan.hue
     if kind.blur:
-        inputs["sigma"] = np.maximum(plan.blur * np.float32(image_size), np.float32(UNBLURRED))
+        inputs["sigma"] = np.maximum(plan.blur * np.float32(min(image_size)), np.float32(UNBLURRED))
     if kind.solarised:
         inputs["thresholds"] = plan.solarise
     if kind.rand_augment:

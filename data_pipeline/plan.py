@@ -18,6 +18,7 @@ from data_pipeline.arrays import BoolArray, Float32Array, Int32Array, Int64Array
 from data_pipeline.augment import blur, colour_jitter, crop, flip, rand_augment, random_erasing, solarise
 from data_pipeline.augment.kinds import Augmentation, SecondView
 from data_pipeline.errors import UsageError
+from data_pipeline.image_size import ImageSize
 from data_pipeline.index import Index
 from data_pipeline.rng import generator
 
@@ -43,11 +44,11 @@ class BatchPlan:
     image fills of the output, from its upper left corner; beyond it is 0. `flips` int32 [n] (1: mirrored). `jitter`
     float32 [n, 3] (brightness, contrast, saturation factors; saturation 0: grey) applied in the order `jitter_order`
     int32 [n, 3], with the hue turned by `hue` float32 [n] degrees. `blur` float32 [n] is the sigma of the blur as a
-    share of the output's side (0: none), `solarise` int32 [n] the level from which on levels become their negative.
-    `operations` int32 [n, 2] of RandAugment (-1: none) have `arguments` float32 [n, 2]. `erase` int32 [n, 4] (y, x,
-    height, width) is the box of the output that is filled with noise, all 0 for none. `valid` bool [n] is False for
-    positions that only fill up the last batch of an evaluation, and in place of its bad images. `second` is the plan of
-    a second view, cut from the same decoded part; None without one.
+    share of the output's shorter side (0: none), `solarise` int32 [n] the level from which on levels become their
+    negative. `operations` int32 [n, 2] of RandAugment (-1: none) have `arguments` float32 [n, 2]. `erase` int32 [n, 4]
+    (y, x, height, width) is the box of the output that is filled with noise, all 0 for none. `valid` bool [n] is False
+    for positions that only fill up the last batch of an evaluation, and in place of its bad images. `second` is the
+    plan of a second view, cut from the same decoded part; None without one.
     """
 
     positions: Int64Array
@@ -123,7 +124,7 @@ def plan_batch(
     number: int,
     global_batch: int,
     positions: slice | Int64Array = slice(None),
-    image_size: int = 224,
+    image_size: ImageSize = 224,
     sample_ids: Int64Array | None = None,
     second: SecondView | None = None,
 ) -> BatchPlan:
@@ -138,7 +139,7 @@ def plan_batch(
         sample_ids = epoch_permutation(seed, epoch, len(index))[within * global_batch + positions]
     sample_ids = np.asarray(sample_ids, np.int64)
 
-    def view(kind: Augmentation, side: int, prefix: str = "") -> BatchPlan:
+    def view(kind: Augmentation, size: ImageSize, prefix: str = "") -> BatchPlan:
         def random(stream: str) -> np.random.Generator:
             return generator(seed, prefix + stream, number)
 
@@ -148,7 +149,7 @@ def plan_batch(
             random,
             global_batch=global_batch,
             positions=positions,
-            image_size=side,
+            image_size=size,
             sample_ids=sample_ids,
         )
 
@@ -179,7 +180,7 @@ def _plan_view(
     *,
     global_batch: int,
     positions: Int64Array,
-    image_size: int,
+    image_size: ImageSize,
     sample_ids: Int64Array,
 ) -> BatchPlan:
     """Return the plan of one view; random(stream) is the generator of the global batch."""
@@ -227,7 +228,7 @@ def _boxes_to_erase(
     random: np.random.Generator,
     global_batch: int,
     positions: Int64Array,
-    image_size: int,
+    image_size: ImageSize,
 ) -> Int32Array:
     """Return `erase` of the plan."""
     if not augmentation.erasing:

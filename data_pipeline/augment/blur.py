@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
 
 DRAWS = 2  # numbers in [0, 1) drawn for an image: whether it is blurred, and how much
-SIDE = 224  # px: the side of an image that the kind's sigma is for
+SIDE = 224  # px: the shorter side of an image that the kind's sigma is for
 UNBLURRED = 0.01  # px: at this sigma the filter is 1 at its centre, and DALI takes no 0
 
 
 def draw_blur(kind: Augmentation, draws: Float64Array) -> Float32Array:
-    """Return the standard deviation of each image's filter, float32 [n], as a share of the image's side; 0: no blur.
+    """Return the standard deviation of each image's filter, float32 [n], as a share of its shorter side; 0: no blur.
 
     From draws [n, DRAWS] in [0, 1).
     """

@@ -8,6 +8,7 @@ import numpy as np
 
 from data_pipeline.arrays import Float32Array, Float64Array, Int32Array, Int64Array
 from data_pipeline.augment.kinds import Augmentation
+from data_pipeline.image_size import ImageSize, height_and_width
 
 if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
@@ -18,13 +19,14 @@ DRAWS = 4 * ATTEMPTS  # numbers in [0, 1) drawn for an image
 
 
 def draw_crops(
-    kind: Augmentation, draws: Float64Array, heights: Int32Array, widths: Int32Array, image_size: int
+    kind: Augmentation, draws: Float64Array, heights: Int32Array, widths: Int32Array, image_size: ImageSize
 ) -> tuple[Int32Array, Float32Array, Int32Array]:
     """Return crops int32 [n, 4], regions float32 [n, 4] and filled int32 [n, 2] of a batch's plan.
 
     draws [n, DRAWS] in [0, 1).
     """
-    filled = np.full((len(draws), 2), image_size, np.int32)
+    output = np.array(height_and_width(image_size))
+    filled = np.tile(output.astype(np.int32), (len(draws), 1))
     if kind.crop == "random_resized":
         crops = random_resized_crops(draws, heights, widths, kind.scale, kind.ratio)
         regions = np.concatenate([np.zeros_like(crops[:, :2]), crops[:, 2:]], axis=1)
@@ -34,18 +36,32 @@ def draw_crops(
     if kind.crop == "whole":
         return whole, whole.astype(np.float32), filled
     if kind.crop == "scaled":
-        return whole, *scaled_regions(draws[:, :3], size, kind.scale, image_size, by_shorter=kind.by_shorter)
+        scaled = scaled_regions(draws[:, :3], size, kind.scale, int(output[0]), by_shorter=kind.by_shorter)
+        return whole, *scaled
     if kind.crop == "unbounded":
-        resized = _resized(size, image_size / size.min(axis=1, keepdims=True))
-        return whole, whole.astype(np.float32), resized.astype(np.int32)
-    resized = int(image_size / EVALUATION_CROP) * size // size.min(axis=1, keepdims=True)
-    room = resized - image_size
+        fitted = _resized(size, int(output[0]) / size.min(axis=1, keepdims=True))
+        return whole, whole.astype(np.float32), fitted.astype(np.int32)
+    resized = covering(size, image_size)
+    room = resized - output
     centre = kind.crop == "centre"
     # np.rint, as torchvision's int(round(...)), rounds half to even
     offset = np.rint(room / 2) if centre else np.floor(draws[:, :2] * (room + 1))
     start = offset * size / resized
-    end = (offset + image_size) * size / resized
+    end = (offset + output) * size / resized
     return whole, np.concatenate([start, end], axis=1).astype(np.float32), filled
+
+
+def covering(size: Int64Array, image_size: ImageSize) -> Int64Array:
+    """Return the sizes int64 [n, 2] to which images of `size` int64 [n, 2] are resized before a fixed-size crop.
+
+    Sizes are (height, width). Proportions are kept, and an image just covers int(height / 0.875) x int(width / 0.875)
+    of the output: one of its sides is equal, the other, rounded down, at least as long, so that no crop reaches beyond
+    it. For a square output that is torchvision's Resize(int(side / 0.875)) of the shorter side.
+    """
+    least = np.array([int(side / EVALUATION_CROP) for side in height_and_width(image_size)])
+    by_height = least[0] * size[:, 1] >= least[1] * size[:, 0]
+    numerator = np.where(by_height, least[0], least[1])
+    return numerator[:, None] * size // np.where(by_height, size[:, 0], size[:, 1])[:, None]
 
 
 def scaled_regions(

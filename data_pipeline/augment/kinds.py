@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from data_pipeline.errors import UsageError
+from data_pipeline.image_size import ImageSize
 
 
 @dataclass(frozen=True)
@@ -13,17 +14,18 @@ class Augmentation:
     """The crop, flip, colours and erasing of images.
 
     crop `random_resized`: torchvision's RandomResizedCrop with `scale` (share of the area) and `ratio` (width
-    by height). crop `random` and `centre`: the shorter side is resized to int(image_size / 0.875), then a
-    square of image_size is cut out at random or at the centre (torchvision's Resize with RandomCrop or
-    CenterCrop). crop `whole`: the whole image is resized to the square. crop `scaled`: the image is resized by a factor
-    from `scale` of what just fits, cut to the square or filled up below and to the right; with `by_shorter` by a factor
-    of what makes its shorter side that of the square. crop `unbounded`: as that with the factor 1, and nothing is cut
-    or filled up, so that outputs differ in size. `flip` is the probability of
-    a horizontal flip. `jitter` are the strengths of brightness, contrast and saturation, as in torchvision's
+    by height). crop `random` and `centre`: the image is resized, its proportions kept, until it just covers
+    int(height / 0.875) x int(width / 0.875) of the output, then the output's size is cut out at random or at the centre
+    (for a square torchvision's Resize of the shorter side, with RandomCrop or CenterCrop). crop `whole`: the whole
+    image is resized to the output. crop `scaled`, of square outputs: the image is resized by a factor from `scale` of
+    what just fits, cut to the square or filled up below and to the right; with `by_shorter` by a factor of what makes
+    its shorter side that of the square. crop `unbounded`: as that with the factor 1, and nothing is cut or filled up,
+    so that outputs differ in size. `flip` is the probability of a horizontal flip. `jitter` are the strengths of
+    brightness, contrast and saturation, as in torchvision's
     ColorJitter, applied in random order, and of hue, in turns; 0 for none. `jittered` is the probability of jitter,
     `grey` that of a grey image instead of a coloured one, `blur` that of a Gaussian blur of `sigma` (px of a 224 px
-    image, in proportion for other sizes), `solarised` that of turning levels from 128 on into their negative.
-    `rand_augment`: the flipped image goes through RandAugment. `erasing` is the probability that a box of the
+    image, in proportion to the shorter side of other sizes), `solarised` that of turning levels from 128 on into their
+    negative. `rand_augment`: the flipped image goes through RandAugment. `erasing` is the probability that a box of the
     normalised image is filled with noise.
     """
 
@@ -50,14 +52,14 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class SecondView:
-    """A second view of each image: its augmentation, and the side of the square in pixels.
+    """A second view of each image: its augmentation, and its size in pixels.
 
     Without an augmentation it has the crop, flip and colours of the first view. `normalised`: by ImageNet's mean and
     std as the first view; otherwise values are from 0 to 1.
     """
 
     augmentation: Augmentation | None
-    image_size: int
+    image_size: ImageSize
     normalised: bool = True
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_pipeline.arrays import Float32Array, Float64Array, Int32Array, Int64Array
+from data_pipeline.image_size import ImageSize, height_and_width
 
 if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
@@ -58,8 +59,8 @@ def draw_operations(uniform: Float64Array, normal: Float64Array) -> tuple[Int32A
 def to_arguments(operations: Int32Array, magnitudes: Float64Array, signs: Int64Array) -> Float32Array:
     """Return timm's arguments of `operations` at `magnitudes` in [0, 10]: float32, of the shape of all three.
 
-    Rotate: degrees; Shear: a share; TranslateRel: a share of the side; Posterize: the bits kept; Solarize: the
-    threshold; SolarizeAdd: the levels added; the four enhancements: the factor, 1 for no change. `signs` (1 or
+    Rotate: degrees; Shear: a share; TranslateRel: a share of the width, or height; Posterize: the bits kept; Solarize:
+    the threshold; SolarizeAdd: the levels added; the four enhancements: the factor, 1 for no change. `signs` (1 or
     -1) turn rotations, shears and translations round and say whether a factor is above or below 1.
     """
     level = magnitudes / 10
@@ -78,26 +79,28 @@ def to_arguments(operations: Int32Array, magnitudes: Float64Array, signs: Int64A
     return np.choose(operations, by_operation).astype(np.float32)
 
 
-def to_matrices(operations: Int32Array, arguments: Float32Array, image_size: int) -> Float32Array:
+def to_matrices(operations: Int32Array, arguments: Float32Array, image_size: ImageSize) -> Float32Array:
     """Return the matrices that map each pixel of the output to its place in the input, in pixels from the corner:
     float32 [..., 3, 3] of operations and arguments [...], the identity for operations that are not geometric.
 
     Rotations are about the centre, counter-clockwise as in Pillow.
     """
+    height, width = height_and_width(image_size)
     angle = np.radians(arguments, dtype=np.float64)
-    cos, sin, middle = np.cos(angle), np.sin(angle), image_size / 2
-    rotate, moved = operations == ROTATE, arguments * image_size
+    cos, sin, rotate = np.cos(angle), np.sin(angle), operations == ROTATE
+    # So arranged that a square's numbers keep every bit: runs go on from checkpoints of before.
+    across, down = width / 2 * (1 - cos + height / width * sin), height / 2 * (1 - cos - width / height * sin)
     matrices = np.tile(np.eye(3, dtype=np.float32), (*operations.shape, 1, 1))
     matrices[..., 0, 0] = matrices[..., 1, 1] = np.where(rotate, cos, 1)
     matrices[..., 0, 1] = np.select([rotate, operations == SHEAR_X], [-sin, arguments])
     matrices[..., 1, 0] = np.select([rotate, operations == SHEAR_Y], [sin, arguments])
-    matrices[..., 0, 2] = np.select([rotate, operations == TRANSLATE_X], [middle * (1 - cos + sin), moved])
-    matrices[..., 1, 2] = np.select([rotate, operations == TRANSLATE_Y], [middle * (1 - cos - sin), moved])
+    matrices[..., 0, 2] = np.select([rotate, operations == TRANSLATE_X], [across, arguments * width])
+    matrices[..., 1, 2] = np.select([rotate, operations == TRANSLATE_Y], [down, arguments * height])
     return matrices
 
 
 def apply_operations(images: DataNode, operations: DataNode, arguments: DataNode, matrices: DataNode) -> DataNode:
-    """Apply both layers of operations to uint8 RGB images [S, S, 3], in a DALI graph with conditionals.
+    """Apply both layers of operations to uint8 RGB images [H, W, 3], in a DALI graph with conditionals.
 
     `operations` [2], `arguments` [2] and `matrices` [2, 3, 3] (of `to_matrices`) are on the host.
     """

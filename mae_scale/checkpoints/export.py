@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save
 
 from data_pipeline.errors import RunError, UsageError
 from data_pipeline.files import whole_file
+from data_pipeline.image_size import size_text
 from mae_scale.checkpoints.shards import ShardReader, digest_of
 from mae_scale.checkpoints.store import (
     MANIFEST,
@@ -30,6 +31,7 @@ from mae_scale.models.build import (
     build_moco_of,
     build_model,
     build_segmenter,
+    patch_grid,
 )
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.dense import DenseModel
@@ -38,7 +40,7 @@ from mae_scale.models.moco import Moco
 from mae_scale.models.weights.autoencoder import to_hf, to_official, to_timm
 from mae_scale.models.weights.beit import beit_to_hf, beit_to_official, beit_to_timm
 from mae_scale.models.weights.classifier import classifier_to_hf, classifier_to_official, classifier_to_timm
-from mae_scale.models.weights.files import read_weights
+from mae_scale.models.weights.files import GRID, grid_in_file, read_weights
 from mae_scale.models.weights.moco import moco_to_official
 
 FORMATS = ("official", "timm", "hf", "safetensors")
@@ -150,11 +152,6 @@ def starting_point(path: Path) -> Path:
     return find_checkpoint(path) if path.is_dir() else path
 
 
-def starting_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return the weights that --weights names; raise as `starting_point` and `weights_of` do."""
-    return weights_of(starting_point(path))
-
-
 def weights_of(source: Path) -> dict[str, torch.Tensor]:
     """Return the weights of a file in any layout, or of a checkpoint.
 
@@ -171,6 +168,24 @@ def weights_of(source: Path) -> dict[str, torch.Tensor]:
     return to_official(model.encoder if isinstance(model, Moco) else model, decoder=False)
 
 
+def grid_of_weights(source: Path) -> tuple[int, int] | None:
+    """Return the rows and columns of patches of the images that weights are for; None where a file does not say.
+
+    A checkpoint has them in its recipe, a file that was exported here beside its weights, unless they are a square's.
+    """
+    if not source.is_dir():
+        return grid_in_file(source)
+    return patch_grid(stored_recipe(read_manifest(source)["recipe"], str(source)).model)
+
+
+def grid_note(model: Model) -> dict[str, str]:
+    """Return what is written beside weights about their grid of patches: nothing of a square's."""
+    if isinstance(model, DenseModel):
+        return {}
+    rows, columns = model.encoder.grid
+    return {} if rows == columns else {GRID: size_text((rows, columns))}
+
+
 def export_weights(model: Model, path: Path, layout: str) -> None:
     """Write a model's weights, float32, in one of FORMATS: as safetensors, or with .pth like the authors' files.
 
@@ -183,8 +198,8 @@ def export_weights(model: Model, path: Path, layout: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
             if path.suffix == ".pth":
-                torch.save({"state_dict" if isinstance(model, Moco) else "model": state}, file)
+                torch.save({"state_dict" if isinstance(model, Moco) else "model": state, **grid_note(model)}, file)
             else:
-                file.write(save(state, metadata={"format": "pt", "layout": layout}))
+                file.write(save(state, metadata={"format": "pt", "layout": layout, **grid_note(model)}))
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None

@@ -2,7 +2,8 @@
 
     model.safetensors         the weights, by the library's names
     config.json               the architecture and the names of the classes; for timm also the preparation
-    preprocessor_config.json  for transformers: the preparation, that of our evaluation
+    preprocessor_config.json  for transformers: the preparation, that of our evaluation; not for images that are not
+                              square, which none of its processors cuts like that
 
 Neither library is imported: their formats are documented, and tests open the folders with both.
 """
@@ -19,8 +20,9 @@ from torch import Tensor
 from data_pipeline.augment.crop import EVALUATION_CROP
 from data_pipeline.errors import UsageError
 from data_pipeline.files import write_atomically, write_json
+from data_pipeline.image_size import height_and_width, size_text
 from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
-from mae_scale.checkpoints.export import Model, weights_in
+from mae_scale.checkpoints.export import Model, grid_note, weights_in
 from mae_scale.models.beit import Beit, BeitEncoder
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.dense import DenseModel
@@ -51,7 +53,9 @@ def export_folder(model: Model, classes: Sequence[str] | None, folder: Path, lay
         )
     if layout == "hf":
         what, config, state = _for_transformers(model, classes)
-        preprocessor = _preprocessor(model.image_size)
+        preprocessor = _preprocessor(model.image_size) if isinstance(model.image_size, int) else None
+        if preprocessor is None:
+            what += f", without {PREPROCESSOR}: none of transformers' cuts rectangles as evaluation does"
     else:
         what, config, state = _for_timm(model, classes)
         preprocessor = None
@@ -62,7 +66,7 @@ def export_folder(model: Model, classes: Sequence[str] | None, folder: Path, lay
     weights = {name: tensor.detach().float().contiguous() for name, tensor in state.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
+        write_atomically(folder / WEIGHTS, save(weights, metadata={"format": "pt", **grid_note(model)}))
         if preprocessor is None:
             (folder / PREPROCESSOR).unlink(missing_ok=True)
         else:
@@ -91,7 +95,10 @@ def _for_transformers(
         "qkv_bias": True,
     }
     if isinstance(model.encoder, BeitEncoder):
+        _refuse_rectangles(model, "BEiT")  # it reads tables with rows and columns exchanged
         return _beit_for_transformers(model, config, classes)
+    if not isinstance(model, Classifier):
+        _refuse_rectangles(model, "ViTMAE")  # it refuses such images
     if isinstance(model, Classifier):
         state = classifier_to_hf(model)
         architecture, kind, more = "ViTForImageClassification", "vit", _labels(classes, model.classes)
@@ -105,6 +112,15 @@ def _for_transformers(
     if architecture == "ViTMAEModel":
         what += ", the encoder over all patches (transformers has no decoder of that kind)"
     return what, {"architectures": [architecture], "model_type": kind, **config, **more}, state
+
+
+def _refuse_rectangles(model: EncoderModel, theirs: str) -> None:
+    """Raise UsageError for a model of images that are not square, for transformers' architecture `theirs`."""
+    if not isinstance(model.image_size, int):
+        raise UsageError(
+            f"the model is for images of {size_text(model.image_size)} px, and transformers' {theirs} takes square "
+            "ones only: use --format timm, or --format hf with a name that ends in .safetensors, for the weights alone"
+        )
 
 
 def _beit_for_transformers(
@@ -178,7 +194,7 @@ def _preprocessor(image_size: int) -> dict[str, Any]:
 
 def _for_timm(model: EncoderModel, classes: Sequence[str] | None) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """Return the kind, config.json and weights for timm.create_model; of an autoencoder the encoder alone."""
-    size, side = model.encoder.size, model.image_size
+    size, (height, width) = model.encoder.size, height_and_width(model.image_size)
     labels = {}
     if isinstance(model, Classifier):
         state, count = classifier_to_timm(model), model.classes
@@ -198,7 +214,7 @@ def _for_timm(model: EncoderModel, classes: Sequence[str] | None) -> tuple[str, 
         "global_pool": pool,
         **labels,
         "model_args": {
-            "img_size": side,
+            "img_size": model.image_size,
             "patch_size": size.patch_size,
             "embed_dim": size.width,
             "depth": size.depth,
@@ -207,7 +223,7 @@ def _for_timm(model: EncoderModel, classes: Sequence[str] | None) -> tuple[str, 
         },
         "pretrained_cfg": {
             "num_classes": count,
-            "input_size": [3, side, side],
+            "input_size": [3, height, width],
             "fixed_input_size": True,
             "interpolation": "bicubic",
             "crop_pct": EVALUATION_CROP,

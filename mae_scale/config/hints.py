@@ -4,6 +4,7 @@ import difflib
 
 from pydantic_core import ErrorDetails
 
+from data_pipeline.image_size import size_value
 from mae_scale.config.old_names import RENAMED
 from mae_scale.config.schema import DENSE, STARTING, TASKS_WITH_SECTION, Recipe, keys_of
 
@@ -16,6 +17,9 @@ MEASURED = {
     "segmentation": ("val/mean_iou",),
 }
 """What single tasks measure on data.val_root."""
+
+RECTANGLES = ("mae", "beit", "moco", "classification")
+"""Tasks whose images may have another height than width."""
 
 
 def contradiction(recipe: Recipe) -> str | None:
@@ -38,8 +42,8 @@ def contradiction(recipe: Recipe) -> str | None:
         return "task: dvae trains a tokeniser, and there is no section tokeniser; add one, such as tokeniser.words=8192"
     if (recipe.task == "moco") != (recipe.moco is not None):
         return f"task: {recipe.task}, and a section moco; the section moco belongs to task: moco"
-    of_parts = (_of_schedule(recipe), _of_beit(recipe), _of_words(recipe), _of_dense(recipe), _never_measured(recipe))
-    if problem := next(filter(None, of_parts), None):
+    of_parts = (_of_schedule, _of_beit, _of_words, _of_dense, _of_rectangles, _never_measured)
+    if problem := next(filter(None, (part(recipe) for part in of_parts)), None):
         return problem
     start, section = recipe.start, STARTING.get(recipe.task)
     if start is None and optim.layer_decay != 1:
@@ -110,6 +114,22 @@ def _of_words(recipe: Recipe) -> str | None:
         return f"model.target=tokens belongs to task: mae and task: beit; task: {recipe.task} does not have it"
     if target != "tokens" and recipe.task in tasks and recipe.tokeniser is not None:
         return f"the section tokeniser gives words, and model.target={target} predicts none; drop one of them"
+    return None
+
+
+def _of_rectangles(recipe: Recipe) -> str | None:
+    """Return what of the recipe takes square images only, where its images are not; else None."""
+    model = recipe.model
+    if isinstance(model.image_size, int):
+        return None
+    given, square = f"model.image_size={size_value(model.image_size)}", max(model.image_size)
+    if recipe.task not in RECTANGLES:
+        return f"{given}: task: {recipe.task} takes square images only; use one number, such as {square}"
+    if model.target == "tokens":
+        return (
+            f"{given}: words (model.target=tokens) are found in square images only; use one number, such as {square}, "
+            "or model.target=normalised_pixels"
+        )
     return None
 
 

@@ -6,10 +6,20 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import (
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
+from data_pipeline.errors import UsageError
 from data_pipeline.files import write_atomically
+from data_pipeline.image_size import ImageSize, height_and_width, shortest_form, size_value
 from mae_scale.config.section import Section
 from mae_scale.config.task_sections import (
     ClassifierSection,
@@ -31,7 +41,7 @@ class ModelSection(Section):
     encoder: Literal["vit", "beit"] = Field(
         "vit", description="beit: attention biased by relative position, LayerScale"
     )
-    image_size: int = Field(224, gt=0, description="pixels per side")
+    image_size: ImageSize = Field(224, description="pixels per side; or [height, width], both multiples of patch_size")
     patch_size: int | None = Field(None, gt=0, description="pixels per side; null: the model's")
     width: int | None = Field(None, gt=0, description="size of a token; null: the model's")
     depth: int | None = Field(None, gt=0, description="number of blocks; null: the model's")
@@ -49,6 +59,30 @@ class ModelSection(Section):
     target: Literal["pixels", "normalised_pixels", "pca", "tokens"] = Field(
         "normalised_pixels", description="what is predicted for each removed patch; tokens: a tokeniser's words"
     )
+
+    @field_validator("image_size", mode="wrap")
+    @classmethod
+    def _square_or_pair(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> ImageSize:
+        """Return the size in its shortest form: [224, 224] is 224."""
+        try:
+            found: ImageSize = handler(value)
+            if min(height_and_width(found)) > 0:
+                return shortest_form(found)
+        except ValidationError:
+            pass
+        raise PydanticCustomError(
+            "image_size", "expected pixels per side, such as 224, or [height, width], such as [224, 448]"
+        )
+
+    @property
+    def square_side(self) -> int:
+        """The side in pixels, for what takes square images only; UsageError where they are not."""
+        if isinstance(self.image_size, int):
+            return self.image_size
+        raise UsageError(
+            f"model.image_size={size_value(self.image_size)}: only square images are taken here; use one number, such "
+            f"as {max(self.image_size)}"
+        )
 
 
 class DataSection(Section):

@@ -15,6 +15,7 @@ from mae_scale.models.build import (
     build_moco_of,
     build_model,
     build_segmenter,
+    patch_grid,
 )
 from mae_scale.models.dense import DenseModel
 from mae_scale.models.weights.autoencoder import to_official
@@ -59,8 +60,8 @@ def refuse_other_model(name: str, start: Recipe, recipe: Recipe) -> None:
             else:
                 left = BUILD[start.task](start, classes).state_dict()
             if recipe.task in BUILD:
-                load_dense(BUILD[recipe.task](recipe, classes), left)
+                load_dense(BUILD[recipe.task](recipe, classes), left, patch_grid(start.model))
             else:
-                load_classifier(build_classifier_of(recipe, classes), left)
+                load_classifier(build_classifier_of(recipe, classes), left, patch_grid(start.model))
     except UsageError as error:
         raise UsageError(f"it starts from {name}, and {error}") from None

@@ -12,7 +12,7 @@ from mae_scale.models.classifier import Classifier
 
 @torch.inference_mode()
 def last_attention(model: Classifier, images: Tensor) -> Tensor:
-    """Return the last block's attention to each patch, float32 [N, heads, L], of normalised images [N, 3, S, S].
+    """Return the last block's attention to each patch, float32 [N, heads, L], of normalised images [N, 3, H, W].
 
     It is that of the pooled token: the cls token, or with pool "mean" the mean over all patches. Attention to the cls
     token is left out, so that the L numbers sum to at most 1.

@@ -10,39 +10,45 @@ V words.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 from torch.nn import functional
 
 from data_pipeline.errors import UsageError
+from data_pipeline.image_size import ImageSize, height_and_width, shortest_form
 from mae_scale.models.drop_path import drop_path_rates, scaled
 from mae_scale.models.masking import check_masking, kept_patches
 from mae_scale.models.targets import WORDS, Target, Words, make_target
-from mae_scale.models.vit import ViTSize, check_images, gather_tokens, grid_of, layer_norm, patchify, run_blocks
+from mae_scale.models.vit import ViTSize, check_images, gather_tokens, grid_shape, layer_norm, patchify, run_blocks
 
 INIT_STD = 0.02
 TABLE = "relative_position_bias_table"
 """The name of the parameter that all blocks share."""
 
 
-def relative_positions(grid: int) -> Tensor:
+def relative_positions(grid: ImageSize) -> Tensor:
     """Return for each pair of tokens the row of the bias table, int64 [N, N]: by how far they lie apart.
 
-    Patches have (2 grid - 1)^2 rows; the last three are those of cls to patch, patch to cls, and cls to cls.
+    grid: rows h and columns w of patches, or the number along both sides of a square. Pairs of patches have
+    (2 h - 1) (2 w - 1) rows; the last three are those of cls to patch, patch to cls, and cls to cls.
     """
-    side = 2 * grid - 1
-    places = torch.stack(torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")).flatten(1)  # [2, L]
-    apart = places[:, :, None] - places[:, None, :] + grid - 1  # [2, L, L], from 0
-    rows = torch.empty(1 + grid**2, 1 + grid**2, dtype=torch.int64)
-    rows[1:, 1:] = apart[0] * side + apart[1]
-    rows[0, :], rows[:, 0], rows[0, 0] = side**2, side**2 + 1, side**2 + 2
+    h, w = height_and_width(grid)
+    places = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")).flatten(1)  # [2, L]
+    down, across = places[:, :, None] - places[:, None, :]  # each [L, L]
+    rows = torch.empty(1 + h * w, 1 + h * w, dtype=torch.int64)
+    rows[1:, 1:] = (down + h - 1) * (2 * w - 1) + across + w - 1
+    cls_to_patch = table_rows(grid) - 3
+    rows[0, :], rows[:, 0], rows[0, 0] = cls_to_patch, cls_to_patch + 1, cls_to_patch + 2
     return rows
 
 
-def table_rows(grid: int) -> int:
+def table_rows(grid: ImageSize) -> int:
     """Return the number of rows of a bias table."""
-    return (2 * grid - 1) ** 2 + 3
+    h, w = height_and_width(grid)
+    return (2 * h - 1) * (2 * w - 1) + 3
 
 
 def _bias(table: Tensor, rows: Tensor) -> Tensor:
@@ -53,7 +59,7 @@ def _bias(table: Tensor, rows: Tensor) -> Tensor:
 class RelativePositionBias(nn.Module):
     """The attention's bias by relative position, shared by all blocks."""
 
-    def __init__(self, grid: int, heads: int):
+    def __init__(self, grid: tuple[int, int], heads: int):
         super().__init__()
         self.relative_position_bias_table = nn.Parameter(torch.zeros(table_rows(grid), heads))
 
@@ -140,7 +146,7 @@ class BeitEncoder(nn.Module):
         self,
         size: ViTSize,
         *,
-        image_size: int,
+        image_size: ImageSize,
         layer_scale: float,
         drop_path: float = 0.0,
         shared_bias: bool = True,
@@ -149,9 +155,10 @@ class BeitEncoder(nn.Module):
         super().__init__()
         if size.width % size.heads:
             raise UsageError(f"width {size.width} is not a multiple of heads {size.heads}")
-        self.size, self.image_size = size, image_size
+        self.size, self.image_size = size, shortest_form(image_size)
         self.drop_path_rates = drop_path_rates(drop_path, size.depth)
-        self.grid = grid_of(image_size, size.patch_size)
+        self.grid = grid_shape(image_size, size.patch_size)  # rows, columns
+        self.patches = math.prod(self.grid)
         self.patch_embed = nn.Linear(3 * size.patch_size**2, size.width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, size.width))
         self.mask_token = nn.Parameter(torch.empty(1, 1, size.width)) if shared_bias else None
@@ -208,7 +215,7 @@ class Beit(nn.Module):
         self,
         size: ViTSize,
         *,
-        image_size: int,
+        image_size: ImageSize,
         layer_scale: float,
         mask_ratio: float = 0.38,
         masking: str = "block",
@@ -217,10 +224,10 @@ class Beit(nn.Module):
         drop_path: float = 0.0,
     ):
         super().__init__()
-        self.image_size, self.patch_size = image_size, size.patch_size
         self.masking, self.mask_ratio = masking, mask_ratio
         self.encoder = BeitEncoder(size, image_size=image_size, layer_scale=layer_scale, drop_path=drop_path)
-        self.grid, self.patches = self.encoder.grid, self.encoder.grid**2
+        self.image_size, self.patch_size = self.encoder.image_size, size.patch_size
+        self.grid, self.patches = self.encoder.grid, self.encoder.patches
         check_masking(masking, grid_size=self.grid, mask_ratio=mask_ratio)
         self.removed = self.patches - kept_patches(self.patches, mask_ratio)
         self.target = make_target(target, size.patch_size, words=words)
@@ -233,7 +240,7 @@ class Beit(nn.Module):
         return isinstance(self.target, Words)
 
     def features(self, images: Tensor, mask: Tensor | None = None, branch_scales: Tensor | None = None) -> Tensor:
-        """Return normed features [B, N, D] of normalised images [B, 3, S, S]; mask, branch_scales as the encoder's."""
+        """Return normed features [B, N, D] of normalised images [B, 3, H, W]; mask, branch_scales as the encoder's."""
         check_images(images, self.image_size)
         return self.encoder(patchify(images, self.patch_size), mask, branch_scales)
 
@@ -242,7 +249,7 @@ class Beit(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the loss [B, R] fp32 and the prediction [B, R, V] of each image's removed patches, in image order.
 
-        images [B, 3, S, S], normalised; mask bool [B, L], at most R = `removed` of an image; words int64 [B, L], where
+        images [B, 3, H, W], normalised; mask bool [B, L], at most R = `removed` of an image; words int64 [B, L], where
         words are predicted; branch_scales [B, depth, 2]. Where fewer are removed, the last losses are 0.
         Only removed patches are predicted, and no shape depends on the mask: the host waits for nothing.
         """

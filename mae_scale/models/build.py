@@ -12,7 +12,7 @@ from mae_scale.models.classifier import Classifier, build_classifier
 from mae_scale.models.dense import DenseEncoder, evenly_placed
 from mae_scale.models.mae import MaskedAutoencoder, build_mae
 from mae_scale.models.moco import Moco, build_moco
-from mae_scale.models.vit import ViTSize, resolve_size
+from mae_scale.models.vit import ViTSize, grid_shape, resolve_size
 
 if TYPE_CHECKING:
     from mae_scale.models.detector import MaskRcnn
@@ -24,6 +24,11 @@ def size_of(model: ModelSection) -> ViTSize:
     return resolve_size(
         model.name, patch_size=model.patch_size, width=model.width, depth=model.depth, heads=model.heads
     )
+
+
+def patch_grid(model: ModelSection) -> tuple[int, int]:
+    """Return the rows and columns of patches of a recipe's images. Raises UsageError when patches do not fit."""
+    return grid_shape(model.image_size, size_of(model).patch_size)
 
 
 def build_model(recipe: Recipe, words: int = 2) -> MaskedAutoencoder:
@@ -87,7 +92,7 @@ def build_dense_encoder(model: ModelSection, section: DenseSection) -> DenseEnco
     places = range(size.depth) if section.window is None else evenly_placed(size.depth, section.global_blocks)
     return DenseEncoder(
         size,
-        image_size=(model.image_size, model.image_size),
+        image_size=(model.square_side, model.square_side),
         pretraining_size=section.pretraining_size,
         window=section.window or 1,  # without windows no block takes it
         global_blocks=places,

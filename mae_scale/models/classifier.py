@@ -13,6 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from data_pipeline.errors import UsageError
+from data_pipeline.image_size import ImageSize
 from mae_scale.models.beit import BeitEncoder
 from mae_scale.models.vit import Encoder, ViTSize, check_images, layer_norm, patchify, resolve_size
 
@@ -27,7 +28,7 @@ class Classifier(nn.Module):
         self,
         size: ViTSize,
         *,
-        image_size: int,
+        image_size: ImageSize,
         classes: int,
         pool: str,
         batch_norm: bool,
@@ -36,7 +37,7 @@ class Classifier(nn.Module):
         layer_scale: float | None,
     ):
         super().__init__()
-        self.image_size, self.patch_size, self.classes, self.pool = image_size, size.patch_size, classes, pool
+        self.patch_size, self.classes, self.pool = size.patch_size, classes, pool
         self.trained_blocks = trained_blocks
         mean = pool == "mean"
         self.encoder: Encoder | BeitEncoder
@@ -53,6 +54,7 @@ class Classifier(nn.Module):
                 shared_bias=False,
                 final_norm=not mean,
             )
+        self.image_size = self.encoder.image_size
         # Mean-pooled features are normed after pooling, by a norm that starts fresh, as in the authors' release.
         self.fc_norm = layer_norm(size.width) if mean else nn.Identity()
         self.batch_norm = GlobalBatchNorm(size.width) if batch_norm else nn.Identity()
@@ -67,14 +69,14 @@ class Classifier(nn.Module):
                     parameter.requires_grad = module in trained
 
     def features(self, images: Tensor, branch_scales: Tensor | None = None) -> Tensor:
-        """Return pooled features [B, D] of images [B, 3, S, S], normalised by ImageNet's mean and std."""
+        """Return pooled features [B, D] of images [B, 3, H, W], normalised by ImageNet's mean and std."""
         check_images(images, self.image_size)
         tokens = self.encoder(patchify(images, self.patch_size), branch_scales=branch_scales)  # [B, 1 + L, D]
         pooled = tokens[:, 1:].mean(dim=1) if self.pool == "mean" else tokens[:, 0]  # [B, D]
         return self.fc_norm(pooled)
 
     def forward(self, images: Tensor, branch_scales: Tensor | None = None) -> Tensor:
-        """Return logits [B, C], in the parameters' dtype, of images [B, 3, S, S]; branch_scales as in Encoder."""
+        """Return logits [B, C], in the parameters' dtype, of images [B, 3, H, W]; branch_scales as in Encoder."""
         features = self.batch_norm(self.features(images, branch_scales))
         return self.head(features.to(self.head.weight.dtype))
 
@@ -153,7 +155,7 @@ def build_classifier(
     name: str | None = None,
     *,
     classes: int,
-    image_size: int = 224,
+    image_size: ImageSize = 224,
     patch_size: int | None = None,
     width: int | None = None,
     depth: int | None = None,
@@ -167,6 +169,7 @@ def build_classifier(
     """Return a classifier with fresh weights (drawn from torch's generator).
 
     name: one of `mae_scale.models.vit.SIZES`; patch_size (px), width, depth and heads override it, or all are given.
+    image_size: the images' side in pixels, or their (height, width); multiples of the patch size.
     pool: "mean" of the patch tokens, then LayerNorm; or "cls", the class token after the encoder's norm.
     batch_norm: an affine-free BatchNorm in front of the head; only with a frozen encoder.
     trained_blocks: None trains everything; k the last k blocks, the norm after them and the head; 0.5 (1.5, ...) also

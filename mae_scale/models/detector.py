@@ -96,7 +96,7 @@ class MaskRcnn(DenseModel):
     """Mask R-CNN over the maps of a dense encoder; `classes` without the background.
 
     Of the best `proposals` boxes of each map (twice as many in training) those that do not overlap better ones are
-    proposed, at most as many; the box head is trained on `sampled_boxes` of these, a quarter of which may be of objects.
+    proposed, at most as many; the box head is trained on `sampled_boxes` of these, at most a quarter of them objects'.
     """
 
     def __init__(

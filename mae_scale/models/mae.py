@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import UsageError
+from data_pipeline.image_size import ImageSize
 from mae_scale.models.masking import check_masking, kept_patches, mask_noise
 from mae_scale.models.targets import Target, Words, make_target
 from mae_scale.models.vit import (
@@ -38,7 +39,9 @@ class Decoder(nn.Module):
 
     pos_embed: Tensor
 
-    def __init__(self, *, encoder_width: int, width: int, depth: int, heads: int, grid: int, mask_tokens: bool = True):
+    def __init__(
+        self, *, encoder_width: int, width: int, depth: int, heads: int, grid: tuple[int, int], mask_tokens: bool = True
+    ):
         super().__init__()
         self.width, self.heads = width, heads
         self.embed = nn.Linear(encoder_width, width)
@@ -111,7 +114,7 @@ class MaskedAutoencoder(nn.Module):
         self,
         size: ViTSize,
         *,
-        image_size: int,
+        image_size: ImageSize,
         mask_ratio: float,
         masking: str,
         decoder_width: int,
@@ -122,10 +125,10 @@ class MaskedAutoencoder(nn.Module):
         drop_path: float,
     ):
         super().__init__()
-        self.image_size, self.patch_size = image_size, size.patch_size
         self.mask_ratio, self.masking, self.encoder_mask_tokens = mask_ratio, masking, encoder_mask_tokens
         self.encoder = Encoder(size, image_size=image_size, mask_tokens=encoder_mask_tokens, drop_path=drop_path)
-        self.grid, self.patches = self.encoder.grid, self.encoder.grid**2
+        self.image_size, self.patch_size = self.encoder.image_size, size.patch_size
+        self.grid, self.patches = self.encoder.grid, self.encoder.patches
         check_masking(masking, grid_size=self.grid, mask_ratio=mask_ratio)
         self.kept = kept_patches(self.patches, mask_ratio)
         self.decoder = Decoder(
@@ -223,7 +226,7 @@ class MaskedAutoencoder(nn.Module):
 def build_mae(
     name: str | None = None,
     *,
-    image_size: int = 224,
+    image_size: ImageSize = 224,
     patch_size: int | None = None,
     width: int | None = None,
     depth: int | None = None,
@@ -242,6 +245,7 @@ def build_mae(
 
     name: one of `mae_scale.models.vit.SIZES`; patch_size (px), width, depth and heads override it; all
         are needed when name is None.
+    image_size: the images' side in pixels, or their (height, width); multiples of the patch size.
     masking: "random", "block" or "grid"; used when forward gets no noise, and to refuse ratios it cannot do.
     target: "pixels", "normalised_pixels", "pca", "tokens" (the words of a tokeniser with `words` of them), or an object
         of `mae_scale.models.targets`.

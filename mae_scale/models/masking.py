@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from data_pipeline.errors import UsageError
+from data_pipeline.image_size import ImageSize, height_and_width
 
 KINDS = ("random", "block", "grid")
 
@@ -38,15 +39,20 @@ def kept_patches(patches: int, mask_ratio: float) -> int:
     return kept
 
 
-def check_masking(kind: str, *, grid_size: int, mask_ratio: float) -> None:
-    """Raise UsageError when there is no such kind, or it cannot remove that share of grid_size**2 patches."""
+def check_masking(kind: str, *, grid_size: ImageSize, mask_ratio: float) -> None:
+    """Raise UsageError when there is no such kind, or it cannot remove that share of the grid's patches.
+
+    grid_size: rows and columns of patches, or the number along both sides of a square.
+    """
     if kind not in KINDS:
         raise UsageError(f"unknown masking {kind!r}: expected one of {', '.join(KINDS)}")
-    kept = kept_patches(grid_size**2, mask_ratio)
-    if kind == "grid" and _grid_step(grid_size, kept) is None:
-        fits = [f"{1 - 1 / s**2:.6g}" for s in range(2, grid_size + 1) if grid_size % s == 0]
+    grid = height_and_width(grid_size)
+    kept = kept_patches(math.prod(grid), mask_ratio)
+    if kind == "grid" and _grid_step(grid, kept) is None:
+        sides = range(2, min(grid) + 1)
+        fits = [f"{1 - 1 / s**2:.6g}" for s in sides if grid[0] % s == 0 and grid[1] % s == 0]
         raise UsageError(
-            f"grid masking cannot remove {mask_ratio:g} of {grid_size} x {grid_size} patches: it keeps one "
+            f"grid masking cannot remove {mask_ratio:g} of {grid[0]} x {grid[1]} patches: it keeps one "
             f"patch of each s x s square, so mask_ratio may be {', '.join(fits) or 'nothing on this grid'}"
         )
 
@@ -54,60 +60,64 @@ def check_masking(kind: str, *, grid_size: int, mask_ratio: float) -> None:
 def mask_noise(
     kind: str,
     *,
-    grid_size: int,
+    grid_size: ImageSize,
     mask_ratio: float,
     generator_of: Callable[[int], np.random.Generator],
     positions: np.ndarray,
 ) -> np.ndarray:
-    """Return scores float32 [len(positions), L], L = grid_size**2; the kept_patches(L, ratio) smallest stay visible.
+    """Return scores float32 [len(positions), L] of a grid of L patches.
 
+    The kept_patches(L, ratio) smallest stay visible.
     random: uniform numbers in [0, 1). block, grid: 0 for patches that stay, 1 for those removed.
     generator_of(position) is the generator of one image, named by its position in the global batch; it is
     asked once for each of the positions int [n], and not at all for grid masking, which draws nothing.
     Raises UsageError as `check_masking`.
     """
     check_masking(kind, grid_size=grid_size, mask_ratio=mask_ratio)
-    patches = grid_size**2
+    grid = height_and_width(grid_size)
+    patches = math.prod(grid)
     kept = kept_patches(patches, mask_ratio)
     noise = np.empty((len(positions), patches), dtype=np.float32)
     if kind == "grid":
-        noise[:] = _grid_scores(grid_size, kept)
+        noise[:] = _grid_scores(grid, kept)
         return noise
     for row, position in zip(noise, positions, strict=True):
         generator = generator_of(int(position))
         if kind == "random":
             generator.random(dtype=np.float32, out=row)
         else:
-            row[:] = _block_scores(generator, grid_size, patches - kept)
+            row[:] = _block_scores(generator, grid, patches - kept)
     return noise
 
 
-def _grid_step(grid_size: int, kept: int) -> int | None:
+def _grid_step(grid: tuple[int, int], kept: int) -> int | None:
     """Return the side s of the squares of which one patch is kept, or None when no square tiling keeps that many."""
-    step = math.isqrt(grid_size**2 // kept)
-    return step if grid_size % step == 0 and (grid_size // step) ** 2 == kept else None
+    rows, columns = grid
+    step = math.isqrt(rows * columns // kept)
+    tiles = rows % step == 0 and columns % step == 0
+    return step if tiles and (rows // step) * (columns // step) == kept else None
 
 
-def _grid_scores(grid_size: int, kept: int) -> np.ndarray:
+def _grid_scores(grid: tuple[int, int], kept: int) -> np.ndarray:
     """Return scores [L]: 0 at the upper left patch of each s x s square, 1 elsewhere."""
-    step = _grid_step(grid_size, kept)
-    scores = np.ones((grid_size, grid_size), dtype=np.float32)
+    step = _grid_step(grid, kept)
+    scores = np.ones(grid, dtype=np.float32)
     scores[::step, ::step] = 0
     return scores.reshape(-1)
 
 
-def _block_scores(generator: np.random.Generator, grid_size: int, removed: int) -> np.ndarray:
+def _block_scores(generator: np.random.Generator, grid: tuple[int, int], removed: int) -> np.ndarray:
     """Return scores [L] with exactly `removed` ones, drawn as rectangles (BEiT, algorithm 1), the last cut short."""
-    scores = np.zeros((grid_size, grid_size), dtype=np.float32)
-    smallest = max(1, round(_SMALLEST_BLOCK * grid_size**2))
+    scores = np.zeros(grid, dtype=np.float32)
+    smallest = max(1, round(_SMALLEST_BLOCK * math.prod(grid)))
     missing = removed
     while missing > 0:
         share, aspect, top, left = generator.random(4).tolist()
         area = smallest + share * max(0, missing - smallest)
         aspect = math.exp((2 * aspect - 1) * _LOG_ASPECT)
-        height = min(grid_size, max(1, round(math.sqrt(area * aspect))))
-        width = min(grid_size, max(1, round(math.sqrt(area / aspect))))
-        top, left = int(top * (grid_size - height + 1)), int(left * (grid_size - width + 1))
+        height = min(grid[0], max(1, round(math.sqrt(area * aspect))))
+        width = min(grid[1], max(1, round(math.sqrt(area / aspect))))
+        top, left = int(top * (grid[0] - height + 1)), int(left * (grid[1] - width + 1))
         block = scores[top : top + height, left : left + width]
         rows, columns = np.nonzero(block == 0)
         block[rows[:missing], columns[:missing]] = 1
@@ -116,7 +126,7 @@ def _block_scores(generator: np.random.Generator, grid_size: int, removed: int) 
 
 
 def block_masks(
-    *, grid_size: int, removed: int, generator_of: Callable[[int], np.random.Generator], positions: np.ndarray
+    *, grid_size: ImageSize, removed: int, generator_of: Callable[[int], np.random.Generator], positions: np.ndarray
 ) -> np.ndarray:
     """Return BEiT's block-wise masks, bool [len(positions), L]: at most `removed` patches of each image, often fewer.
 
@@ -128,10 +138,10 @@ def block_masks(
     of its generator and its position alone.
     """
     groups, rows = np.divmod(np.asarray(positions), _POSITIONS_PER_GENERATOR)
-    places = np.arange(grid_size)
-    masks = np.zeros((len(rows), grid_size, grid_size), dtype=bool)
+    grid = height_and_width(grid_size)
+    masks = np.zeros((len(rows), *grid), dtype=bool)
     missing, failures = np.full(len(rows), removed), np.zeros(len(rows), dtype=np.int64)
-    smallest = max(1, round(_SMALLEST_BLOCK * grid_size**2))
+    smallest = max(1, round(_SMALLEST_BLOCK * math.prod(grid)))
     generators = {int(group): generator_of(int(group)) for group in np.unique(groups)}
     going = np.arange(len(rows))
     attempt, drawn = 0, np.empty((len(rows), _ATTEMPTS, 4))
@@ -145,14 +155,20 @@ def block_masks(
         area = smallest + share * (missing[going] - smallest)
         aspect = np.exp((2 * aspect - 1) * _LOG_ASPECT)
         height, width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-        top, left = np.floor(top * (grid_size - height + 1)), np.floor(left * (grid_size - width + 1))
-        inside = (places >= top[:, None]) & (places < (top + height)[:, None])  # [n, rows]
-        across = (places >= left[:, None]) & (places < (left + width)[:, None])  # [n, columns]
+        top, left = np.floor(top * (grid[0] - height + 1)), np.floor(left * (grid[1] - width + 1))
+        inside = _within(grid[0], top, height)  # [n, rows]
+        across = _within(grid[1], left, width)  # [n, columns]
         added = inside[:, :, None] & across[:, None, :] & ~masks[going]
         count = added.sum(axis=(1, 2))
-        placed = (height < grid_size) & (width < grid_size) & (count > 0) & (count <= missing[going])
+        placed = (height < grid[0]) & (width < grid[1]) & (count > 0) & (count <= missing[going])
         masks[going] |= added & placed[:, None, None]
         missing[going] -= count * placed
         failures[going] = np.where(placed, 0, failures[going] + 1)
         going = going[(missing[going] > 0) & (failures[going] < _FAILURES)]
     return masks.reshape(len(rows), -1)
+
+
+def _within(length: int, start: np.ndarray, extent: np.ndarray) -> np.ndarray:
+    """Return which of `length` places lie from `start` [n] on within `extent` [n]: bool [n, length]."""
+    places = np.arange(length)
+    return (places >= start[:, None]) & (places < (start + extent)[:, None])

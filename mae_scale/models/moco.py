@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from data_pipeline.image_size import ImageSize
 from mae_scale.models.global_batch_norm import TrainedGlobalBatchNorm, from_all_ranks
 from mae_scale.models.vit import Encoder, ViTSize, check_images, patchify, resolve_size
 
@@ -92,7 +93,7 @@ class ProjectedEncoder(nn.Module):
         self.encoder, self.projector = encoder, projector
 
     def features(self, *views: Tensor) -> Tensor:
-        """Return the cls tokens [B, D] after the final norm of images [B, 3, S, S], those of several views in a row."""
+        """Return the cls tokens [B, D] after the final norm of images [B, 3, H, W], those of several views in a row."""
         size, dtype = self.encoder.size, self.encoder.cls_token.dtype
         for images in views:
             check_images(images, self.encoder.image_size)
@@ -101,22 +102,22 @@ class ProjectedEncoder(nn.Module):
         return self.encoder(torch.cat(patches))[:, 0]
 
     def project(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return projections [2, B, C] float32 of two views [B, 3, S, S]; each view has its own batch statistics."""
+        """Return projections [2, B, C] float32 of two views [B, 3, H, W]; each view has its own batch statistics."""
         return self.projector(self.features(first, second).unflatten(0, (2, -1)))
 
 
 class Moco(ProjectedEncoder):
     """The trained part: encoder, projector and predictor. Positions are fixed, the patch projection is frozen."""
 
-    def __init__(self, size: ViTSize, *, image_size: int, hidden: int, dim: int):
+    def __init__(self, size: ViTSize, *, image_size: ImageSize, hidden: int, dim: int):
         encoder = Encoder(size, image_size=image_size)
         _initialise(encoder)
         super().__init__(encoder, head([size.width, hidden, hidden, dim]))
         self.predictor = head([dim, hidden, dim])
-        self.image_size = image_size
+        self.image_size = encoder.image_size
 
     def queries(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return queries [2, B, C] float32 of two views [B, 3, S, S]."""
+        """Return queries [2, B, C] float32 of two views [B, 3, H, W]."""
         return self.predictor(self.project(first, second))
 
     def momentum_encoder(self) -> ProjectedEncoder:
@@ -131,7 +132,7 @@ class Moco(ProjectedEncoder):
 def build_moco(
     name: str | None = None,
     *,
-    image_size: int = 224,
+    image_size: ImageSize = 224,
     patch_size: int | None = None,
     width: int | None = None,
     depth: int | None = None,
@@ -142,6 +143,7 @@ def build_moco(
     """Return the trained part of MoCo v3 with fresh weights (drawn from torch's generator).
 
     name: one of `mae_scale.models.vit.SIZES`; patch_size (px), width, depth and heads override it, or all are given.
+    image_size: the images' side in pixels, or their (height, width); multiples of the patch size.
     hidden: width of the projector's and the predictor's hidden layers; dim: of queries and keys.
     Raises UsageError naming what does not fit.
     """

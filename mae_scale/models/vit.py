@@ -5,6 +5,7 @@ Sources: Dosovitskiy et al., arXiv 2010.11929 (ViT); He et al., arXiv 2111.06377
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
@@ -15,6 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from data_pipeline.errors import UsageError
+from data_pipeline.image_size import ImageSize, height_and_width, shortest_form
 from mae_scale.models.drop_path import DropPathBlock, drop_path_rates
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
@@ -64,7 +66,7 @@ def resolve_size(
 
 
 def grid_of(image_size: int, patch_size: int) -> int:
-    """Return the number of patches along one side. Raises UsageError when the patch does not divide the image."""
+    """Return the number of patches along a side of an image. Raises UsageError when the patch does not divide it."""
     if patch_size < 1 or image_size < patch_size or image_size % patch_size:
         raise UsageError(
             f"image_size {image_size} px is not a multiple of patch_size {patch_size} px: "
@@ -73,11 +75,18 @@ def grid_of(image_size: int, patch_size: int) -> int:
     return image_size // patch_size
 
 
-def check_images(images: Tensor, image_size: int) -> None:
-    """Raise UsageError unless images are [B, 3, image_size, image_size]."""
-    if images.ndim != 4 or tuple(images.shape[1:]) != (3, image_size, image_size):
+def grid_shape(image_size: ImageSize, patch_size: int) -> tuple[int, int]:
+    """Return the rows and columns of patches of an image. Raises UsageError when the patch does not divide a side."""
+    height, width = height_and_width(image_size)
+    return grid_of(height, patch_size), grid_of(width, patch_size)
+
+
+def check_images(images: Tensor, image_size: ImageSize) -> None:
+    """Raise UsageError unless images are [B, 3, H, W] of that size."""
+    height, width = height_and_width(image_size)
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
         raise UsageError(
-            f"images have shape {tuple(images.shape)}, this model takes [B, 3, {image_size}, {image_size}]: "
+            f"images have shape {tuple(images.shape)}, this model takes [B, 3, {height}, {width}]: "
             "resize them, or build the model with their image_size"
         )
 
@@ -90,14 +99,19 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return x.reshape(batch, h * w, p * p * channels)
 
 
-def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
-    """Return patches [B, L, p*p*C] of square images as images [B, C, S, S]; the inverse of `patchify`."""
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int] | None = None) -> Tensor:
+    """Return patches [B, L, p*p*C] of images as images [B, C, H, W]; the inverse of `patchify`.
+
+    grid: rows and columns of patches; None: of square images. Raises UsageError when the patches are of another number.
+    """
     batch, length, dim = patches.shape
-    grid, p = round(length**0.5), patch_size
-    if grid * grid != length or dim % (p * p):
-        raise UsageError(f"patches {tuple(patches.shape)} are not a square image of {p} px patches")
-    x = patches.reshape(batch, grid, grid, p, p, dim // (p * p)).permute(0, 5, 1, 3, 2, 4)  # [B, C, h, p, w, p]
-    return x.reshape(batch, -1, grid * p, grid * p)
+    p, square = patch_size, round(length**0.5)
+    rows, columns = grid or (square, square)
+    if rows * columns != length or dim % (p * p):
+        shape = f"an image of {rows} x {columns} patches" if grid else "a square image"
+        raise UsageError(f"patches {tuple(patches.shape)} are not {shape} of {p} px patches")
+    x = patches.reshape(batch, rows, columns, p, p, dim // (p * p)).permute(0, 5, 1, 3, 2, 4)  # [B, C, h, p, w, p]
+    return x.reshape(batch, -1, rows * p, columns * p)
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
@@ -105,20 +119,22 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-def sincos_positions(width: int, grid: int) -> np.ndarray:
-    """Return fixed 2-D sine-cosine positions, float32 [1 + grid * grid, width]; the first row (cls) is zero.
+def sincos_positions(width: int, grid: ImageSize) -> np.ndarray:
+    """Return fixed 2-D sine-cosine positions, float32 [1 + L, width], of L patches; the first row (cls) is zero.
 
-    The first half of the width encodes the column, the second half the row, each as sines then cosines of
+    grid: rows and columns of patches, or the number along both sides of a square; positions are row by row. The first
+    half of the width encodes the column, the second half the row, each as sines then cosines of
     position / 10000^(i / (width / 4)). That order is the authors' release's (column first).
     """
     if width % 4:
         raise UsageError(f"width {width} is not a multiple of 4, which sine-cosine positions need")
     frequency = 1.0 / 10000 ** (np.arange(width // 4) / (width / 4))  # [D / 4]
-    angle = np.arange(grid)[:, None] * frequency  # [grid, D / 4]
-    line = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # [grid, D / 2]
-    column = np.tile(line, (grid, 1))  # [grid * grid, D / 2]
-    row = np.repeat(line, grid, axis=0)  # [grid * grid, D / 2]
-    patches = np.concatenate([column, row], axis=1)  # [grid * grid, D]
+    rows, columns = height_and_width(grid)
+    angle = np.arange(max(rows, columns))[:, None] * frequency  # [max(h, w), D / 4]
+    line = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # [max(h, w), D / 2]
+    column = np.tile(line[:columns], (rows, 1))  # [L, D / 2]
+    row = np.repeat(line[:rows], columns, axis=0)  # [L, D / 2]
+    patches = np.concatenate([column, row], axis=1)  # [L, D]
     return np.concatenate([np.zeros((1, width)), patches]).astype(np.float32)
 
 
@@ -185,16 +201,17 @@ class Encoder(nn.Module):
         self,
         size: ViTSize,
         *,
-        image_size: int,
+        image_size: ImageSize,
         mask_tokens: bool = False,
         drop_path: float = 0.0,
         learned_positions: bool = False,
         final_norm: bool = True,
     ):
         super().__init__()
-        self.size, self.image_size = size, image_size
+        self.size, self.image_size = size, shortest_form(image_size)
         self.drop_path_rates = drop_path_rates(drop_path, size.depth)
-        self.grid = grid_of(image_size, size.patch_size)
+        self.grid = grid_shape(image_size, size.patch_size)  # rows, columns
+        self.patches = math.prod(self.grid)
         self.patch_embed = nn.Linear(size.patch_size**2 * 3, size.width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, size.width))
         self.mask_token = nn.Parameter(torch.empty(1, 1, size.width)) if mask_tokens else None
@@ -227,7 +244,7 @@ class Encoder(nn.Module):
         Raises UsageError when branch_scales have another shape.
         """
         dtype = self.cls_token.dtype
-        cls_position, positions = self.pos_embed.to(dtype).split([1, self.grid**2])  # [1, D], [L, D]
+        cls_position, positions = self.pos_embed.to(dtype).split([1, self.patches])  # [1, D], [L, D]
         if visible is not None:
             patches = gather_tokens(patches, visible)  # [B, K, p*p*3]
             positions = positions[visible]  # [B, K, D]

@@ -8,9 +8,12 @@ D x D, and attention.
 
 from __future__ import annotations
 
+import math
+
 from data_pipeline.errors import UsageError
+from data_pipeline.image_size import ImageSize
 from mae_scale.models.masking import kept_patches
-from mae_scale.models.vit import grid_of, resolve_size
+from mae_scale.models.vit import grid_shape, resolve_size
 
 WAYS = ("fast", "plain", "encoder_mask_tokens")
 
@@ -24,7 +27,7 @@ def _blocks_macs(tokens: int, width: int, depth: int) -> int:
 def vit_forward_macs(
     name: str | None = None,
     *,
-    image_size: int = 224,
+    image_size: ImageSize = 224,
     patch_size: int | None = None,
     width: int | None = None,
     depth: int | None = None,
@@ -37,7 +40,7 @@ def vit_forward_macs(
     one after the pooling, as in published tables (17.58 G for ViT-B/16 with 1000 classes).
     """
     size = resolve_size(name, patch_size=patch_size, width=width, depth=depth, heads=None if name else 1)
-    patches = grid_of(image_size, size.patch_size) ** 2
+    patches = math.prod(grid_shape(image_size, size.patch_size))
     tokens = 1 + patches
     macs = patches * 3 * size.patch_size**2 * size.width + _blocks_macs(tokens, size.width, size.depth)
     macs += num_classes * size.width
@@ -49,7 +52,7 @@ def vit_forward_macs(
 def mae_forward_flops(
     name: str | None = None,
     *,
-    image_size: int = 224,
+    image_size: ImageSize = 224,
     patch_size: int | None = None,
     width: int | None = None,
     depth: int | None = None,
@@ -69,7 +72,7 @@ def mae_forward_flops(
         raise UsageError(f"unknown way {way!r}: expected one of {', '.join(WAYS)}")
     size = resolve_size(name, patch_size=patch_size, width=width, depth=depth, heads=None if name else 1)
     pixels = 3 * size.patch_size**2
-    patches = grid_of(image_size, size.patch_size) ** 2
+    patches = math.prod(grid_shape(image_size, size.patch_size))
     kept = kept_patches(patches, mask_ratio)
     embedded = patches if way == "plain" else kept
     encoded = 1 + (patches if way == "encoder_mask_tokens" else kept)

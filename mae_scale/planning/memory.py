@@ -97,7 +97,6 @@ def memory_of(work: Workload, setting: Setting) -> Memory:
     else:
         gradients = early
     more = COMMUNICATION if setting.ranks > 1 else 0
-    image = 3 * work.image_size**2 * 4
     return Memory(
         weights=gathered,
         gradients=gradients,
@@ -105,7 +104,7 @@ def memory_of(work: Workload, setting: Setting) -> Memory:
         activations=kept,
         temporary=temporary,
         buckets=_buckets(work, setting) + _gathering(work, setting),
-        data=(DECODER + setting.micro_batch * (DECODED_IMAGE + 2 * image)) if setting.decodes else 0,
+        data=(DECODER + setting.micro_batch * (DECODED_IMAGE + 2 * work.image_bytes)) if setting.decodes else 0,
         overhead=CONTEXT + more + FRAGMENTATION * (kept + temporary),
     )
 
@@ -195,9 +194,9 @@ def _block_bytes(stack: Stack, setting: Setting) -> float:
 def _image_bytes(work: Workload) -> float:
     """Return the bytes of an image in float32, and of its patches where there are blocks that take them."""
     if not work.stacks:
-        return 3 * work.image_size**2 * 4
+        return work.image_bytes
     rows, inner, _, _ = work.other_products[0]
-    return 3 * work.image_size**2 * 4 + 2 * rows * inner
+    return work.image_bytes + 2 * rows * inner
 
 
 def _padded(n: int, setting: Setting) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from data_pipeline.image_size import ImageSize, height_and_width
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ CROSS_ENTROPY = LossBytes(kept=4, temporary=8)
 class Workload:
     """A task's model: its blocks, its other matrix products, and how many numbers it holds."""
 
-    image_size: int
+    image_size: ImageSize
     stacks: tuple[Stack, ...]
     other_products: tuple[tuple[int, int, int, bool], ...]
     """(rows per image, inner, outer, trained) of the linear layers outside of the blocks."""
@@ -78,6 +81,11 @@ class Workload:
     """Values per image, in the step's precision, kept for the backward pass outside of blocks."""
     kept_bytes: int = 0
     """Bytes per image that are kept there in other precisions."""
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of an image in float32."""
+        return 3 * math.prod(height_and_width(self.image_size)) * 4
 
     @property
     def trained(self) -> int:

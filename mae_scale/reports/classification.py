@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,17 +74,17 @@ def _bars(axes: Axes, classes: Sequence[Mapping[str, Any]]) -> None:
 def attention_figure(images: Array, attention: Array, path: Path, patch_size: int) -> None:
     """Write a PNG of N images, one per row: the image, its attention as the mean over the heads, and some heads.
 
-    `images` [N, 3, S, S], normalised by ImageNet's mean and standard deviation; `attention` [N, heads, L], as
+    `images` [N, 3, H, W], normalised by ImageNet's mean and standard deviation; `attention` [N, heads, L], as
     `mae_scale.models.attention.last_attention` returns it; NumPy arrays or torch tensors. Each map is scaled from 0 to
     its own largest value. Raises ValueError when shapes do not belong together.
     """
     pictures, attention = pictures_of(images), as_array(attention)
-    count, side = pictures.shape[:2]
-    heads, grid = attention.shape[1], side // patch_size
-    if attention.shape != (count, heads, grid**2):
+    count, *size = pictures.shape[:3]
+    heads, grid = attention.shape[1], [side // patch_size for side in size]
+    if attention.shape != (count, heads, math.prod(grid)):
         raise ValueError(
-            f"{count} images of {side} px in patches of {patch_size} px need attention "
-            f"[{count}, heads, {grid**2}], found {attention.shape}"
+            f"{count} images of {size[0]} x {size[1]} px in patches of {patch_size} px need attention "
+            f"[{count}, heads, {math.prod(grid)}], found {attention.shape}"
         )
     shown = np.unique(np.linspace(0, heads - 1, min(heads, HEADS_SHOWN)).round().astype(int))
     maps = np.concatenate([attention.mean(1, keepdims=True), attention[:, shown]], axis=1)  # [N, 1 + shown, L]
@@ -93,7 +94,7 @@ def attention_figure(images: Array, attention: Array, path: Path, patch_size: in
         axes[row, 0].imshow(pictures[row])
         for column, one in enumerate(maps[row], start=1):
             axes[row, column].imshow(
-                one.reshape(grid, grid), cmap=MAP_COLOURS, vmin=0, vmax=one.max() or 1, interpolation="spline16"
+                one.reshape(grid), cmap=MAP_COLOURS, vmin=0, vmax=one.max() or 1, interpolation="spline16"
             )
     for column, title in enumerate(titles):
         axes[0, column].set_title(title, fontsize=10, color=DARK)
@@ -111,7 +112,7 @@ def neighbours_figure(
 ) -> None:
     """Write a PNG of N images, one per row, with their k nearest training images, the nearest first.
 
-    `queries` [N, 3, S, S] and `neighbours` [N, k, 3, S, S], normalised by ImageNet's mean and standard deviation;
+    `queries` [N, 3, H, W] and `neighbours` [N, k, 3, H, W], normalised by ImageNet's mean and standard deviation;
     their labels int [N] and [N, k] are indices into `class_names`; NumPy arrays or torch tensors. A neighbour of the
     right class has a green frame, one of another class a red frame and its name in red.
     """

@@ -23,23 +23,24 @@ def reconstruction_figure(
 ) -> None:
     """Write a PNG of N images, each original, with its removed patches grey, and reconstructed; a title above them.
 
-    `images` [N, 3, S, S] float, normalised by ImageNet's mean and standard deviation; `mask` [N, L], 1 for a
+    `images` [N, 3, H, W] float, normalised by ImageNet's mean and standard deviation; `mask` [N, L], 1 for a
     removed patch; `prediction_pixels` [N, L, p*p*3] float, a patch's values in the order row, column, channel, in
     the space of the normalised images. NumPy arrays or torch tensors, on any device. The visible patches of the
     reconstruction are the original's. Raises ValueError when shapes do not belong together.
     """
     images, mask, prediction = (as_array(value) for value in (images, mask, prediction_pixels))
-    count, channels, side = images.shape[:3]
-    expected = (count, (side // patch_size) ** 2, channels * patch_size**2)
+    count, channels, height, width = images.shape
+    grid = height // patch_size, width // patch_size
+    expected = (count, math.prod(grid), channels * patch_size**2)
     if prediction.shape != expected or mask.shape != expected[:2]:
         raise ValueError(
             f"images {images.shape} in patches of {patch_size} px need a mask {expected[:2]} and a "
             f"prediction {expected}; found {mask.shape} and {prediction.shape}"
         )
     original = pictures_of(images)
-    predicted = pictures_of(unpatchify(torch.from_numpy(prediction), patch_size))
+    predicted = pictures_of(unpatchify(torch.from_numpy(prediction), patch_size, grid))
     masked = torch.from_numpy(mask)[:, :, None].expand(-1, -1, patch_size**2)  # [N, L, p*p]
-    removed = unpatchify(masked, patch_size).numpy().transpose(0, 2, 3, 1) > 0.5  # [N, S, S, 1]
+    removed = unpatchify(masked, patch_size, grid).numpy().transpose(0, 2, 3, 1) > 0.5  # [N, H, W, 1]
     bands = (original, np.where(removed, REMOVED, original), np.where(removed, predicted, original))
     _draw_bands([_enlarged(band) for band in bands], path, title)
 
@@ -55,8 +56,8 @@ def words_figure(images: Array, pictures: Array, path: Path, *, title: str | Non
 
 
 def _enlarged(pictures: np.ndarray) -> np.ndarray:
-    """Return pictures [N, S, S, 3], of small ones a square of equal pixels for each pixel."""
-    factor = math.ceil(SMALLEST_SIDE / pictures.shape[1])
+    """Return pictures [N, H, W, 3], of small ones a square of equal pixels for each pixel."""
+    factor = math.ceil(SMALLEST_SIDE / min(pictures.shape[1:3]))
     return pictures.repeat(factor, axis=1).repeat(factor, axis=2)
 
 

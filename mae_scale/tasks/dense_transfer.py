@@ -11,7 +11,13 @@ from torch import nn
 
 from data_pipeline.batch_layout import BatchLayout
 from data_pipeline.index import Index
-from mae_scale.checkpoints.export import checkpoint_model, export_weights, starting_point, weights_of
+from mae_scale.checkpoints.export import (
+    checkpoint_model,
+    export_weights,
+    grid_of_weights,
+    starting_point,
+    weights_of,
+)
 from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.config.required import required
 from mae_scale.config.task_sections import DenseSection
@@ -19,6 +25,7 @@ from mae_scale.distributed.collectives import first_then_others
 from mae_scale.engines.base import Objective
 from mae_scale.engines.optimizers import parameter_groups
 from mae_scale.models.dense import DenseEncoder, DenseModel
+from mae_scale.models.weights.checked_copy import LoadReport
 from mae_scale.models.weights.dense import load_dense
 from mae_scale.planning.workload import Stack
 from mae_scale.tasks.starting_weights import check_start, loaded_note
@@ -115,7 +122,7 @@ class DenseTransfer(Task[DenseT]):
             return
         with torch.device("meta"):
             objective = self.objective(classes=len(self.class_names()))
-        load_dense(objective.model, weights_of(starting_point(path)))
+        _load(objective.model, starting_point(path))
 
     def build(self, index: Index) -> DenseT:
         return self.objective(classes=len(self.class_names()))
@@ -124,8 +131,8 @@ class DenseTransfer(Task[DenseT]):
         """Load the weights that the run starts from, unless it has a checkpoint. All ranks call it."""
         path, source, notes = self.section.weights, None, []
         if path is not None and not has_checkpoint(self.out):
-            source = first_then_others(lambda: starting_point(path))
-            loaded = first_then_others(lambda: load_dense(objective.model, weights_of(source)))
+            source = starting = first_then_others(lambda: starting_point(path))
+            loaded = first_then_others(lambda: _load(objective.model, starting))
             notes.append(loaded_note(loaded, path))
         is_first = torch.distributed.get_rank() == 0
         return Origin(
@@ -139,7 +146,7 @@ class DenseTransfer(Task[DenseT]):
 
     def stacks(self, encoder: DenseEncoder) -> tuple[Stack, ...]:
         """Return the encoder's blocks: those over the whole image, and those in windows, filled up to whole ones."""
-        size, side = encoder.size, self.recipe.model.image_size // encoder.size.patch_size
+        size, side = encoder.size, self.recipe.model.square_side // encoder.size.patch_size
         window = self.section.window
         whole = size.depth if window is None else self.section.global_blocks
         found = [Stack(side**2, size.width, size.heads, whole, whole)]
@@ -151,7 +158,7 @@ class DenseTransfer(Task[DenseT]):
     def embedding(self, encoder: DenseEncoder) -> tuple[int, int, int, bool]:
         """Return (rows per image, inner, outer, trained) of the patches' embedding."""
         size = encoder.size
-        return (self.recipe.model.image_size // size.patch_size) ** 2, 3 * size.patch_size**2, size.width, True
+        return (self.recipe.model.square_side // size.patch_size) ** 2, 3 * size.patch_size**2, size.width, True
 
     def describe(self, objective: DenseT) -> list[str]:
         """Return what is trained, and with layer-wise decay each layer's share of the learning rate."""
@@ -173,3 +180,8 @@ class DenseTransfer(Task[DenseT]):
             model, _ = checkpoint_model(list_checkpoints(context.checkpoints)[-1][1])
             export_weights(model, weights, "safetensors")
         return weights
+
+
+def _load(model: DenseModel, source: Path) -> LoadReport:
+    """Load the weights of a file or a checkpoint. Raises UsageError when they do not fit."""
+    return load_dense(model, weights_of(source), grid_of_weights(source))

@@ -12,6 +12,7 @@ import torch
 
 from data_pipeline.errors import UsageError
 from data_pipeline.files import sync, temporary_beside
+from data_pipeline.image_size import size_text, size_value
 from data_pipeline.index import Index
 from data_pipeline.index_build import open_index
 from mae_scale.checkpoints.encoder import PretrainedEncoder, load_encoder
@@ -34,7 +35,7 @@ class _Tokens(torch.nn.Module):
         self._encoder, self._kind = encoder, kind
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images [B, 3, S, S] -> [B, D], or [B, L, D] of the patches."""
+        """images [B, 3, H, W] -> [B, D], or [B, L, D] of the patches."""
         tokens = self._encoder.forward_features(images)
         if self._kind == "cls":
             return tokens[:, 0]
@@ -67,7 +68,7 @@ def write_features(recipe: Recipe, weights: Path, out: Path, kind: Kind) -> list
         encoder, index = first_then_others(lambda: _opened(recipe, weights))
         shape = [len(index), encoder.size.width]
         if kind == "patch":
-            shape.insert(1, (encoder.image_size // encoder.size.patch_size) ** 2)
+            shape.insert(1, encoder.patches)
         beside = from_first(lambda: temporary_beside(out))
         try:
             from_first(lambda: _lay_out(beside, index, shape))
@@ -95,8 +96,8 @@ def _opened(recipe: Recipe, weights: Path) -> tuple[PretrainedEncoder, Index]:
     encoder = load_encoder(weights, heads=None if weights.is_dir() else size_of(model).heads)
     if encoder.image_size != model.image_size:
         raise UsageError(
-            f"--weights {weights} are of a model for images of {encoder.image_size} px, the recipe's "
-            f"model.image_size is {model.image_size}; add model.image_size={encoder.image_size}"
+            f"--weights {weights} are of a model for images of {size_text(encoder.image_size)} px, the recipe's "
+            f"model.image_size is {size_text(model.image_size)}; add model.image_size={size_value(encoder.image_size)}"
         )
     root = required(recipe.data.root, "data.root", "add data.root=/path/to/images")
     return encoder, open_index(root, recipe.data.index)

@@ -23,6 +23,7 @@ from mae_scale.tasks.words import (
     tokens_of,
     training_view,
     view_of,
+    word_grid,
 )
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
@@ -81,12 +82,12 @@ class MaskedImages(Task[ObjectiveT]):
         """Return a tokeniser of the recipe's size, on the device that is the default; None without one."""
         return Tokeniser(size_of_tokeniser(self.recipe)) if self.predicts_words else None
 
-    def with_tokeniser(self, work: Workload, tokeniser: Tokeniser | None, grid: int) -> Workload:
-        """Return a workload whose loss is of words, and where they are not on the disk that of finding grid x grid."""
+    def with_tokeniser(self, work: Workload, tokeniser: Tokeniser | None) -> Workload:
+        """Return a workload whose loss is of words, and where they are not on the disk that of finding them too."""
         if tokeniser is None:
             return work
         work = replace(work, loss=CROSS_ENTROPY)
-        return work if tokens_of(self.recipe) is not None else add_tokeniser(work, tokeniser, grid)
+        return work if tokens_of(self.recipe) is not None else add_tokeniser(work, tokeniser, word_grid(self.recipe))
 
     def finish(self, context: RunContext, tracker: Tracker) -> str:
         return leave_weights(context, tracker, "mean")

@@ -22,10 +22,10 @@ from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others, from_all, from_first
 from mae_scale.distributed.ranks import Ranks
-from mae_scale.models.tokeniser import STRIDE, Tokeniser
+from mae_scale.models.tokeniser import Tokeniser
 from mae_scale.tasks.evaluation import all_ranks
 from mae_scale.tasks.tokens import MANIFEST, UNFINISHED, Heading, Shard, damage, read_heading, shard_name
-from mae_scale.tasks.words import TokenisedWords, view_of
+from mae_scale.tasks.words import TokenisedWords, view_of, word_grid
 from mae_scale.training.evaluation_loader import BATCH_SIZE, evaluation_loader
 
 SLOWEST_SHARD = timedelta(hours=12)
@@ -64,8 +64,8 @@ def write_tokens(recipe: Recipe, tokeniser: Path, out: Path, shard_images: int) 
             images=len(index),
             tokeniser=source.digest,
             words=model.size.words,
-            grid=view_of(recipe).image_size // STRIDE,
-            image_size=recipe.model.image_size,
+            grid=word_grid(recipe),
+            image_size=recipe.model.square_side,
             exif_orientation=recipe.data.exif_orientation,
             shard_images=shard_images,
         )

@@ -77,10 +77,14 @@ class StoredWords:
         return (words.pin_memory() if device.type == "cuda" else words).to(device, non_blocking=True)
 
 
+def word_grid(recipe: Recipe) -> int:
+    """Return the number of words along a side of an image. Raises UsageError for images that are not square."""
+    return grid_of(recipe.model.square_side, size_of(recipe.model).patch_size)
+
+
 def view_of(recipe: Recipe) -> SecondView:
     """Return the view that the tokeniser sees: the same crop, flip and colours, 8 px for each patch's side."""
-    grid = grid_of(recipe.model.image_size, size_of(recipe.model).patch_size)
-    return SecondView(None, grid * STRIDE, normalised=False)
+    return SecondView(None, word_grid(recipe) * STRIDE, normalised=False)
 
 
 def source_of(recipe: Recipe) -> WordSource:
@@ -100,8 +104,8 @@ def stored(recipe: Recipe, found: WordSource | None, index: Index) -> WordSource
         path,
         index,
         found.digest,
-        view_of(recipe).image_size // STRIDE,
-        image_size=recipe.model.image_size,
+        word_grid(recipe),
+        image_size=recipe.model.square_side,
         exif_orientation=recipe.data.exif_orientation,
     )
     return StoredWords(tokens)

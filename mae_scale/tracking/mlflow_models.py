@@ -53,7 +53,7 @@ class Served(nn.Module):
         self.eval().requires_grad_(False)
 
     def images(self, pixels: Tensor) -> Tensor:
-        """Return normalised images [N, 3, S, S] of pixels [N, S, S, 3], 0 to 255."""
+        """Return normalised images [N, 3, H, W] of pixels [N, H, W, 3], 0 to 255."""
         return ((pixels - self.mean) / self.std).permute(0, 3, 1, 2)
 
 
@@ -68,7 +68,7 @@ class ServedClassifier(Served):
         self.outputs = model.classes
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return probabilities float32 [N, C] of pixels [N, S, S, 3], 0 to 255."""
+        """Return probabilities float32 [N, C] of pixels [N, H, W, 3], 0 to 255."""
         return self.model(self.images(pixels)).float().softmax(dim=-1)
 
 
@@ -83,7 +83,7 @@ class ServedEncoder(Served):
         self.patch_size, self.outputs, self.pool = encoder.size.patch_size, encoder.size.width, pool
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return features float32 [N, D] of pixels [N, S, S, 3], 0 to 255."""
+        """Return features float32 [N, D] of pixels [N, H, W, 3], 0 to 255."""
         tokens = self.model(patchify(self.images(pixels), self.patch_size)).float()
         return tokens[:, 1:].mean(dim=1) if self.pool == "mean" else tokens[:, 0]
 
@@ -148,7 +148,7 @@ def log_model(
 
     mlflow.pytorch.load_model loads it by the URI.
 
-    `example` float32 [1, S, S, 3], RGB pixels of 0 to 255, is kept as the model's input example; `metadata` with the
+    `example` float32 [1, H, W, 3], RGB pixels of 0 to 255, is kept as the model's input example; `metadata` with the
     model, such as class_names in the order of the probabilities. With `registered_name` it also becomes the next
     version of that name in the model registry. A call that was cut off is completed by the next: a run has one such
     model, and one version of it per name. `scratch`: a folder with room for the weights.

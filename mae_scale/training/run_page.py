@@ -4,6 +4,7 @@ import shlex
 import sys
 from typing import Any
 
+from data_pipeline.image_size import size_text
 from data_pipeline.index import Index, load_index
 from mae_scale.tracking.mlflow_page import Images, RunPage
 from mae_scale.training.context import RunContext
@@ -19,8 +20,8 @@ def run_page(task: Task[Any], context: RunContext) -> RunPage:
     if recipe.data.val_root is not None:
         images.append(_images(load_index(context.out / VALIDATION, recipe.data.val_root), "validation"))
     lines = [
-        f"**{task.kind}** of {encoder} ({sizes}) at {recipe.model.image_size} px: {recipe.schedule.epochs} epochs of "
-        f"{len(context.index):,} images, global batch {recipe.data.global_batch}, seed {recipe.seed}.",
+        f"**{task.kind}** of {encoder} ({sizes}) at {size_text(recipe.model.image_size)} px: {recipe.schedule.epochs} "
+        f"epochs of {len(context.index):,} images, global batch {recipe.data.global_batch}, seed {recipe.seed}.",
         # In backticks it wraps: a block would be one long line, and push MLflow's column of tags out of the window.
         f"``{shlex.join(['mae-scale', *sys.argv[1:]])}``",
         "The same command goes on with this run, on any number of ranks, from the newest checkpoint in "

@@ -12,12 +12,15 @@ written by classifier.py, which takes the names and tables from here.
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from torch import Tensor
 
+from data_pipeline.errors import UsageError
+from data_pipeline.image_size import size_text
 from mae_scale.models.beit import TABLE, Beit, table_rows
 from mae_scale.models.weights.checked_copy import LoadReport, check_same, check_size, copy_weights
 from mae_scale.models.weights.files import StateDict
@@ -116,31 +119,53 @@ def load_beit(model: Beit, state: StateDict) -> LoadReport:
     return copy_weights(dict(model.state_dict()), from_release(given, PRETRAINING))
 
 
-def own_tables(given: StateDict, *, depth: int, grid: int) -> StateDict:
+def own_tables(given: StateDict, *, depth: int, grid: tuple[int, int], given_grid: tuple[int, int] | None) -> StateDict:
     """Return a file's tensors (release names) with a table of biases for each of `depth` blocks, of `grid`.
 
-    A shared table is copied into each block. Tables of another grid are resampled as the authors do, between unevenly
-    spaced distances, but linearly (timm's `resize_rel_pos_bias_table`) where theirs are cubic.
+    given_grid: of the file's tables, where it is known; else a square's, or the model's. A shared table is copied into
+    each block. Tables of another grid are resampled as the authors do, between unevenly spaced distances, but linearly
+    (timm's `resize_rel_pos_bias_table`) where theirs are cubic.
+    Raises UsageError for tables of a single row or column of patches where the model's grid is another.
     """
     given = dict(given)
     if SHARED in given:
         table = given.pop(SHARED)
         given |= {f"blocks.{n}.attn.{TABLE}": table for n in range(depth)}
-    return {key: _on_grid(value, grid) if key.endswith(TABLE) else value for key, value in given.items()}
+    return {key: _on_grid(value, grid, given_grid) if key.endswith(TABLE) else value for key, value in given.items()}
 
 
-def _on_grid(table: Tensor, grid: int) -> Tensor:
-    """Return a table of biases [rows, H] resampled to a grid, float32; as it is where it fits, or is no square's."""
-    side = round(max(0, table.shape[0] - 3) ** 0.5)
-    if table.shape[0] == table_rows(grid) or side**2 != table.shape[0] - 3 or side % 2 == 0:
+def _on_grid(table: Tensor, grid: tuple[int, int], given_grid: tuple[int, int] | None) -> Tensor:
+    """Return a table of biases [rows, H] resampled to a grid, float32; as it is where it fits, or is no table."""
+    of = given_grid or _square_of(table)
+    if of is None and table.shape[0] == table_rows(grid):
+        of = grid
+    if of == grid or of is None or table.shape[0] != table_rows(of):
         return table
-    return resize_rel_pos_bias_table(table.float(), (grid, grid), (table_rows(grid), table.shape[1]))
+    if 1 in of:
+        raise UsageError(
+            f"relative positions of {size_text(of)} patches cannot be resampled to {size_text(grid)}: they have no "
+            "distances along one side; give weights of another grid"
+        )
+    patches = table[:-3].float().T.unflatten(1, _distances(of))  # [H, 2 h - 1, 2 w - 1]
+    resampled = resize_rel_pos_bias_table(patches, grid, (table.shape[1], *_distances(grid)))
+    return torch.cat([resampled.flatten(1).T, table[-3:].float()])
 
 
-def grid_in(given: StateDict) -> int | None:
-    """Return the grid of a file's tables (release names); None when it has none."""
+def _distances(grid: tuple[int, int]) -> tuple[int, int]:
+    """Return the numbers of different distances of two patches, down and across."""
+    return 2 * grid[0] - 1, 2 * grid[1] - 1
+
+
+def _square_of(table: Tensor) -> tuple[int, int] | None:
+    """Return the grid of a square's table [rows, H]; None for any other."""
+    grid = (math.isqrt(max(0, table.shape[0] - 3)) + 1) // 2
+    return (grid, grid) if grid and table.shape[0] == table_rows(grid) else None
+
+
+def grid_in(given: StateDict) -> tuple[int, int] | None:
+    """Return the grid of a file's tables (release names), of a square; None when it has none."""
     table = next((value for key, value in given.items() if key.endswith(TABLE)), None)
-    return None if table is None else (round((table.shape[0] - 3) ** 0.5) + 1) // 2
+    return None if table is None else _square_of(table)
 
 
 def release_to_beit_hf(state: StateDict) -> StateDict:

@@ -48,7 +48,7 @@ _MAY_STAY_FRESH = ("fc_norm.", "batch_norm.", "head.")
 _OUR_AUTOENCODER = "our own autoencoder"
 
 
-def load_classifier(model: Classifier, state: StateDict) -> LoadReport:
+def load_classifier(model: Classifier, state: StateDict, grid: tuple[int, int] | None = None) -> LoadReport:
     """Copy a file's tensors (`read_weights`) into the classifier; the keys tell the layout.
 
     Layouts: the authors' releases (pre-trained, with or without decoder, and fine-tuned), timm's, Hugging Face's
@@ -59,7 +59,8 @@ def load_classifier(model: Classifier, state: StateDict) -> LoadReport:
     In the report `unused` (release names) is a decoder, a head of words, a target's buffers, an encoder's mask token,
     and the final norm of pre-trained weights when the classifier pools by mean (the release drops it too).
     Positions of another grid are resampled in float32, bicubic and without antialiasing, as the authors do at 448 px
-    (their `interpolate_pos_embed`).
+    (their `interpolate_pos_embed`). `grid` is the file's rows and columns of patches, where they are known
+    (`mae_scale.checkpoints.export.grid_of_weights`); else a square's, or where no square has as many, the model's.
     Raises UsageError, with nothing copied: a file of another size, of a classifier of another kind (pooling,
     BatchNorm, number of classes); keys that are missing or unexpected, shapes that do not fit.
     """
@@ -74,9 +75,9 @@ def load_classifier(model: Classifier, state: StateDict) -> LoadReport:
     unused = [key for key in given if key.startswith(unused_kinds)]
     given = {key: value for key, value in given.items() if not key.startswith(unused_kinds)}
     if "pos_embed" in given:
-        given["pos_embed"] = _on_grid(given["pos_embed"], model.encoder.grid)
+        given["pos_embed"] = on_grid(given["pos_embed"], model.encoder.grid, grid)
     if isinstance(model.encoder, BeitEncoder):
-        given = own_tables(given, depth=model.encoder.size.depth, grid=model.encoder.grid)
+        given = own_tables(given, depth=model.encoder.size.depth, grid=model.encoder.grid, given_grid=grid)
 
     fresh = tuple(kind for kind in _MAY_STAY_FRESH if not _has(given, kind))
     if layout == _OUR_AUTOENCODER and "pos_embed" not in given:
@@ -204,9 +205,25 @@ def _check_kind(model: Classifier, given: StateDict) -> None:
         )
 
 
-def _on_grid(positions: Tensor, grid: int) -> Tensor:
-    """Resample [1, 1 + l, D] to float32 [1, 1 + grid * grid, D]; return them as they are if they fit or are no grid."""
+def square_grid(patches: int) -> tuple[int, int] | None:
+    """Return the rows and columns of a square of so many patches; None where no square has as many."""
+    side = math.isqrt(max(0, patches))
+    return (side, side) if side and side**2 == patches else None
+
+
+def on_grid(positions: Tensor, grid: tuple[int, int], given_grid: tuple[int, int] | None) -> Tensor:
+    """Resample [1, 1 + l, D] to float32 [1, 1 + L, D] of a grid; return them as they are if they fit or are no grid's.
+
+    Raises UsageError when their own grid is not known, and their number is neither a square's nor the model's.
+    """
     patches = positions.shape[1] - 1 if positions.ndim == 3 else 0
-    if patches < 1 or patches == grid**2 or math.isqrt(patches) ** 2 != patches:
+    of = given_grid or square_grid(patches) or grid
+    if patches < 1 or (of == grid and patches == math.prod(grid)):
         return positions
-    return resample_abs_pos_embed(positions.float(), [grid, grid], antialias=False)
+    if patches != math.prod(of):
+        raise UsageError(
+            f"pos_embed is {list(positions.shape)}, expected [1, {1 + math.prod(grid)}, {positions.shape[2]}] of "
+            f"{grid[0]} x {grid[1]} patches, or those of a square; for others give the run's folder or a checkpoint, "
+            "whose recipe says their rows and columns"
+        )
+    return resample_abs_pos_embed(positions.float(), list(grid), list(of), antialias=False)

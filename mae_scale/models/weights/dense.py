@@ -6,16 +6,11 @@ comes after the encoder stays fresh. Its cls token, final norm, head and decoder
 
 from __future__ import annotations
 
-import math
-
-from timm.layers.pos_embed import resample_abs_pos_embed
-from torch import Tensor
-
 from data_pipeline.errors import UsageError
 from mae_scale.models.dense import DenseModel
 from mae_scale.models.weights.beit import is_beit
 from mae_scale.models.weights.checked_copy import LoadReport, check_same, check_size, copy_weights
-from mae_scale.models.weights.classifier import release_names
+from mae_scale.models.weights.classifier import on_grid, release_names
 from mae_scale.models.weights.files import StateDict
 from mae_scale.models.weights.layouts import DECODER, ENCODER, UNNAMED, from_release, is_dense, to_release
 
@@ -23,11 +18,12 @@ _UNUSED = ("cls_token", "norm.", "fc_norm.", "head.", "batch_norm.", "lm_head.",
 _RELATIVE = ("attn.rel_pos_h", "attn.rel_pos_w")
 
 
-def load_dense(model: DenseModel, state: StateDict) -> LoadReport:
+def load_dense(model: DenseModel, state: StateDict, grid: tuple[int, int] | None = None) -> LoadReport:
     """Copy a file's tensors (`read_weights`) into the model's encoder, or into all of it where they are of the whole.
 
     Layouts of an encoder are those of `load_classifier`, a BEiT's excepted. Positions of another grid than
-    the encoder's own, that of its pretraining_size, are resampled in float32, bicubic and without antialiasing.
+    the encoder's own, that of its pretraining_size, are resampled in float32, bicubic and without antialiasing; theirs
+    is `grid` (rows, columns), where it is known, else a square's.
     Raises UsageError, with nothing copied: a file of another size or kind, keys that are missing or unexpected, shapes
     that do not fit.
     """
@@ -50,7 +46,8 @@ def load_dense(model: DenseModel, state: StateDict) -> LoadReport:
         )
     unused = [key for key in given if key.startswith(_UNUSED)]
     given = {key: value for key, value in given.items() if not key.startswith(_UNUSED)}
-    given["pos_embed"] = _on_grid(given["pos_embed"], encoder.pretraining_grid)
+    own_grid = (encoder.pretraining_grid, encoder.pretraining_grid)
+    given["pos_embed"] = on_grid(given["pos_embed"], own_grid, grid)[:, 1:]
     prefix = "encoder."
     expected = to_release({name: value for name, value in own.items() if name.startswith(prefix)}, ENCODER)
     expected = {name: value for name, value in expected.items() if not name.endswith(_RELATIVE)}
@@ -58,16 +55,6 @@ def load_dense(model: DenseModel, state: StateDict) -> LoadReport:
     report = copy_weights(own, from_release(given, ENCODER))
     report.unused = unused
     return report
-
-
-def _on_grid(positions: Tensor, grid: int) -> Tensor:
-    """Resample [1, 1 + l, D], its first a cls token's, to [1, grid * grid, D]; as they are if they are of no grid."""
-    patches = positions.shape[1] - 1 if positions.ndim == 3 else 0
-    if patches < 1 or math.isqrt(patches) ** 2 != patches:
-        return positions
-    if patches != grid**2:
-        positions = resample_abs_pos_embed(positions.float(), [grid, grid], antialias=False)
-    return positions[:, 1:]
 
 
 def refuse_encoder(state: StateDict, source: str) -> None:

@@ -17,6 +17,8 @@ from data_pipeline.errors import UsageError
 
 StateDict = dict[str, Tensor]
 WRAPPERS = ("model", "state_dict")
+GRID = "grid"
+"""Beside the weights of a model for images that are not square: its rows and columns of patches, such as 4 x 8."""
 
 
 def is_export(path: Path) -> bool:
@@ -25,6 +27,20 @@ def is_export(path: Path) -> bool:
         return False
     with safe_open(path, "pt") as file:
         return "layout" in (file.metadata() or {})
+
+
+def grid_in_file(path: Path) -> tuple[int, int] | None:
+    """Return the rows and columns of patches that a file says it is for; None where it does not, as for a square."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                found = (file.metadata() or {}).get(GRID)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(GRID)
+        rows, columns = str(found).split(" x ")
+        return int(rows), int(columns)
+    except Exception:  # of files that others wrote; whether it is damaged `read_weights` says
+        return None
 
 
 def read_weights(path: str | Path) -> StateDict:

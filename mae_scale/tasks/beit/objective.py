@@ -81,7 +81,7 @@ class PredictRemoved(Objective):
         return masks
 
     def tensors(self, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
-        """Return images [B, 3, S, S], then what draw() has drawn, with the words int64 [B, L] after the weights where
+        """Return images [B, 3, H, W], then what draw() has drawn, with the words int64 [B, L] after the weights where
         words are predicted; on the device."""
         return self.arguments(batch, batch.drawn, device)
 
@@ -94,7 +94,7 @@ class PredictRemoved(Objective):
     def forward(
         self, images: Tensor, mask: Tensor | None = None, weight: Tensor | None = None, *others: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """images [B, 3, S, S], mask [B, L], weight [B] -> the micro-batch's part of the loss, [] float32.
+        """images [B, 3, H, W], mask [B, L], weight [B] -> the micro-batch's part of the loss, [] float32.
 
         others: words int64 [B, L] where words are predicted, then, with drop path, branch scales [B, depth, 2].
         In evaluation mode each image's sum of losses and number of removed patches, [B] float32; without a mask the

@@ -57,7 +57,7 @@ class BeitPretraining(MaskedImages[PredictRemoved]):
             predicted=model.removed * model.target.dim,
             kept_values=(2 * (1 + model.patches) + model.removed) * size.width,  # of the last norm and the head
         )
-        return self.with_tokeniser(work, tokeniser, model.grid)
+        return self.with_tokeniser(work, tokeniser)
 
     def describe(self, objective: PredictRemoved) -> list[str]:
         model = objective.model

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from data_pipeline.errors import UsageError
-from mae_scale.checkpoints.export import find_checkpoint, starting_weights
+from data_pipeline.image_size import size_value
+from mae_scale.checkpoints.export import find_checkpoint, grid_of_weights, starting_point, weights_of
 from mae_scale.checkpoints.store import read_manifest
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others
@@ -62,6 +63,12 @@ def evaluate(recipe: Recipe, asked: Asked) -> dict[str, Any] | None:
 
 
 def _opened(recipe: Recipe, kind: str) -> tuple[Classifier, list[str] | None, list[EvaluationSet]]:
+    size = recipe.model.image_size
+    if kind == "imagenet-c" and not isinstance(size, int):
+        raise UsageError(
+            f"--set imagenet-c: its images are square crops, which model.image_size={size_value(size)} would stretch; "
+            "evaluate a model of square images"
+        )
     model, names = trained_classifier(recipe)
     return model, names, open_sets(kind, validation_root(recipe, FORM), num_classes=model.classes, class_names=names)
 
@@ -72,7 +79,8 @@ def trained_classifier(recipe: Recipe) -> tuple[Classifier, list[str] | None]:
     Raises UsageError when the weights have no head, or do not fit.
     """
     path = weights_path(recipe)
-    state = starting_weights(path)
+    source = starting_point(path)
+    state = weights_of(source)
     classes = classes_in(state)
     if classes is None:
         raise UsageError(
@@ -80,7 +88,7 @@ def trained_classifier(recipe: Recipe) -> tuple[Classifier, list[str] | None]:
         )
     names = read_manifest(find_checkpoint(path))["classes"] if path.is_dir() else None
     model = build_classifier_of(recipe, classes)
-    load_classifier(model, state)
+    load_classifier(model, state, grid_of_weights(source))
     return model.eval(), names
 
 

@@ -21,7 +21,7 @@ from data_pipeline.errors import UsageError
 from data_pipeline.index import Index
 from data_pipeline.index_build import open_index
 from data_pipeline.loader import ImageLoader
-from mae_scale.checkpoints.export import starting_weights
+from mae_scale.checkpoints.export import grid_of_weights, starting_point, weights_of
 from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others
@@ -124,9 +124,10 @@ def _opened(recipe: Recipe) -> tuple[Classifier, Index, EvaluationSet]:
         num_classes=len(index.classes),
         class_names=index.classes,
     )
-    state = starting_weights(weights_path(recipe))
+    source = starting_point(weights_path(recipe))
+    state = weights_of(source)
     model = build_classifier_of(recipe, classes_in(state) or len(index.classes))
-    load_classifier(model, state)
+    load_classifier(model, state, grid_of_weights(source))
     return model.eval(), index, one
 
 
@@ -200,7 +201,7 @@ def _draw(asked: Features, known: Features, validation: Index, index: Index, rec
     _, nearest = search(asked.vectors[rows], known.vectors, NEAREST_SHOWN)
     near = nearest.flatten()
     queries = _images(validation, asked.images[rows], recipe)
-    neighbours = _images(index, known.images[near], recipe).reshape(*nearest.shape, 3, *2 * [recipe.model.image_size])
+    neighbours = _images(index, known.images[near], recipe).unflatten(0, nearest.shape)
     labels = known.labels[near].reshape(nearest.shape)
     neighbours_figure(queries, neighbours, asked.labels[rows].cpu(), labels.cpu(), class_names=index.classes, path=path)
 
@@ -214,7 +215,7 @@ def _to_mlflow(recipe: Recipe, figure: Path) -> None:
 
 
 def _images(index: Index, rows: Tensor, recipe: Recipe) -> Tensor:
-    """Return images [n, 3, S, S] float32 of the index, cut as in evaluation, decoded on the host."""
+    """Return images [n, 3, H, W] float32 of the index, cut as in evaluation, decoded on the host."""
     asked = index.take(rows.cpu().numpy())
     decoding = decoding_on_cpu(recipe, augmentation("evaluation"))
     with ImageLoader(asked, EvaluationOrder(len(asked)), decoding) as loader:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.image_size import ImageSize, height_and_width
 from data_pipeline.rng import generator
 
 
@@ -29,12 +30,13 @@ class Mix:
     box: np.ndarray
 
 
-def draw_mix(*, mixup: float, cutmix: float, image_size: int, seed: int, step: int, positions: np.ndarray) -> Mix:
+def draw_mix(*, mixup: float, cutmix: float, image_size: ImageSize, seed: int, step: int, positions: np.ndarray) -> Mix:
     """Return the mix of images at `positions` int [n] of the global batch of a step, in pairs; one alpha is not 0.
 
     A pure function of (seed, step, position). With both alphas each pair is cut or mixed with equal chance; the share
     is Beta(alpha, alpha), and with cutmix 1 - (area of the clipped box) / (area of the image).
     """
+    height, width = height_and_width(image_size)
     share = np.ones(len(positions), np.float32)
     box = np.zeros((len(positions), 4), np.int64)
     for row in range(0, len(positions), 2):
@@ -43,24 +45,25 @@ def draw_mix(*, mixup: float, cutmix: float, image_size: int, seed: int, step: i
         alpha = cutmix if cut else mixup
         kept = random.beta(alpha, alpha)
         if cut:
-            side = int(image_size * np.sqrt(1 - kept))
-            y, x = random.integers(0, image_size, 2)
-            edges = np.clip([y - side // 2, y + side // 2, x - side // 2, x + side // 2], 0, image_size)
-            box[row : row + 2] = edges
-            kept = 1 - (edges[1] - edges[0]) * (edges[3] - edges[2]) / image_size**2
+            half = [int(side * np.sqrt(1 - kept)) // 2 for side in (height, width)]
+            y, x = random.integers(0, height), random.integers(0, width)
+            edges = np.clip([y - half[0], y + half[0]], 0, height), np.clip([x - half[1], x + half[1]], 0, width)
+            box[row : row + 2] = np.concatenate(edges)
+            kept = 1 - np.ptp(edges[0]) * np.ptp(edges[1]) / (height * width)
         share[row : row + 2] = kept
     return Mix(share, box)
 
 
 def mix_images(images: Tensor, share: Tensor, box: Tensor) -> Tensor:
-    """Mix images [n, 3, S, S] of neighbours in pairs -> mixed images, of the same shape, dtype and device.
+    """Mix images [n, 3, H, W] of neighbours in pairs -> mixed images, of the same shape, dtype and device.
 
     share [n] and box [n, 4] of a Mix, on that device; no host waits for it.
     """
-    partners, side = _neighbours(images), torch.arange(images.shape[-1], device=images.device)
+    partners = _neighbours(images)
+    y, x = (torch.arange(side, device=images.device) for side in images.shape[-2:])
     y0, y1, x0, x1 = box[:, :, None].unbind(1)  # each [n, 1]
-    rows, columns = (side >= y0) & (side < y1), (side >= x0) & (side < x1)  # [n, S]
-    inside = rows[:, None, :, None] & columns[:, None, None, :]  # [n, 1, S, S]
+    rows, columns = (y >= y0) & (y < y1), (x >= x0) & (x < x1)  # [n, H], [n, W]
+    inside = rows[:, None, :, None] & columns[:, None, None, :]  # [n, 1, H, W]
     weight = torch.where(box[:, 1] > box[:, 0], 1, share)[:, None, None, None]  # what is cut is not mixed too
     return torch.where(inside, partners, images * weight + partners * (1 - weight))
 

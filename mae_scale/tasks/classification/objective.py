@@ -74,7 +74,7 @@ class Classify(Objective):
         return tuple(drawn)
 
     def tensors(self, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
-        """Return images [B, 3, S, S], targets [B, C] and, with drop path, branch scales [B, depth, 2]; float32 on the
+        """Return images [B, 3, H, W], targets [B, C] and, with drop path, branch scales [B, depth, 2]; float32 on the
         device."""
         images, labels, *drawn = (
             tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.labels, *batch.drawn)
@@ -87,7 +87,7 @@ class Classify(Objective):
         return images, targets, *drawn
 
     def forward(self, images: Tensor, targets: Tensor | None = None, branch_scales: Tensor | None = None) -> Tensor:
-        """images [B, 3, S, S], targets [B, C] -> the mean cross-entropy, [] float32; without targets logits [B, C]."""
+        """images [B, 3, H, W], targets [B, C] -> the mean cross-entropy, [] float32; without targets logits [B, C]."""
         logits = self.model(images, branch_scales)
         if targets is None:
             return logits

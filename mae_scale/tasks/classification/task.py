@@ -119,7 +119,7 @@ class Classification(Task[Classify]):
     def workload(self, classes: int) -> Workload:
         with torch.device("meta"):
             model = build_classifier_of(self.recipe, classes)
-        size, patches = model.encoder.size, model.encoder.grid**2
+        size, patches = model.encoder.size, model.encoder.patches
         trained = size.depth if model.trained_blocks is None else model.trained_blocks
         return workload_of(
             Classify(model, self.recipe.classification, seed=self.recipe.seed),

@@ -78,7 +78,7 @@ class Detection(DenseTransfer[DetectObjects]):
         from data_pipeline.annotations.placing import place
         from mae_scale.tasks.detection.measure import placing_of
 
-        objects, side = self.objects.load().objects, self.recipe.model.image_size
+        objects, side = self.objects.load().objects, self.recipe.model.square_side
 
         def seen(row: BatchPlan) -> SeenObjects:
             image, placing = int(row.sample_ids[0]), placing_of(row)
@@ -103,7 +103,7 @@ class Detection(DenseTransfer[DetectObjects]):
     def workload(self, classes: int) -> Workload:
         model, section = self.planned.model, self.recipe.detecting
         size, channels, boxes = model.encoder.size, section.channels, section.sampled_boxes
-        patches = (self.recipe.model.image_size // size.patch_size) ** 2
+        patches = (self.recipe.model.square_side // size.patch_size) ** 2
         width, masks, outputs = size.width, boxes // 4, 1 + self.planned_classes
         levels = [(16 * patches, width // 4), (4 * patches, width // 2), (patches, width), (patches // 4, width)]
         pixels = sum(rows for rows, _ in levels) + patches // 16

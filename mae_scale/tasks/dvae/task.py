@@ -47,9 +47,9 @@ class DiscreteVaeTraining(Task[ReconstructThroughWords]):
     def check(self, layout: BatchLayout) -> None:
         """Refuse sizes that no tokeniser has, and what a recipe says in vain."""
         recipe, section = self.recipe, self.recipe.tokenisation
-        if recipe.model.image_size % STRIDE:
+        if recipe.model.square_side % STRIDE:
             raise UsageError(
-                f"model.image_size={recipe.model.image_size}: a word stands for {STRIDE} x {STRIDE} pixels; give a "
+                f"model.image_size={recipe.model.square_side}: a word stands for {STRIDE} x {STRIDE} pixels; give a "
                 f"multiple of {STRIDE}"
             )
         for key in ("weights", "tokens"):
@@ -112,7 +112,7 @@ class DiscreteVaeTraining(Task[ReconstructThroughWords]):
         return f"tokeniser in {weights}"
 
     def _objective(self, steps: int) -> ReconstructThroughWords:
-        section, image_size = self.recipe.tokenisation, self.recipe.model.image_size
+        section, image_size = self.recipe.tokenisation, self.recipe.model.square_side
         model = DiscreteVae(TokeniserSize(section.width, section.words, section.blocks_per_group))
         return ReconstructThroughWords(
             model, Annealing.of(section, steps), image_size=image_size, seed=self.recipe.seed
@@ -124,7 +124,7 @@ class DiscreteVaeTraining(Task[ReconstructThroughWords]):
         (rows per image, inner, outer) of each: output pixels, input channels x kernel area, output channels. Kept:
         values in the weights' precision, and bytes of the rest. Found by running one image of no content.
         """
-        side = self.recipe.model.image_size
+        side = self.recipe.model.square_side
         products: list[tuple[int, int, int]] = []
         values: dict[int, int] = {}
         other_bytes: dict[int, int] = {}

@@ -75,7 +75,7 @@ def fixed_noise(objective: Reconstruct, count: int) -> torch.Tensor:
 
 
 def draw_reconstructions(model: MaskedAutoencoder, recipe: Recipe, images: torch.Tensor, path: Path) -> None:
-    """Draw images [N, 3, S, S] as original, masked and reconstructed by a model on the host."""
+    """Draw images [N, 3, H, W] as original, masked and reconstructed by a model on the host."""
     objective = Reconstruct(model, seed=recipe.seed).eval()
     with torch.inference_mode():
         _, mask, pixels = objective(images, fixed_noise(objective, len(images)))

@@ -75,7 +75,7 @@ class MaskedAutoencoding(MaskedImages[Reconstruct]):
             # Of the encoder's last norm and the layer behind it, and of the decoder's.
             kept_values=2 * encoded * size.width + (1 + model.patches + removed) * width,
         )
-        return self.with_tokeniser(work, tokeniser, model.grid)
+        return self.with_tokeniser(work, tokeniser)
 
     def evaluators(self, context: RunContext, engine: Engine, tracker: Tracker) -> list[Evaluator]:
         with torch.device("meta"):  # only its masks and words are asked for

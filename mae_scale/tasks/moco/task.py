@@ -95,7 +95,7 @@ class MomentumContrast(Task[Contrast]):
     def workload(self, classes: int) -> Workload:
         with torch.device("meta"):
             objective = self._objective()
-        section, size, patches = self.recipe.contrast, objective.model.encoder.size, objective.model.encoder.grid**2
+        section, size, patches = self.recipe.contrast, objective.model.encoder.size, objective.model.encoder.patches
         width, hidden, dim = size.width, section.hidden, section.dim
         stack = Stack(VIEWS * (1 + patches), width, size.heads, size.depth, 0, sequences=VIEWS)
         projector = ((1, width, hidden), (1, hidden, hidden), (1, hidden, dim))

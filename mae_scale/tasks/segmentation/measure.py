@@ -51,7 +51,7 @@ def measure(
     Logits are resized (bilinear) to the stored image before the likeliest class is taken. All ranks call it, and each
     calls predict equally often. `take` is called with each of this rank's predictions.
     """
-    counts, side, section = PixelCounts(classes), recipe.model.image_size, recipe.segmenting
+    counts, side, section = PixelCounts(classes), recipe.model.square_side, recipe.segmenting
     sliding = section.evaluation == "sliding"
     stride = section.stride or max(1, side * 2 // 3)
 

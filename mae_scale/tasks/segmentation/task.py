@@ -74,7 +74,7 @@ class Segmentation(DenseTransfer[LabelPixels]):
     def annotate(self, images: Index) -> Annotate:
         from data_pipeline.annotations.placing import Placing
 
-        labels, side = self._training_labels(images), self.recipe.model.image_size
+        labels, side = self._training_labels(images), self.recipe.model.square_side
 
         def placed(row: BatchPlan) -> Uint8Array:
             placing = Placing.of(row.regions[0], row.filled[0], int(row.flips[0]))
@@ -98,7 +98,7 @@ class Segmentation(DenseTransfer[LabelPixels]):
     def workload(self, classes: int) -> Workload:
         model, section = self.planned.model, self.recipe.segmenting
         size, channels = model.encoder.size, section.channels
-        patches, width, outputs = (self.recipe.model.image_size // size.patch_size) ** 2, size.width, classes
+        patches, width, outputs = (self.recipe.model.square_side // size.patch_size) ** 2, size.width, classes
         levels = [16 * patches, 4 * patches, patches]
         products = [
             *[(patches, width, 4 * width)] * 2,
@@ -118,7 +118,7 @@ class Segmentation(DenseTransfer[LabelPixels]):
             self.recipe,
             stacks=self.stacks(model.encoder),
             products=(self.embedding(model.encoder), *((*product, True) for product in products)),
-            predicted=2 * outputs * self.recipe.model.image_size**2,
+            predicted=2 * outputs * self.recipe.model.square_side**2,
             kept_values=kept,
         )
         return replace(work, loss=CROSS_ENTROPY)

@@ -61,4 +61,4 @@ class Rotation(Task[PredictRotation]):
 
     def _objective(self) -> PredictRotation:
         model = self.recipe.model
-        return PredictRotation(size_of(model), model.image_size, seed=self.recipe.seed)
+        return PredictRotation(size_of(model), model.square_side, seed=self.recipe.seed)
