@@ -14,8 +14,9 @@ from mae_scale.reproduce.paper import runs
 from mae_scale.reproduce.paper.command import scale_of
 from mae_scale.reproduce.paper.findings import FINDINGS, PRETRAININGS, SPEED, TOKENISER, findings_named
 from mae_scale.reproduce.paper.page import as_json, look_up, markdown
-from mae_scale.reproduce.paper.runs import Run, Scale, do, runs_of
+from mae_scale.reproduce.paper.runs import Scale, runs_of
 from mae_scale.reproduce.paper.verdict import OPPOSITE, SAME, UNDECIDED, decide
+from mae_scale.reproduce.runs import Run, do
 
 SCALE = Scale(
     Path("data"), Path("out"), epochs=20, labels=10, images=1442, classes=10, smallest_class=139, findings=FINDINGS

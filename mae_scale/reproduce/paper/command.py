@@ -28,8 +28,9 @@ from mae_scale.distributed.stop_requests import passing_on
 from mae_scale.reports.paper import ClaimBar, paper_figure
 from mae_scale.reproduce.paper.findings import FINDINGS, SPEED, TRANSFERS, Finding
 from mae_scale.reproduce.paper.page import Found, as_json, look_up, markdown, summary
-from mae_scale.reproduce.paper.runs import Run, Scale, check_runs, do, images_per_second, runs_of, top1, words_used
+from mae_scale.reproduce.paper.runs import Scale, images_per_second, runs_of, top1, words_used
 from mae_scale.reproduce.paper.verdict import OPPOSITE, SAME, UNDECIDED
+from mae_scale.reproduce.runs import Run, check_runs, do
 from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelled
 from mae_scale.tracking.mlflow_sweep import MlflowSweep, SweepResults, check_name
 

@@ -1,17 +1,14 @@
-"""The runs that the findings need, under one seed: their recipes, their folders, what each waits for; do them."""
+"""The runs that the findings need, under one seed: their recipes, their folders, what each waits for."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.errors import EXIT_STOPPED, RunError, UsageError
+from data_pipeline.errors import RunError
 from mae_scale.config.load import load_recipe
-from mae_scale.config.schema import Recipe
-from mae_scale.launch.local import launch_local_ranks
 from mae_scale.reproduce.paper.findings import (
     PRETRAININGS,
     SCRATCH,
@@ -21,10 +18,9 @@ from mae_scale.reproduce.paper.findings import (
     Finding,
     Pretraining,
 )
+from mae_scale.reproduce.runs import Run
 from mae_scale.tasks.registry import task_of
 from mae_scale.tracking.metrics_log import after_warm_up, read_metrics
-from mae_scale.training.preflight import check
-from mae_scale.training.run_state import DONE, run_state
 
 
 @dataclass(frozen=True)
@@ -59,20 +55,6 @@ class Scale:
         return min(multiple * self.labels, self.smallest_class)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run: its name, the arguments after `mae-scale` that start it, and the names of the runs it starts from."""
-
-    name: str
-    folder: Path
-    arguments: tuple[str, ...]
-    needs: tuple[str, ...]
-
-    def recipe(self) -> Recipe:
-        """Return its recipe, loaded. Raises UsageError when it cannot be."""
-        return load_recipe(self.arguments[1], self.arguments[4:])
-
-
 def measured(findings: Sequence[Finding]) -> list[tuple[str, str]]:
     """Return each (pre-training, transfer) that the findings ask for, once."""
     pairs = ((arm.pretraining, measure) for one in findings for arm in one.arms for measure in one.measures)
@@ -101,41 +83,6 @@ def transfer_name(pretraining: str, transfer: str) -> str:
     return f"{pretraining}.{transfer}"
 
 
-def check_runs(runs: Sequence[Run]) -> None:
-    """Raise UsageError when a run could not be started, as far as that can be told before those it needs are done."""
-    for run in runs:
-        try:
-            recipe = run.recipe()
-            if not run.needs:
-                check(task_of(recipe, run.folder), 1)
-        except UsageError as error:
-            raise UsageError(f"{run.name}: {error}") from None
-
-
-def do(runs: Sequence[Run], jobs: int, told: Callable[[Run], None]) -> None:
-    """Do the runs that are not done, up to `jobs` side by side, each after those that it needs.
-
-    told: called after each run. Raises RunError when a run fails, once those at work have ended;
-    SystemExit with 75 when asked to stop, once they are saved.
-    """
-    with ThreadPoolExecutor(jobs) as pool:
-        waiting = list(runs)
-        done: set[str] = set()
-        at_work: dict[Future[None], Run] = {}
-        try:
-            while waiting or at_work:
-                for run in [run for run in waiting if done.issuperset(run.needs)][: jobs - len(at_work)]:
-                    waiting.remove(run)
-                    at_work[pool.submit(_do, run)] = run
-                for future in wait(at_work, return_when=FIRST_COMPLETED).done:
-                    run = at_work.pop(future)
-                    future.result()
-                    done.add(run.name)
-                    told(run)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def top1(scale: Scale, seed: int, pretraining: str, transfer: str) -> float:
     """Return a transfer's last top-1 on the validation images, percent. Raises RunError where there is none."""
     folder = folder_of(scale, seed, transfer_name(pretraining, transfer))
@@ -155,19 +102,6 @@ def words_used(scale: Scale, seed: int) -> float | None:
     """Return the share, 0 to 1, of its words that the tokeniser uses on the validation images; None without one."""
     rows = read_metrics(folder_of(scale, seed, TOKENISER) / "metrics.jsonl")
     return next((row["val/words_used"] for row in reversed(rows) if "val/words_used" in row), None)
-
-
-def _do(run: Run) -> None:
-    """Do a run, with what it prints in a file beside its folder."""
-    if run_state(run.folder) == DONE:
-        return
-    log = run.folder.with_name(run.folder.name + ".log")
-    code = launch_local_ranks(1, list(run.arguments), log=log)
-    if code == EXIT_STOPPED:
-        raise SystemExit(code)
-    if code:
-        last = " / ".join(log.read_text(encoding="utf-8").strip().splitlines()[-3:])
-        raise RunError(f"{run.name} ended with exit code {code}: {last} (all in {log})")
 
 
 def _pretraining(scale: Scale, seed: int, name: str, asked: Pretraining) -> Run:
