@@ -17,6 +17,7 @@ from mlflow.entities import Run
 from safetensors.torch import load_file
 
 from tests.cluster.conftest import TEMPLATES, Cluster, last_step, losses, manifest_steps
+from tests.dense import TRAIN, VAL, scenes_in
 from tests.tiny import STEPS_PER_EPOCH
 from tests.tiny import arguments as tiny_arguments
 
@@ -214,6 +215,51 @@ def test_a_chain_trains_a_tokeniser_then_beit_on_its_words_and_a_classifier_on_b
     assert recipe_of(runs[1])["tokeniser"]["weights"] == str(runs[0])
     assert f"tensors from {runs[1]}" in logs[2].read_text()
     assert json.loads((runs[2] / "evaluation.json").read_text())["images"] == VALIDATION_IMAGES
+
+
+def test_a_chain_trains_a_detector_on_the_encoder_before_it_and_goes_on_without_a_rank(cluster: Cluster, tmp_path):
+    """Each link has images of its own; the detector loses a rank in the middle."""
+    scenes = scenes_in(tmp_path)
+    model = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 4, "heads": 2}
+    decoder = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+    often = {"every_steps": 3, "every_epochs": None}
+    images = {"root": f"{scenes}/train/images", "val_root": f"{scenes}/val/images", "global_batch": 8}
+    first = {
+        "extends": "demo",
+        "model": model | decoder,
+        "data": {"root": f"{scenes}/train/images", "global_batch": 8},
+        "schedule": {"epochs": 3, "warmup_epochs": 1},
+    }
+    second = {
+        "extends": "detection/demo",
+        "model": model,
+        "data": images,
+        "schedule": {"epochs": 8, "warmup_epochs": 1, "step_epochs": [6, 7]},
+        "detection": {
+            "annotations": f"{scenes}/train/instances.json",
+            "val_annotations": f"{scenes}/val/instances.json",
+            "pretraining_size": 32,
+            "window": 2,
+            "channels": 8,
+            "sampled_boxes": 16,
+        },
+        "checkpoint": often,
+        "tracking": {"log_every_steps": 1, "evaluate_every_epochs": 8},
+    }
+    recipes = []
+    for name, recipe in (("first", first), ("second", second)):
+        recipes.append(tmp_path / f"{name}.yaml")
+        recipes[-1].write_text(yaml.safe_dump(recipe))
+    jobs, runs, logs = chain(cluster, tmp_path / "c", recipes, [])
+    cluster.wait_for_end(jobs[0], logs[0])
+    cluster.wait_for_step(jobs[1], runs[1], 7, logs[1])
+    cluster.rank(jobs[1], 3).send_signal(signal.SIGKILL)
+    cluster.wait_for_start(jobs[1], 1, logs[1])
+    cluster.wait_for_end(jobs[1], logs[1])
+    assert "going on from step" in logs[1].read_text()
+    assert f"tensors from {runs[0]}" in logs[1].read_text()
+    assert last_step(runs[1]) == 8 * (TRAIN // 8)
+    assert json.loads((runs[1] / "evaluation.json").read_text())["images"] == VAL
 
 
 def recipe_of(out: Path) -> dict:
