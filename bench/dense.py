@@ -44,6 +44,7 @@ from report import machine, show
 from step import Trainee
 from timing import quartiles, seconds
 from torch import nn
+from torch.utils.data import Dataset
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
@@ -136,41 +137,49 @@ def ours(scenes: Scenes, size: int, device: str = "cpu", annotated: bool = True)
     return lambda: sum(len(batch.images) for batch in loader)
 
 
-def torchvisions(scenes: Scenes, size: int, kind: type[CocoDetection]) -> Callable[[], int]:
-    """Return a round of torchvision's dataset and transforms, over the crops that ours takes."""
+def dataset_of(scenes: Scenes, kind: type[CocoDetection]) -> Dataset:
+    """Return torchvision's dataset of the scenes, with boxes and masks as its transforms take them."""
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools says what it does
         plain = kind(scenes.folder, scenes.json)
-    dataset = wrap_dataset_for_transforms_v2(plain, target_keys=("boxes", "labels", "masks"))
+    return wrap_dataset_for_transforms_v2(plain, target_keys=("boxes", "labels", "masks"))
+
+
+def torchvisions(scenes: Scenes, size: int, kind: type[CocoDetection]) -> Callable[[], int]:
+    """Return a round of torchvision's dataset and transforms, over the crops that ours takes."""
+    dataset = dataset_of(scenes, kind)
     batches = len(scenes.index) // BATCH
     plans = [
         plan_batch(scenes.index, augmentation(KIND), seed=0, number=number, global_batch=BATCH, image_size=size)
         for number in range(batches)
     ]
 
-    def load(plan: BatchPlan, row: int) -> tuple[torch.Tensor, dict]:
-        image, target = dataset[int(plan.sample_ids[row])]
-        scale = plan.filled[row] / (plan.regions[row, 2:] - plan.regions[row, :2])
-        start, filled = np.rint(plan.regions[row, :2] * scale).astype(int).tolist(), plan.filled[row].tolist()
-        things = [image, target["boxes"], target["masks"]]
-        things = [v2.resize(thing, np.rint(scale * scenes.side).astype(int).tolist()) for thing in things]
-        things = [v2.crop(thing, *start, *filled) for thing in things]
-        if plan.flips[row]:
-            things = [v2.horizontal_flip(thing) for thing in things]
-        image, boxes, masks = things
-        image = v2.normalize(v2.to_dtype(v2.to_image(image), torch.float32, scale=True), IMAGENET_MEAN, IMAGENET_STD)
-        fill = [0, 0, size - filled[1], size - filled[0]]
-        image, boxes, masks = (v2.pad(thing, fill) for thing in (image, boxes, masks))
-        boxes, kept = v2.sanitize_bounding_boxes(boxes)
-        return image, {"boxes": boxes, "labels": target["labels"][kept], "masks": masks[kept]}
-
     def run() -> int:
         count = 0
         for plan in plans:
-            images, targets = zip(*(load(plan, row) for row in range(BATCH)), strict=True)
-            count += len(torch.stack(images)) if targets else 0
+            images, _ = zip(*(moved(dataset, plan, row, size) for row in range(BATCH)), strict=True)
+            count += len(torch.stack(images))
         return count
 
     return run
+
+
+def moved(dataset: Dataset, plan: BatchPlan, row: int, size: int) -> tuple[torch.Tensor, dict]:
+    """Return the image and the objects of a row of a plan, resized, cut, mirrored and filled up by torchvision."""
+    image, target = dataset[int(plan.sample_ids[row])]
+    stored, filled = np.array(v2.get_size(image)), plan.filled[row].tolist()
+    scale = filled / (plan.regions[row, 2:] - plan.regions[row, :2])
+    start = np.rint(plan.regions[row, :2] * scale).astype(int).tolist()
+    things = [image, target["boxes"], target["masks"]]
+    things = [v2.resize(thing, np.rint(scale * stored).astype(int).tolist()) for thing in things]
+    things = [v2.crop(thing, *start, *filled) for thing in things]
+    if plan.flips[row]:
+        things = [v2.horizontal_flip(thing) for thing in things]
+    image, boxes, masks = things
+    image = v2.normalize(v2.to_dtype(v2.to_image(image), torch.float32, scale=True), IMAGENET_MEAN, IMAGENET_STD)
+    fill = [0, 0, size - filled[1], size - filled[0]]
+    image, boxes, masks = (v2.pad(thing, fill) for thing in (image, boxes, masks))
+    boxes, kept = v2.sanitize_bounding_boxes(boxes)
+    return image, {"boxes": boxes, "labels": target["labels"][kept], "masks": masks[kept]}
 
 
 class Backbone(nn.Module):
