@@ -164,9 +164,8 @@ class MaskRcnn(DenseModel):
         for part in (self.rpn, self.roi_heads):
             part.fg_bg_sampler.generator = draws
         maps = self._maps(images, branch_scales)
-        for row, (size, one, seed) in enumerate(zip(sizes, objects, seeds.tolist(), strict=True)):
+        for row, (own, size, one, seed) in enumerate(zip(maps, sizes, objects, seeds.tolist(), strict=True)):
             draws.manual_seed(seed)
-            own = {name: level[row : row + 1] for name, level in maps.items()}
             target = [{"boxes": one.boxes, "labels": one.labels, "masks": one.masks}]
             proposals, losses = self.rpn(ImageList(images[row : row + 1], [size]), own, target)
             _, more = self.roi_heads(own, proposals, [size], target)
@@ -177,13 +176,14 @@ class MaskRcnn(DenseModel):
         """Return of each image its detections, the likeliest first: boxes float32 [n, 4] in pixels of the image, labels
         int64 [n], scores float32 [n], and masks float32 [n, 1, 28, 28] of probabilities within the box."""
         found, maps = [], self._maps(images, None)
-        for row, size in enumerate(sizes):
-            own = {name: level[row : row + 1] for name, level in maps.items()}
+        for row, (own, size) in enumerate(zip(maps, sizes, strict=True)):
             proposals, _ = self.rpn(ImageList(images[row : row + 1], [size]), own)
             found += self.roi_heads(own, proposals, [size])[0]
         return found
 
-    def _maps(self, images: Tensor, branch_scales: Tensor | None) -> dict[str, Tensor]:
-        """Return the pyramid's maps in float32, by name."""
+    def _maps(self, images: Tensor, branch_scales: Tensor | None) -> list[dict[str, Tensor]]:
+        """Return each image's maps of the pyramid in float32, [1, C, h, w] by name."""
         (last,) = self.encoder(images, branch_scales)
-        return dict(zip(LEVELS, (level.float() for level in self.pyramid(last)), strict=True))
+        # Split and not sliced: the gradient of each slice would be as large as the whole batch's maps.
+        levels = [level.float().split(1) for level in self.pyramid(last)]
+        return [dict(zip(LEVELS, own, strict=True)) for own in zip(*levels, strict=True)]

@@ -1,5 +1,6 @@
 """The benchmarks at their smallest size, as a user runs them; and bench/gpu.sh without a GPU, all stages through."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -125,6 +126,63 @@ def test_a_profile_knows_kinds_of_kernels_and_waits_of_the_host(module):
     waits = profile.host_waits(lambda: [scope["step"](), warnings.warn("something else", stacklevel=1)], states.append)
     assert waits == [{"where": "deepspeed/runtime/engine.py:3 step", "per_step": 1.0}]
     assert states == [True, False]
+
+
+@pytest.fixture
+def dense(module, tmp_path):
+    """bench/dense.py, its options and scenes at their smallest."""
+    loaded = module("dense")
+    options = argparse.Namespace(
+        vit=loaded.NAMED["tiny"], image_size=64, channels=16, micro_batch=2, precision="fp32", threads=1
+    )
+    return loaded, options, loaded.Scenes(tmp_path / "scenes", 8, 96, "polygons")
+
+
+def test_the_peer_of_detection_is_the_same_model_and_sees_the_same_images(dense):
+    dense, options, scenes = dense
+    images, objects = dense.batch_of(scenes, options)
+    made = dense.make_trainees(images, objects, options, torch.device("cpu"))
+    model, peer = made["ours"]().model.eval(), made["torchvision"]().model.eval()
+    with torch.no_grad():
+        found, expected = model.detect(images, 2 * [(64, 64)]), peer(list(images))
+    for one, other in zip(found, expected, strict=True):
+        assert len(one["boxes"])
+        torch.testing.assert_close(one["boxes"], other["boxes"], atol=1e-3, rtol=1e-4)
+        assert torch.equal(one["labels"], other["labels"])
+
+    with scenes.loader(64, dense.BATCH) as loader:
+        (batch,) = loader
+    plan = dense.plan_batch(
+        scenes.index, dense.augmentation(dense.KIND), seed=0, number=0, global_batch=dense.BATCH, image_size=64
+    )
+    for kind in (dense.CocoDetection, dense.TensorImages):
+        dataset = dense.dataset_of(scenes, kind)
+        overlaps = []
+        for row, placed in enumerate(batch.annotated):
+            image, target = dense.moved(dataset, plan, row, 64)
+            assert (image - batch.images[row]).abs().mean() < 0.15  # cubic here, bilinear there
+            mine, theirs = placed.masks.any(0), target["masks"].numpy().any(0)
+            overlaps.append([(mine & theirs).sum(), (mine | theirs).sum()])
+        both, either = zip(*overlaps, strict=True)
+        assert sum(both) / sum(either) > 0.8  # pixels at the edges: polygons are rasterised here after the cut
+
+
+@pytest.mark.slow
+def test_detection_is_measured_beside_torchvisions(tmp_path):
+    found = bench(
+        "dense",
+        *("--size", "tiny", "--channels", "16", "--image-size", "64", "--rounds", "1"),
+        *("--images", "8", "--side", "96", "--jitter-size", "128"),
+        folder=tmp_path,
+    )
+    step = found["step"]
+    assert step["first_loss"]["ours"] == pytest.approx(step["first_loss"]["torchvision"], rel=0.1)
+    assert step["times_as_fast"]["median"] > 0
+    for name in ("ours", "torchvision"):
+        assert step[name]["images_per_s"] == pytest.approx(2 / step[name]["step_s"])
+        assert step[name]["peak_gib"] > 0
+    assert len(found["images"]) == 4
+    assert all(0 < way["cpu_ms_lowest"] <= way["cpu_ms"] for way in found["images"].values())
 
 
 @pytest.mark.slow
