@@ -47,6 +47,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
@@ -67,7 +68,7 @@ from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from data_pipeline.plan import BatchPlan, plan_batch
 from data_pipeline.scenes import write_scenes
 from mae_scale.models.dense import DenseEncoder, MapNorm, evenly_placed
-from mae_scale.models.detector import BOX_CELLS, LEVELS, LINEAR_WIDTH, MASK_CELLS, Instances, MaskRcnn
+from mae_scale.models.detector import BOX_CELLS, LEVELS, MASK_CELLS, Instances, MaskRcnn
 from mae_scale.models.vit import SIZES, ViTSize
 
 NAMED = {
@@ -196,6 +197,7 @@ class Backbone(nn.Module):
 
 def peer_of(model: MaskRcnn, channels: int, image_size: int) -> MaskRCNN:
     """Return torchvision's Mask R-CNN with the size, settings and weights of ours."""
+    anchors = model.rpn.anchor_generator
     peer = MaskRCNN(
         Backbone(model, channels),
         min_size=image_size,
@@ -203,12 +205,14 @@ def peer_of(model: MaskRcnn, channels: int, image_size: int) -> MaskRCNN:
         image_mean=[0.0] * 3,
         image_std=[1.0] * 3,
         _skip_resize=True,
-        rpn_anchor_generator=copy.deepcopy(model.rpn.anchor_generator),
-        rpn_head=RPNHead(channels, model.rpn.anchor_generator.num_anchors_per_location()[0], conv_depth=2),
+        rpn_anchor_generator=AnchorGenerator(
+            tuple((int(side),) for side in anchors.sides), (anchors.ratios,) * len(LEVELS)
+        ),
+        rpn_head=RPNHead(channels, anchors.num_anchors_per_location()[0], conv_depth=2),
         rpn_post_nms_top_n_train=1000,
         box_roi_pool=MultiScaleRoIAlign(LEVELS[:-1], BOX_CELLS, sampling_ratio=2),
-        box_head=FastRCNNConvFCHead((channels, BOX_CELLS, BOX_CELLS), [channels] * 4, [LINEAR_WIDTH], MapNorm),
-        box_predictor=FastRCNNPredictor(LINEAR_WIDTH, 1 + CLASSES),
+        box_head=FastRCNNConvFCHead((channels, BOX_CELLS, BOX_CELLS), [channels] * 4, [4 * channels], MapNorm),
+        box_predictor=FastRCNNPredictor(4 * channels, 1 + CLASSES),
         mask_roi_pool=MultiScaleRoIAlign(LEVELS[:-1], MASK_CELLS, sampling_ratio=2),
         mask_head=MaskRCNNHeads(channels, [channels] * 4, dilation=1, norm_layer=MapNorm),
         mask_predictor=MaskRCNNPredictor(channels, channels, 1 + CLASSES),

@@ -1,6 +1,6 @@
 """Write scenes for dense tasks: scikit-learn's real digits pasted on crops of its photographs, with exact annotations.
 
-Each scene has up to four digits, scaled, turned, coloured and partly over each other. What is annotated follows from
+Each scene has up to three digits, scaled, turned, coloured and partly over each other. What is annotated follows from
 the pixels that are painted: a digit's mask are those of its own that no later one covers, its box is the mask's.
 """
 
@@ -23,9 +23,9 @@ from data_pipeline.samples import begin_sample, finish_sample, held_out_digits
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MOST_DIGITS = 4
+MOST_DIGITS = 3
 ATTEMPTS = 4  # to find a place for a digit
-VISIBLE = 0.5  # share of each digit's pixels that stay visible, at least
+VISIBLE = 0.75  # share of each digit's pixels that stay visible, at least
 EDGE = 0.4  # opacity from which on a pixel is the digit's
 BACKGROUND = 11  # in label maps; 1 to 10 are the digits, and 0, which means "not labelled", does not occur
 CLASSES = [*(str(digit) for digit in range(10)), "background"]
@@ -123,7 +123,7 @@ def _background(photos: list[Image], side: int, random: np.random.Generator) -> 
     from PIL import Image
 
     photo = photos[int(random.random() * len(photos))]
-    width = int(min(photo.size) * (0.3 + 0.7 * random.random()))
+    width = int(min(photo.size) * (0.1 + 0.2 * random.random()))
     x, y = (int((length - width) * random.random()) for length in photo.size)
     crop = photo.resize((side, side), Image.Resampling.BICUBIC, box=(x, y, x + width, y + width))
     return np.asarray(crop, np.float32)
@@ -133,7 +133,7 @@ def _placed(digit: Float64Array, side: int, random: np.random.Generator) -> Floa
     """Return a digit's opacity, float32 [side, side], 0 to 1: scaled, turned, and wholly within the scene."""
     from PIL import Image
 
-    size = int(side * (0.35 + 0.3 * random.random()))
+    size = int(side * (0.4 + 0.25 * random.random()))
     small = Image.fromarray((digit / 16).astype(np.float32))
     large = small.resize((size, size), Image.Resampling.BICUBIC)
     turned = large.rotate(60 * random.random() - 30, Image.Resampling.BICUBIC, expand=True)

@@ -16,15 +16,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import MultiScaleRoIAlign
 
 from mae_scale.models.dense import DenseEncoder, DenseModel, FeaturePyramid, MapNorm
+from mae_scale.models.regions import Anchors, BoxPooler, strides_of
 
 LEVELS = ("0", "1", "2", "3", "pool")
 """Names of the pyramid's maps, the finest first; boxes are pooled from all but the last."""
@@ -111,8 +110,10 @@ class MaskRcnn(DenseModel):
         super().__init__()
         self.encoder, self.classes = encoder, classes
         self.pyramid = FeaturePyramid(encoder.size.width, channels)
-        sides = tuple((FINEST_ANCHOR * encoder.size.patch_size * 2**level,) for level in range(len(LEVELS)))
-        anchors = AnchorGenerator(sides, (ASPECT_RATIOS,) * len(LEVELS))
+        patch_size = encoder.size.patch_size
+        strides = strides_of(patch_size, len(LEVELS))
+        sides = [FINEST_ANCHOR * patch_size * 2**level for level in range(len(LEVELS))]
+        anchors = Anchors(strides, sides, ASPECT_RATIOS)
         self.rpn = RegionProposalNetwork(
             anchors,
             Float32(RPNHead(channels, anchors.num_anchors_per_location()[0], conv_depth=2)),
@@ -124,9 +125,9 @@ class MaskRcnn(DenseModel):
             post_nms_top_n={"training": proposals, "testing": proposals},
             nms_thresh=0.7,
         )
-        pooled = LEVELS[:-1]
+        pooled = dict(zip(LEVELS[:-1], strides[:-1], strict=True))
         self.roi_heads = RoIHeads(
-            MultiScaleRoIAlign(pooled, BOX_CELLS, sampling_ratio=2),
+            BoxPooler(pooled, BOX_CELLS, patch_size),
             Float32(FastRCNNConvFCHead((channels, BOX_CELLS, BOX_CELLS), [channels] * 4, [4 * channels], MapNorm)),
             Float32(FastRCNNPredictor(4 * channels, 1 + classes)),
             fg_iou_thresh=0.5,
@@ -137,7 +138,7 @@ class MaskRcnn(DenseModel):
             score_thresh=0.05,
             nms_thresh=0.5,
             detections_per_img=100,
-            mask_roi_pool=MultiScaleRoIAlign(pooled, MASK_CELLS, sampling_ratio=2),
+            mask_roi_pool=BoxPooler(pooled, MASK_CELLS, patch_size),
             mask_head=Float32(MaskRCNNHeads(channels, [channels] * 4, dilation=1, norm_layer=MapNorm)),
             mask_predictor=Float32(MaskRCNNPredictor(channels, channels, 1 + classes)),
         )

@@ -1,4 +1,4 @@
-"""`mae-scale demo --dense` in small: every run is made, its figures are the runs' own, a second call changes nothing."""
+"""`mae-scale demo --dense` in small: all runs are made, its figures are theirs, a second call changes nothing."""
 
 import json
 

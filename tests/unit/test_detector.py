@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -14,7 +15,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from mae_scale.models.dense import DenseEncoder, MapNorm
-from mae_scale.models.detector import LEVELS, Instances, MaskRcnn, SeededSampler
+from mae_scale.models.detector import ASPECT_RATIOS, LEVELS, Instances, MaskRcnn, SeededSampler
 from mae_scale.models.vit import ViTSize
 
 SIDE, CLASSES, CHANNELS = 64, 3, 16
@@ -58,20 +59,26 @@ class Backbone(nn.Module):
 
 
 def torchvisions(model: MaskRcnn) -> MaskRCNN:
-    """torchvision's own Mask R-CNN around the same encoder, its heads built as theirs and given our weights."""
-    anchors = model.rpn.anchor_generator
+    """torchvision's own Mask R-CNN around the same encoder, its heads built as theirs and given our weights.
+
+    Anchors and pooling are ours (tests/unit/test_regions.py).
+    """
+    pooling = MultiScaleRoIAlign(LEVELS[:-1], 7, sampling_ratio=2)
     peer = MaskRCNN(
         Backbone(model),
-        rpn_anchor_generator=anchors,
+        rpn_anchor_generator=AnchorGenerator(((8,),) * 5, (ASPECT_RATIOS,) * 5),
         rpn_head=RPNHead(CHANNELS, 3, conv_depth=2),
         rpn_post_nms_top_n_train=1000,
-        box_roi_pool=MultiScaleRoIAlign(LEVELS[:-1], 7, sampling_ratio=2),
-        box_head=FastRCNNConvFCHead((CHANNELS, 7, 7), [CHANNELS] * 4, [1024], MapNorm),
-        box_predictor=FastRCNNPredictor(1024, 1 + CLASSES),
-        mask_roi_pool=MultiScaleRoIAlign(LEVELS[:-1], 14, sampling_ratio=2),
+        box_roi_pool=pooling,
+        box_head=FastRCNNConvFCHead((CHANNELS, 7, 7), [CHANNELS] * 4, [4 * CHANNELS], MapNorm),
+        box_predictor=FastRCNNPredictor(4 * CHANNELS, 1 + CLASSES),
+        mask_roi_pool=pooling,
         mask_head=MaskRCNNHeads(CHANNELS, [CHANNELS] * 4, dilation=1, norm_layer=MapNorm),
         mask_predictor=MaskRCNNPredictor(CHANNELS, CHANNELS, 1 + CLASSES),
     )
+    peer.rpn.anchor_generator = model.rpn.anchor_generator
+    peer.roi_heads.box_roi_pool = model.roi_heads.box_roi_pool
+    peer.roi_heads.mask_roi_pool = model.roi_heads.mask_roi_pool
     for part in ("rpn", "roi_heads"):
         ours = {name.replace(".head.", "."): value for name, value in getattr(model, part).state_dict().items()}
         names = getattr(peer, part).state_dict()
@@ -149,7 +156,7 @@ def test_anchors_are_eight_strides_wide_as_vitdets(patch, sides):
     side = 4 * patch
     encoder = DenseEncoder(size, image_size=(side, side), pretraining_size=side, window=2, global_blocks=(1,))
     anchors = MaskRcnn(encoder, classes=CLASSES, channels=CHANNELS).rpn.anchor_generator
-    assert [list(of_map) for of_map in anchors.sizes] == [[one] for one in sides]
+    assert list(anchors.sides) == sides
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from torchvision.models.detection.image_list import ImageList
 
 from data_pipeline.errors import UsageError
 from mae_scale.models.dense import DenseEncoder
@@ -63,9 +64,9 @@ def published(size=TINY, classes=CLASSES, c=CHANNELS, *, grid=2, side=SIDE // PA
         "proposal_generator.rpn_head.conv.conv1": [c, c, 3, 3],
         "proposal_generator.rpn_head.objectness_logits": [3, c, 1, 1],
         "proposal_generator.rpn_head.anchor_deltas": [12, c, 1, 1],
-        "roi_heads.box_head.fc1": [1024, 49 * c],
-        "roi_heads.box_predictor.cls_score": [classes + 1, 1024],
-        "roi_heads.box_predictor.bbox_pred": [4 * classes, 1024],
+        "roi_heads.box_head.fc1": [4 * c, 49 * c],
+        "roi_heads.box_predictor.cls_score": [classes + 1, 4 * c],
+        "roi_heads.box_predictor.bbox_pred": [4 * classes, 4 * c],
         "roi_heads.mask_head.deconv": [c, c, 2, 2],
         "roi_heads.mask_head.predictor": [classes, c, 1, 1],
     }.items():
@@ -250,11 +251,12 @@ def test_proposals_logits_and_deltas_are_detectron2s(weights, model):
 
 
 def test_the_anchors_of_a_place_come_in_detectron2s_order(model):
-    """Height / width 0.5, 1, 2; torchvision rounds half of their sides."""
-    for sides, cells in zip(model.rpn.anchor_generator.sizes, model.rpn.anchor_generator.cell_anchors, strict=True):
-        (side,) = sides
+    """Height / width 0.5, 1, 2."""
+    maps = [torch.zeros(1, 1, 1, 1)] * 5
+    (anchors,) = model.rpn.anchor_generator(ImageList(torch.zeros(1, 3, 8, 8), [(8, 8)]), maps)
+    for side, cells in zip(model.rpn.anchor_generator.sides, anchors.split(3), strict=True):
         expected = [[side / ratio**0.5, side * ratio**0.5] for ratio in (0.5, 1, 2)]
-        assert torch.allclose(cells[:, 2:] - cells[:, :2], torch.tensor(expected), atol=1)
+        assert torch.allclose(cells[:, 2:] - cells[:, :2], torch.tensor(expected))
 
 
 def test_scores_and_deltas_of_boxes_are_detectron2s(weights, model):

@@ -9,8 +9,8 @@ configs/common/models/mask_rcnn_vitdet.py). Of K classes, patches of p px, C cha
                                       the 1 x 1 and the 3 x 3 convolution, each with its LayerNorm as `norm`
     proposal_generator.rpn_head.*     conv.conv0, conv.conv1, objectness_logits [3, C, 1, 1], anchor_deltas
                                       [12, C, 1, 1]: aspect ratios (height / width) 0.5, 1, 2, of each dx, dy, dw, dh
-    roi_heads.box_head.*              conv1 to conv4, each with `norm`; fc1 [1024, 49 C], of (channel, row, column)
-    roi_heads.box_predictor.*         cls_score [K + 1, 1024], the background last; bbox_pred [4 K, 1024]
+    roi_heads.box_head.*              conv1 to conv4, each with `norm`; fc1 [4 C, 49 C], of (channel, row, column)
+    roi_heads.box_predictor.*         cls_score [K + 1, 4 C], the background last; bbox_pred [4 K, 4 C]
     roi_heads.mask_head.*             mask_fcn1 to mask_fcn4, each with `norm`; deconv [C, C, 2, 2]; predictor
                                       [K, C, 1, 1]
 
@@ -18,15 +18,10 @@ Here the background is class 0, and boxes and masks have rows for it too, which 
 load and are not written. detectron2's class k is our label k + 1, as both order COCO's categories by their ids. Pixels
 agree: RGB, ImageNet's mean and std, zeros beyond the image. So do positions, windows, the pyramid, the box coders'
 weights and limit, matching, sampling, the number of proposals of a map before suppression and of an image after it,
-the anchors' centres, and the thresholds of scores and suppression.
+anchors and the alignment of pooled boxes, and the thresholds of scores and suppression.
 
-What differs, so that published weights find their boxes half a cell aside and do not reach their published accuracy
-(no figure has been measured) unless they are trained further:
+What differs (what published weights reach here has not been measured):
 
-- RoIAlign reads the maps half a cell lower and further to the right (torchvision's aligned=False), at 2 x 2 points of
-  a pooled cell; detectron2's is aligned, with a point for every cell of the map. Half a cell is 2 px of the image on
-  the finest map and 16 px on the coarsest.
-- torchvision rounds half an anchor's sides: 46 x 22 px in place of 45.25 x 22.63.
 - Training: torchvision's loss of boxes is smooth below 1/9, detectron2's is L1; mask targets are shares, theirs 0 or 1
   of polygons rasterised in the box. (Their mask loss is a mean over a GPU's images, and they train with one per GPU.)
 - Images are resampled by another filter (theirs is Pillow's bilinear), and masks pasted by whoever evaluates.
