@@ -43,7 +43,7 @@ from mae_scale.models.weights.classifier import classifier_to_hf, classifier_to_
 from mae_scale.models.weights.files import GRID, grid_in_file, read_weights
 from mae_scale.models.weights.moco import moco_to_official
 
-FORMATS = ("official", "timm", "hf", "safetensors")
+FORMATS = ("official", "timm", "hf", "vitdet", "safetensors")
 SUFFIXES = (".safetensors", ".pth")
 Model = MaskedAutoencoder | Beit | Moco | Classifier | DenseModel
 """What a checkpoint holds."""
@@ -53,10 +53,8 @@ def weights_in(model: Model, layout: str) -> dict[str, torch.Tensor]:
     """Return a model's weights by the names of a layout, one of FORMATS; safetensors: our own names."""
     if layout == "safetensors":
         return dict(model.state_dict())
-    if isinstance(model, DenseModel):
-        raise UsageError(
-            f"a detector or a segmenter has no names in the layout {layout}; write it with --format safetensors"
-        )
+    if layout == "vitdet" or isinstance(model, DenseModel):
+        return _dense_weights(model, layout)
     if isinstance(model, Beit):
         return {"official": beit_to_official, "timm": beit_to_timm, "hf": beit_to_hf}[layout](model)
     if isinstance(model, Classifier):
@@ -70,6 +68,21 @@ def weights_in(model: Model, layout: str) -> dict[str, torch.Tensor]:
     # An encoder that takes the mask tokens itself leaves its decoder without one, which those layouts require.
     decoder = not model.encoder_mask_tokens
     return to_hf(model, decoder=decoder) if layout == "hf" else to_official(model, decoder=decoder)
+
+
+def _dense_weights(model: Model, layout: str) -> dict[str, torch.Tensor]:
+    """Return a detector's weights by ViTDet's names. Raises UsageError for another model or layout."""
+    if not isinstance(model, DenseModel):
+        raise UsageError("--format vitdet is of a detector; use official, timm, hf or safetensors")
+    from mae_scale.models.detector import MaskRcnn
+    from mae_scale.models.weights.vitdet import detector_to_vitdet
+
+    if layout == "vitdet" and isinstance(model, MaskRcnn):
+        return detector_to_vitdet(model)
+    raise UsageError(
+        f"a detector or a segmenter has no names in the layout {layout}; write it with --format safetensors"
+        f"{', or vitdet' if isinstance(model, MaskRcnn) else ''}"
+    )
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -74,7 +74,9 @@ def export(
     layout: Annotated[
         str,
         typer.Option(
-            "--format", metavar="LAYOUT", help="official (the authors' release), timm, hf, or safetensors (our names)."
+            "--format",
+            metavar="LAYOUT",
+            help="official (the authors' release), timm, hf, vitdet (a detector), or safetensors (our names).",
         ),
     ] = "official",
 ) -> None:

@@ -270,3 +270,27 @@ def test_other_classes_are_refused(whole, train, scenes, tmp_path):
 def test_steps_are_counted_over_images_with_objects(whole):
     assert STEPS_PER_EPOCH == TRAIN // 6
     assert len(read_metrics(whole["detection"] / "metrics.jsonl")) == STEPS
+
+
+def test_a_detector_is_exported_in_vitdets_layout_and_read_from_it(whole, scenes, mae_scale, tmp_path):
+    done = mae_scale("export", whole["detection"], tmp_path / "vitdet.pth", "--format", "vitdet")
+    assert done.returncode == 0, done.stderr
+    names = torch.load(tmp_path / "vitdet.pth", weights_only=True)["model"].keys()
+    assert {"backbone.net.blocks.0.attn.rel_pos_h", "roi_heads.box_predictor.cls_score.weight"} <= names
+    found = []
+    for weights in (whole["detection"], tmp_path / "vitdet.pth"):
+        done = mae_scale(
+            "evaluate", whole["detection"] / "recipe.yaml", "--weights", weights, *annotated("detection", scenes),
+            "--json", tmp_path / "found.json",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((tmp_path / "found.json").read_text()))
+    assert found[0] == found[1]
+    for task, layout, said in (
+        ("detection", "official", "no names in the layout official; write it with --format safetensors, or vitdet"),
+        ("segmentation", "vitdet", "no names in the layout vitdet; write it with --format safetensors"),
+        ("segmentation", "timm", "--format timm has no folder for a detector or a segmenter"),
+    ):
+        done = mae_scale("export", whole[task], tmp_path / ("x" if layout == "timm" else "x.pth"), "--format", layout)
+        assert done.returncode == 2
+        assert said in done.stderr

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from data_pipeline.errors import UsageError
 from mae_scale.models.dense import DenseModel
+from mae_scale.models.detector import MaskRcnn
 from mae_scale.models.weights.beit import is_beit
 from mae_scale.models.weights.checked_copy import LoadReport, check_same, check_size, copy_weights
 from mae_scale.models.weights.classifier import on_grid, release_names
 from mae_scale.models.weights.files import StateDict
 from mae_scale.models.weights.layouts import DECODER, ENCODER, UNNAMED, from_release, is_dense, to_release
+from mae_scale.models.weights.vitdet import is_vitdet, load_vitdet
 
 _UNUSED = ("cls_token", "norm.", "fc_norm.", "head.", "batch_norm.", "lm_head.", *DECODER, *UNNAMED)
 _RELATIVE = ("attn.rel_pos_h", "attn.rel_pos_w")
@@ -21,13 +23,17 @@ _RELATIVE = ("attn.rel_pos_h", "attn.rel_pos_w")
 def load_dense(model: DenseModel, state: StateDict, grid: tuple[int, int] | None = None) -> LoadReport:
     """Copy a file's tensors (`read_weights`) into the model's encoder, or into all of it where they are of the whole.
 
-    Layouts of an encoder are those of `load_classifier`, a BEiT's excepted. Positions of another grid than
+    Layouts of an encoder are those of `load_classifier`, a BEiT's excepted; of a detector also ViTDet's. Positions of another grid than
     the encoder's own, that of its pretraining_size, are resampled in float32, bicubic and without antialiasing; theirs
     is `grid` (rows, columns), where it is known, else a square's.
     Raises UsageError, with nothing copied: a file of another size or kind, keys that are missing or unexpected, shapes
     that do not fit.
     """
     own, encoder = model.state_dict(keep_vars=True), model.encoder
+    if is_vitdet(state):
+        if not isinstance(model, MaskRcnn):
+            raise UsageError("these are weights of a detector in ViTDet's layout; give them to task detection")
+        return load_vitdet(model, state)
     if is_dense(state):
         advice = "give weights of the same model, image size and classes, or those of a pre-training"
         check_same(state, own, layout="our own detector or segmenter", advice=advice)
@@ -59,7 +65,7 @@ def load_dense(model: DenseModel, state: StateDict, grid: tuple[int, int] | None
 
 def refuse_encoder(state: StateDict, source: str) -> None:
     """Raise UsageError when weights, of a place that is named, are of an encoder alone, with nothing to evaluate."""
-    if not is_dense(state):
+    if not (is_dense(state) or is_vitdet(state)):
         raise UsageError(
             f"--weights {source} holds no detector or segmenter to evaluate; train one from it first, and give that run"
         )

@@ -52,6 +52,11 @@ _FIRST_CONVOLUTION = (4, 1, 0, 1)
 """Place of the 1 x 1 convolution in simfp_S, the finest map first."""
 
 
+def is_vitdet(state: StateDict) -> bool:
+    """Return whether weights have ViTDet's names."""
+    return any(name.startswith(_NET) for name in state)
+
+
 def detector_to_vitdet(model: MaskRcnn) -> StateDict:
     """Return the weights by detectron2's names, copies on the model's device and in its dtype.
 
