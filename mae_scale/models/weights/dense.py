@@ -23,9 +23,9 @@ _RELATIVE = ("attn.rel_pos_h", "attn.rel_pos_w")
 def load_dense(model: DenseModel, state: StateDict, grid: tuple[int, int] | None = None) -> LoadReport:
     """Copy a file's tensors (`read_weights`) into the model's encoder, or into all of it where they are of the whole.
 
-    Layouts of an encoder are those of `load_classifier`, a BEiT's excepted; of a detector also ViTDet's. Positions of another grid than
-    the encoder's own, that of its pretraining_size, are resampled in float32, bicubic and without antialiasing; theirs
-    is `grid` (rows, columns), where it is known, else a square's.
+    Layouts of an encoder are those of `load_classifier`, a BEiT's excepted; of a detector also ViTDet's. Positions of
+    another grid than the encoder's own, that of its pretraining_size, are resampled in float32, bicubic and without
+    antialiasing; theirs is `grid` (rows, columns), where it is known, else a square's.
     Raises UsageError, with nothing copied: a file of another size or kind, keys that are missing or unexpected, shapes
     that do not fit.
     """
