@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MOST_DIGITS = 3
 ATTEMPTS = 4  # to find a place for a digit
 VISIBLE = 0.75  # share of each digit's pixels that stay visible, at least
+SHADE = 0.6  # brightness of photographs, on which digits are light
 EDGE = 0.4  # opacity from which on a pixel is the digit's
 BACKGROUND = 11  # in label maps; 1 to 10 are the digits, and 0, which means "not labelled", does not occur
 CLASSES = [*(str(digit) for digit in range(10)), "background"]
@@ -119,14 +120,14 @@ def paint(
 
 
 def _background(photos: list[Image], side: int, random: np.random.Generator) -> Float32Array:
-    """Return a square crop of a photograph, float32 [side, side, 3], 0 to 255."""
+    """Return a square crop of a photograph, in the shade: float32 [side, side, 3], 0 to 255 * SHADE."""
     from PIL import Image
 
     photo = photos[int(random.random() * len(photos))]
     width = int(min(photo.size) * (0.1 + 0.2 * random.random()))
     x, y = (int((length - width) * random.random()) for length in photo.size)
     crop = photo.resize((side, side), Image.Resampling.BICUBIC, box=(x, y, x + width, y + width))
-    return np.asarray(crop, np.float32)
+    return SHADE * np.asarray(crop, np.float32)
 
 
 def _placed(digit: Float64Array, side: int, random: np.random.Generator) -> Float32Array:
@@ -136,7 +137,7 @@ def _placed(digit: Float64Array, side: int, random: np.random.Generator) -> Floa
     size = int(side * (0.4 + 0.25 * random.random()))
     small = Image.fromarray((digit / 16).astype(np.float32))
     large = small.resize((size, size), Image.Resampling.BICUBIC)
-    turned = large.rotate(60 * random.random() - 30, Image.Resampling.BICUBIC, expand=True)
+    turned = large.rotate(40 * random.random() - 20, Image.Resampling.BICUBIC, expand=True)
     opacity = np.zeros((side, side), np.float32)
     y, x = (int((side - length) * random.random()) for length in (turned.height, turned.width))
     opacity[y : y + turned.height, x : x + turned.width] = np.clip(np.asarray(turned), 0, 1)
@@ -144,9 +145,8 @@ def _placed(digit: Float64Array, side: int, random: np.random.Generator) -> Floa
 
 
 def _coloured(canvas: Float32Array, opacity: Float32Array, random: np.random.Generator) -> Float32Array:
-    """Return the canvas with a digit in a colour far from what is below it: light on dark, dark on light."""
-    below = canvas[opacity >= EDGE].mean()
-    colour = random.random(3) * 80 + (0 if below > 128 else 175)
+    """Return the canvas with a digit in a light colour."""
+    colour = random.random(3) * 80 + 175
     weight = np.clip((opacity - EDGE / 2) / EDGE, 0, 1)[..., None]
     return (canvas * (1 - weight) + colour * weight).astype(np.float32)
 
