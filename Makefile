@@ -24,7 +24,7 @@ help:
 	@echo "make test-cluster   jobs on a real Slurm of two nodes, started here (as root; apt installs it; about 6 minutes)"
 	@echo "make torture N=200   kill a real training N times at random instants, compare the whole curve"
 	@echo "make docs    the documentation, as pages to be opened from the disk: site/index.html"
-	@echo "make bench   our step and the engine's beside Hugging Face's, our loader beside torchvision's, the stall of a save"
+	@echo "make bench   our steps and loader beside their peers, the engine, the stall of a save"
 	@echo "make bench-gpu STAGE=truth|speed|profile|data   what a GPU machine has to say, without make setup or a network"
 	@echo "make setup   only the set-up: .venv from requirements.lock"
 
@@ -86,6 +86,7 @@ bench: setup
 	$(BIN)/python bench/engine.py --rounds 2
 	$(BIN)/python bench/mask_tokens.py --rounds 1
 	$(BIN)/python bench/loader.py
+	$(BIN)/python bench/dense.py --rounds 2
 	$(BIN)/python bench/reads.py
 	$(BIN)/python bench/checkpoint_stall.py
 

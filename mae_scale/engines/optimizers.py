@@ -40,6 +40,15 @@ def parameter_groups(objective: Objective, optim: OptimSection) -> list[dict[str
     return [groups[key] for key in sorted(groups)]
 
 
+def group_lines(groups: list[dict[str, Any]]) -> list[str]:
+    """Return a human-readable line for each group: its share of the learning rate, weight decay, and size."""
+    return [
+        f"  {group['name']:24}  lr x {group['lr_scale']:.4f}  weight decay {group['weight_decay']:<5g}"
+        f"{sum(p.numel() for p in group['params']):>12,} parameters"
+        for group in groups
+    ]
+
+
 def optimizer_class(optim: OptimSection) -> type[torch.optim.Optimizer]:
     """Return torch's AdamW, or LARS."""
     return torch.optim.AdamW if optim.name == "adamw" else Lars

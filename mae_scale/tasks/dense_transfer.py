@@ -23,7 +23,7 @@ from mae_scale.config.required import required
 from mae_scale.config.task_sections import DenseSection
 from mae_scale.distributed.collectives import first_then_others
 from mae_scale.engines.base import Objective
-from mae_scale.engines.optimizers import parameter_groups
+from mae_scale.engines.optimizers import group_lines, parameter_groups
 from mae_scale.models.dense import DenseEncoder, DenseModel
 from mae_scale.models.weights.checked_copy import LoadReport
 from mae_scale.models.weights.dense import load_dense
@@ -166,11 +166,7 @@ class DenseTransfer(Task[DenseT]):
         trained = sum(p.numel() for group in groups for p in group["params"])
         said = [f"{trained:,} parameters are trained, for {len(self.class_names())} classes"]
         if self.recipe.optim.layer_decay < 1:
-            said += [
-                f"  {group['name']:24}  lr x {group['lr_scale']:.4f}  weight decay {group['weight_decay']:<5g}"
-                f"{sum(p.numel() for p in group['params']):>12,} parameters"
-                for group in groups
-            ]
+            said += group_lines(groups)
         return said
 
     def leave_weights(self, context: RunContext) -> Path:

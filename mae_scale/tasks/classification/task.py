@@ -16,7 +16,7 @@ from mae_scale.checkpoints.export import checkpoint_model, export_weights, start
 from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.config.schema import Recipe
 from mae_scale.engines.base import Engine
-from mae_scale.engines.optimizers import parameter_groups
+from mae_scale.engines.optimizers import group_lines, parameter_groups
 from mae_scale.models.attention import last_attention
 from mae_scale.models.beit import BeitEncoder
 from mae_scale.models.build import build_classifier_of
@@ -148,11 +148,7 @@ class Classification(Task[Classify]):
         trained = sum(p.numel() for group in groups for p in group["params"])
         said = [f"{trained:,} of {total:,} parameters are trained, for {objective.model.classes} classes"]
         if self.recipe.optim.layer_decay < 1:
-            said += [
-                f"  {group['name']:24}  lr x {group['lr_scale']:.4f}  weight decay {group['weight_decay']:<5g}"
-                f"{sum(p.numel() for p in group['params']):>12,} parameters"
-                for group in groups
-            ]
+            said += group_lines(groups)
         return said
 
     def evaluators(self, context: RunContext, engine: Engine, tracker: Tracker) -> list[Evaluator]:
