@@ -234,7 +234,7 @@ def test_a_chain_trains_a_detector_on_the_encoder_before_it_and_goes_on_without_
         "extends": "detection/demo",
         "model": model,
         "data": images,
-        "schedule": {"epochs": 8, "warmup_epochs": 1, "step_epochs": [6, 7]},
+        "schedule": {"epochs": 8, "warmup_epochs": 1},
         "detection": {
             "annotations": f"{scenes}/train/instances.json",
             "val_annotations": f"{scenes}/val/instances.json",
