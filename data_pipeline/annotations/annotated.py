@@ -27,18 +27,21 @@ class DamagedAnnotations(UsageError):
 @dataclass(frozen=True)
 class AnnotatedImages:
     """The objects of n images, in the images' order; their ids in COCO's JSON, int64 [n], -1 for an image without one;
-    the categories' ids, int64 [C], and names."""
+    the categories' ids, int64 [C], and names; the digest of the JSON."""
 
     objects: Objects
     image_ids: Int64Array
     category_ids: Int64Array
     categories: list[str]
+    source: str
 
     @classmethod
-    def of(cls, found: CocoFile, rows: Int64Array) -> AnnotatedImages:
+    def of(cls, found: CocoFile, rows: Int64Array, source: str) -> AnnotatedImages:
         """Return those of images, whose `rows` in the file are as in Matched."""
         ids = np.append(np.array(found.image_ids, np.int64), -1)  # the last is that of the row -1
-        return cls(found.objects.take(rows), ids[rows], np.array(found.category_ids, np.int64), found.categories)
+        return cls(
+            found.objects.take(rows), ids[rows], np.array(found.category_ids, np.int64), found.categories, source
+        )
 
     def digest(self) -> str:
         """Return a digest of all that is learnt from."""
@@ -51,7 +54,7 @@ class AnnotatedImages:
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all. Raises OSError."""
         with whole_file(path) as file:
-            np.savez(file, format=np.array(FORMAT), **self._columns())  # type: ignore[arg-type]
+            np.savez(file, format=np.array(FORMAT), source=np.array(self.source), **self._columns())  # type: ignore[arg-type]
 
     def _columns(self) -> dict[str, np.ndarray]:
         names = np.frombuffer("\n".join(self.categories).encode(), np.uint8)
@@ -72,6 +75,6 @@ def load_annotated(path: Path) -> AnnotatedImages:
             columns = {name: file[name] for name in file.files}
         objects = Objects(**{field.name: columns[field.name] for field in dataclasses.fields(Objects)})
         names = columns["categories"].tobytes().decode().split("\n")
-        return AnnotatedImages(objects, columns["image_ids"], columns["category_ids"], names)
+        return AnnotatedImages(objects, columns["image_ids"], columns["category_ids"], names, str(columns["source"]))
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DamagedAnnotations(f"{path} is no whole file of annotations ({error}); remove it") from None

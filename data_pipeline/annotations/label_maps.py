@@ -49,7 +49,7 @@ def read_label_map(path: Path, *, height: int, width: int, classes: int) -> Uint
                     f"label map {path.name} is of mode {image.mode}; expected one 8-bit number for each pixel"
                 )
             values = np.array(image)
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all of them for damaged files
         raise BadImage(f"label map {path.name} cannot be read ({reason_of(error)})") from None
     if values.shape != (height, width):
         raise BadImage(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,10 @@ def match_objects(index: Index, found: CocoFile) -> Matched:
             bad.append(BadObject(name, f"the image is {_px(stored)}, its annotations are of {_px(size)}"))
             continue
         rows[image] = row
+    taken, times = np.unique(rows[rows >= 0], return_counts=True)
+    if (times > 1).any():
+        name = found.names[int(taken[times > 1][0])]
+        raise UsageError(f"{index.root} holds more than one image {name}; expected each name once")
     return Matched(rows, bad)
 
 
@@ -71,17 +76,21 @@ def with_objects(found: CocoFile, rows: Int64Array) -> Int64Array:
     objects = found.objects
     single = np.concatenate([[0], np.cumsum(~objects.crowd)])
     count = single[objects.first[1:]] - single[objects.first[:-1]]
-    return np.flatnonzero((rows >= 0) & (count[rows] > 0))
+    there = np.flatnonzero(rows >= 0)
+    return there[count[rows[there]] > 0]
 
 
 def label_files(index: Index, folder: Path) -> list[Path]:
     """Return each image's label map: the file of its name in `folder`, with the ending .png.
 
-    Raises UsageError naming those that are not there, or when the index is of shards.
+    Raises UsageError naming those that are not there or of two images, or when the index is of shards.
     """
     if index.kind == "shards":
         raise UsageError(f"{index.root} holds shards; label maps are taken beside an image folder")
     files = [folder / Path(index.name(image)).with_suffix(LABEL_SUFFIX) for image in range(len(index))]
+    twice = [file for file, count in Counter(files).items() if count > 1]
+    if twice:
+        raise UsageError(f"{twice[0]} would be the label map of two images, which differ in their endings; rename one")
     have = set(_listed(folder))
     missing = [file for file in files if file not in have]
     if missing:
@@ -96,7 +105,7 @@ def label_files(index: Index, folder: Path) -> list[Path]:
 def _listed(folder: Path) -> Sequence[Path]:
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder; give the folder of the label maps")
-    return [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
+    return [Path(parent) / name for parent, _, names in os.walk(folder, followlinks=True) for name in names]
 
 
 def _px(size: tuple[int, int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -19,9 +19,6 @@ from mae_scale.cli.options import (
     with_weights,
 )
 from mae_scale.cli.relaunch import relaunch, starts_ranks
-
-if TYPE_CHECKING:
-    pass
 
 measure_app = typer.Typer()
 Results = TypeVar("Results")

@@ -393,6 +393,8 @@ FREE_KEYS = {
     "detection.weights",
     "detection.annotations",
     "detection.val_annotations",
+    "detection.bad_annotation_limit",
+    "segmentation.bad_annotation_limit",
     "segmentation.weights",
     "segmentation.labels",
     "segmentation.val_labels",

@@ -43,7 +43,7 @@ class GlobalBatchNorm2d(nn.Module):
     """`nn.BatchNorm2d` with the statistics of all ranks' batch in training; float32 in any precision.
 
     Every rank has maps of the same number of images and the same size. Running averages are those of the global batch,
-    float32 too (in bf16 they would stop following the mean), and take no part in a step that is not finite.
+    float32 too (in bf16 they would stop following the mean), and take no part in a forward pass that is not finite.
     """
 
     running_mean: Tensor

@@ -63,7 +63,8 @@ def classes_figure(
     A number that is no class, such as that of pixels without a label, is grey.
     """
     shown = sorted({int(k) for maps in (labels, predicted) for one in maps for k in np.unique(one) if k < len(names)})
-    lines = -(-len(shown) // NAMES_A_LINE)
+    columns = min(NAMES_A_LINE, max(1, 2 * len(pictures)))
+    lines = -(-len(shown) // columns)
     figure, axes = _grid(3, pictures, ["image", "annotated", "predicted"], legend_lines=lines)
     for column, picture in enumerate(pictures):
         axes[0][column].imshow(picture)
@@ -71,10 +72,9 @@ def classes_figure(
         axes[2][column].imshow(coloured(predicted[column], len(names)))
     colours = class_colours(len(names)) / 255
     width, height = figure.get_size_inches()
-    columns = min(NAMES_A_LINE, max(1, len(pictures) * 2))
     for number, kind in enumerate(shown):
         x = (0.1 + (number % columns) * (width - 0.1) / columns) / width
-        y = (LINE * (-(-len(shown) // columns) - number // columns) - 0.05) / height
+        y = (LINE * (lines - number // columns) - 0.05) / height
         figure.text(x, y, "■", color=colours[kind], fontsize=10, va="top")
         figure.text(x + 0.16 / width, y, _short(names[kind]), color=DARK, fontsize=8, va="top")
     save_png(figure, path)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -21,14 +22,16 @@ from mae_scale.checkpoints.export import (
 from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.config.required import required
 from mae_scale.config.task_sections import DenseSection
-from mae_scale.distributed.collectives import first_then_others
+from mae_scale.distributed.collectives import first_then_others, from_first
 from mae_scale.engines.base import Objective
 from mae_scale.engines.optimizers import group_lines, parameter_groups
 from mae_scale.models.dense import DenseEncoder, DenseModel
 from mae_scale.models.weights.checked_copy import LoadReport
 from mae_scale.models.weights.dense import load_dense
 from mae_scale.planning.workload import Stack
+from mae_scale.tasks.evaluation import EVALUATION
 from mae_scale.tasks.starting_weights import check_start, loaded_note
+from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.inputs import has_checkpoint, refuse_other_weights, started_from
 from mae_scale.training.task import Origin, Task
@@ -98,6 +101,8 @@ class DenseTransfer(Task[DenseT]):
 
     needed: ClassVar[dict[str, str]]
     """The section's keys that name annotations, and what each is to name; those of val_... where there is val_root."""
+    kept: ClassVar[str]
+    """The one of these that a run keeps the content of, and does not need again."""
 
     def needs(self, key: str) -> Path:
         """Return one of the `needed` paths. Raises UsageError when it is not set."""
@@ -108,10 +113,10 @@ class DenseTransfer(Task[DenseT]):
     def check(self, layout: BatchLayout) -> None:
         check_start(self.recipe, self.out)
         _ = self.planned  # refuses sizes that do not fit
-        if not has_checkpoint(self.out):  # a run keeps what it has read
-            for key in self.needed:
-                if not key.startswith("val_") or self.recipe.data.val_root is not None:
-                    self.needs(key)
+        for key in self.needed:
+            is_kept = key == self.kept and has_checkpoint(self.out)
+            if not is_kept and (not key.startswith("val_") or self.recipe.data.val_root is not None):
+                self.needs(key)
 
     def check_fit(self, images: Index, validation: Index | None) -> None:
         path = self.section.weights
@@ -131,7 +136,7 @@ class DenseTransfer(Task[DenseT]):
         """Load the weights that the run starts from, unless it has a checkpoint. All ranks call it."""
         path, source, notes = self.section.weights, None, []
         if path is not None and not has_checkpoint(self.out):
-            source = starting = first_then_others(lambda: starting_point(path))
+            source = starting = from_first(lambda: starting_point(path))
             loaded = first_then_others(lambda: _load(objective.model, starting))
             notes.append(loaded_note(loaded, path))
         is_first = torch.distributed.get_rank() == 0
@@ -139,6 +144,9 @@ class DenseTransfer(Task[DenseT]):
             notes,
             {"classes": self.class_names(), "started_from": started_from(self.out, source) if is_first else None},
         )
+
+    def number_of_classes(self, images: Index) -> int:
+        return len(self.class_names())
 
     def training_flops(self) -> int:
         work = self.workload(self.planned_classes)
@@ -169,13 +177,20 @@ class DenseTransfer(Task[DenseT]):
             said += group_lines(groups)
         return said
 
-    def leave_weights(self, context: RunContext) -> Path:
-        """Write export/model.safetensors of the last checkpoint, by our own names; return it. On rank 0 alone."""
+    def summary(self, found: dict[str, Any]) -> str:
+        """Return the numbers of the last evaluation that papers give."""
+        raise NotImplementedError
+
+    def finish(self, context: RunContext, tracker: Tracker) -> str:
+        """Write export/model.safetensors of the last checkpoint, by our own names."""
         weights = context.out / "export" / "model.safetensors"
         if not weights.exists():
             model, _ = checkpoint_model(list_checkpoints(context.checkpoints)[-1][1])
             export_weights(model, weights, "safetensors")
-        return weights
+        said = f"weights in {weights}"
+        if self.recipe.data.val_root is not None and (context.out / EVALUATION).exists():
+            said = f"{self.summary(json.loads((context.out / EVALUATION).read_text()))}; {said}"
+        return said
 
 
 def _load(model: DenseModel, source: Path) -> LoadReport:

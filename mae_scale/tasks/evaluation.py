@@ -43,7 +43,10 @@ class Asked:
             ("--figure", self.figure, ".png"),
             ("--predictions", self.predictions, suffix),
         ):
-            if path is not None and (path.suffix != expected or not path.absolute().parent.is_dir()):
+            if path is None:
+                continue
+            fits = path.suffix == expected if expected else not path.is_file()
+            if not (fits and path.absolute().parent.is_dir()):
                 form = f"a name that ends in {expected}" if expected else "a folder"
                 raise UsageError(f"{option} {path}: expected {form}, in a folder that exists")
 
@@ -68,6 +71,11 @@ def predictor(model: torch.nn.Module, recipe: Recipe, device: torch.device) -> P
             return output.float() if isinstance(output, torch.Tensor) else output
 
     return predict
+
+
+def unread(results: dict[str, Any]) -> str:
+    """Return how many images could not be read, for a sentence; nothing when all could."""
+    return f" ({results['left_out']:,} more cannot be read)" if results["left_out"] else ""
 
 
 def validation_root(recipe: Recipe, form: str = "") -> Path:

@@ -73,7 +73,7 @@ def planned(task: Task[Any], context: RunContext) -> dict[str, float]:
     rates = _rates(recipe, context.device)
     if rates is None and not gpu:
         return {}
-    work = task.workload(len(context.index.classes))
+    work = task.workload(task.number_of_classes(context.index))
     setting = setting_of(recipe, context.layout, gpu=gpu, decodes=decoding_device(recipe.data.device) != "cpu")
     found = {}
     if rates is not None:

@@ -98,6 +98,10 @@ class Task(Protocol[ObjectiveT]):
         """Load the starting weights, unless the run has a checkpoint of its own. All ranks call it."""
         return FROM_SCRATCH
 
+    def number_of_classes(self, images: Index) -> int:
+        """Return the number of classes of the run on these training images; 0 without labels."""
+        return len(images.classes)
+
     def training_flops(self) -> int:
         """Return the FLOPs per image, forward and backward."""
         ...

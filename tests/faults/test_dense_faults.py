@@ -65,3 +65,39 @@ def test_a_label_map_that_is_damaged_while_training_is_named_replaced_and_counte
         assert training.wait() == 1, training.text()
     assert "000003.jpg" in training.text()
     assert "Traceback" not in training.text()
+
+
+def test_other_annotations_than_a_run_was_begun_with_are_refused(start, scenes, tmp_path):
+    """Also where the run keeps what it needs: a file that was mended would not be learnt from."""
+    about = json.loads((scenes / "train" / "instances.json").read_text())
+    about["annotations"][0]["bbox"][2] -= 1
+    (tmp_path / "mended.json").write_text(json.dumps(about))
+    copied = scenes_in(tmp_path)
+    Image.new("L", (48, 48), 1).save(copied / "train" / "labels" / "000005.png", compress_level=0)
+    for task, override, said in (
+        ("detection", f"detection.annotations={tmp_path}/mended.json", "is another file than the run in"),
+        ("segmentation", f"segmentation.labels={copied}/train/labels", "holds other label maps than the run in"),
+    ):
+        with start(task, tmp_path / task, "schedule.stop_after_steps=2", nproc=1) as training:
+            assert training.wait() == 0, training.text()
+        with start(task, tmp_path / task, override, log=f"{task}_other", nproc=1) as training:
+            assert training.wait() == 2, training.text()
+        assert said in training.text()
+
+
+def test_a_validation_image_that_turns_bad_is_left_out_of_numbers_and_figures(start, tmp_path):
+    copied = scenes_in(tmp_path)
+    images = f"data.val_root={copied}/val/images"
+    limit = "data.bad_image_limit=0.2"
+    for task in TASKS:
+        out = tmp_path / task
+        with start(task, out, images, limit, "schedule.stop_after_steps=2", nproc=1) as training:
+            assert training.wait() == 0, training.text()
+    (copied / "val" / "images" / "000000.jpg").write_bytes(bytes(900))  # it is one of those that are drawn
+    for task in TASKS:
+        out = tmp_path / task
+        with start(task, out, images, limit, log=f"{task}_again", nproc=2) as training:
+            assert training.wait() == 0, training.text()
+        found = json.loads((out / "evaluation.json").read_text())
+        assert (found["images"], found["left_out"]) == (6, 1)
+        assert Image.open(out / "figures" / "predictions.png").size[0] > 500

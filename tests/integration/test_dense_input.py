@@ -173,3 +173,14 @@ def test_an_encoder_has_nothing_to_evaluate(call, scenes, tmp_path):
     )  # fmt: skip
     assert code == 2
     assert "holds no detector or segmenter to evaluate" in error
+
+
+def test_a_json_without_images_and_label_maps_of_two_images_are_refused(refused, changed, scenes, tmp_path):
+    assert "none of the 30 images" in refused(
+        "detection", changed(lambda about: about.update(images=[], annotations=[]))
+    )
+    (tmp_path / "images").mkdir()
+    for name in ("000000.jpg", "000000.png", "000001.jpg", "000002.jpg", "000003.jpg", "000004.jpg"):
+        Image.new("RGB", (48, 48)).save(tmp_path / "images" / name)
+    line = refused("segmentation", f"data.root={tmp_path}/images")
+    assert "000000.png would be the label map of two images" in line

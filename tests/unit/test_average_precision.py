@@ -61,7 +61,9 @@ def test_numbers_are_those_of_pycocotools(annotations, kind, seed):
     truth = truth_of(annotations)
     results = detections(truth, seed)
     with contextlib.redirect_stdout(io.StringIO()):
-        peer = COCOeval(truth, truth.loadRes([dict(one) for one in results]), kind)
+        # Of masks without boxes: with them the area that sizes are told by would be the boxes'.
+        theirs = [{k: v for k, v in one.items() if k != "bbox" or kind == "bbox"} for one in results]
+        peer = COCOeval(truth, truth.loadRes(theirs), kind)
         peer.evaluate()
         peer.accumulate()
         peer.summarize()
@@ -100,3 +102,59 @@ def test_an_image_without_detections_has_no_results():
         "masks": torch.zeros(0, 1, 28, 28),
     }
     assert results_of(1, nothing, scale=(0.5, 0.5), size=(SIDE, SIDE), ids=[1]) == []
+
+
+def written(tmp_path, change) -> tuple:
+    """Two images with an object each; the path of the JSON once it is changed, and exact detections."""
+    objects = [
+        {"id": 7 + number, "image_id": number + 1, "category_id": 1, "bbox": [2, 2, 40, 40], "iscrowd": 0}
+        | {"segmentation": [[2, 2, 42, 2, 42, 42, 2, 42]], "area": 1600}
+        for number in range(2)
+    ]
+    about = {
+        "images": [{"id": number, "file_name": f"{number}.jpg", "height": 64, "width": 64} for number in (1, 2)],
+        "categories": [{"id": 1, "name": "x"}],
+        "annotations": objects,
+    }
+    results = [
+        {"image_id": one["image_id"], "category_id": 1, "bbox": one["bbox"], "score": 0.9}
+        | {"segmentation": coco_mask.frPyObjects(one["segmentation"], 64, 64)[0]}
+        for one in objects
+    ]
+    change(about)
+    (tmp_path / "instances.json").write_text(json.dumps(about))
+    return tmp_path / "instances.json", results
+
+
+CHANGES = {
+    "nothing": lambda about: None,
+    "an object with the id 0": lambda about: about["annotations"][0].update(id=0),
+    "iscrowd is null": lambda about: about["annotations"][0].update(iscrowd=None),
+    "without areas": lambda about: [one.pop("area") for one in about["annotations"]],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_exact_detections_are_found_whatever_ids_and_areas_are_written(change, kind, tmp_path):
+    path, results = written(tmp_path, change)
+    found = average_precision(path, results, kind)
+    assert found["AP"] == pytest.approx(100)
+    assert found["APm"] == pytest.approx(100)
+    assert math.isnan(found["APl"])
+
+
+def test_images_that_are_not_measured_and_objects_that_are_left_out_do_not_count(tmp_path):
+    path, results = written(tmp_path, lambda about: None)
+    assert average_precision(path, results[:1], "bbox")["AP"] == pytest.approx(50, abs=1)
+    assert average_precision(path, results[:1], "bbox", images={1})["AP"] == pytest.approx(100)
+    assert average_precision(path, results[:1], "bbox", left_out=[1])["AP"] == pytest.approx(100)
+
+
+def test_a_mask_is_small_by_its_own_area(tmp_path):
+    """A thin mask in a large box, that is of nothing: it is no false positive among medium objects' masks."""
+    path, results = written(tmp_path, lambda about: None)
+    thin = coco_mask.frPyObjects([[2, 2, 62, 2, 62, 6, 2, 6]], 64, 64)[0]
+    results.append({"image_id": 1, "category_id": 1, "bbox": [2, 2, 60, 60], "score": 0.95, "segmentation": thin})
+    assert average_precision(path, results, "segm")["APm"] == pytest.approx(100)
+    assert average_precision(path, results, "bbox")["APm"] < 90

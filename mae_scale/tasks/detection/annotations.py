@@ -12,6 +12,7 @@ from data_pipeline.annotations.coco import CocoFile
 from data_pipeline.annotations.matching import match_objects, refuse_contradictions, with_objects
 from data_pipeline.errors import UsageError
 from data_pipeline.index import Index
+from mae_scale.checkpoints.shards import digest_of
 from mae_scale.config.schema import Recipe
 from mae_scale.training.inputs import has_step, recorded
 
@@ -24,10 +25,11 @@ log = logging.getLogger("mae_scale")
 
 
 class TrainingObjects:
-    """The objects of a run's training images; `read` gives COCO's JSON."""
+    """The objects of a run's training images; `read` gives COCO's JSON at `path`, where the recipe names one."""
 
-    def __init__(self, recipe: Recipe, out: Path, read: Callable[[], CocoFile]):
-        self._recipe, self._file, self._read_file = recipe, out / OBJECTS, read
+    def __init__(self, recipe: Recipe, out: Path, path: Path | None, read: Callable[[], CocoFile]):
+        self._recipe, self._file, self._path, self._read_file = recipe, out / OBJECTS, path, read
+        self._loaded: AnnotatedImages | None = None
 
     @cached_property
     def _found(self) -> CocoFile:
@@ -56,7 +58,8 @@ class TrainingObjects:
     @cached_property
     def categories(self) -> list[str]:
         """The categories' names: of those that are kept, else of the JSON."""
-        return self._kept.categories if self._kept is not None else self._found.categories
+        kept = self._loaded or self._kept
+        return self._found.categories if kept is None else kept.categories
 
     @cached_property
     def _kept(self) -> AnnotatedImages | None:
@@ -70,9 +73,15 @@ class TrainingObjects:
             return None
 
     def check(self, images: Index) -> None:
-        """Raise UsageError when the objects are lost, and the file has others than the run was begun with."""
+        """Raise UsageError for another file than the run was begun with, and for other objects where they are lost."""
         if self._kept is None:
             self._read(images)
+        elif self._path is not None and self._path.is_file() and digest_of(self._path) != self._kept.source:
+            raise UsageError(
+                f"detection.annotations={self._path} is another file than the run in {self._file.parent} was begun "
+                f"with; give that one, drop the key ({self._file.name} there holds the objects), or choose another "
+                "--out"
+            )
 
     def keep(self, images: Index) -> None:
         """Write the objects of the training images into the run's folder, unless they are there."""
@@ -81,10 +90,13 @@ class TrainingObjects:
 
     def load(self) -> AnnotatedImages:
         """Return the objects that `keep` has written."""
-        return load_annotated(self._file)
+        self._loaded = self._loaded or load_annotated(self._file)
+        return self._loaded
 
     def _read(self, images: Index) -> AnnotatedImages:
-        found = AnnotatedImages.of(self._found, match_objects(images, self._found).rows)
+        assert self._path is not None  # it was read
+        source = digest_of(self._path)
+        found = AnnotatedImages.of(self._found, match_objects(images, self._found).rows, source)
         known = recorded(self._file.parent, DIGEST)
         if known is not None and found.digest() != known:
             raise UsageError(

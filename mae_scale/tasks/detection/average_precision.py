@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,35 +56,55 @@ def results_of(
 
 
 def average_precision(
-    annotations: Path, results: list[dict[str, Any]], kind: Literal["bbox", "segm"], *, left_out: Sequence[int] = ()
+    annotations: Path,
+    results: Sequence[dict[str, Any]],
+    kind: Literal["bbox", "segm"],
+    *,
+    images: Collection[int] | None = None,
+    left_out: Sequence[int] = (),
 ) -> dict[str, float]:
-    """Return MEASURES in percent of results on all images of COCO's JSON; NaN where there is nothing to measure.
+    """Return MEASURES in percent of results on images of COCO's JSON; NaN where there is nothing to measure.
 
-    left_out: the places in its "annotations" of those that do not count.
+    images: the ids of those that are measured, all by default; left_out: the places in "annotations" of those that do
+    not count. Small, medium and large masks are told by their own area, and not by their boxes', as detectron2 does.
     """
-    if not results:
-        return dict.fromkeys(MEASURES, 0.0)
+    found = [{key: value for key, value in one.items() if key != "bbox" or kind == "bbox"} for one in results]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
-        truth = COCO(_truth(annotations, left_out))
-        evaluation = COCOeval_faster(truth, truth.loadRes([dict(one) for one in results]), kind)
+        truth = COCO(_truth(annotations, images, left_out))
+        evaluation = COCOeval_faster(truth, truth.loadRes(found), kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    found = [float(value) for value in evaluation.stats[: len(MEASURES)]]
-    return {name: math.nan if value < 0 else 100 * value for name, value in zip(MEASURES, found, strict=True)}
+    stats = [float(value) for value in evaluation.stats[: len(MEASURES)]]
+    return {name: math.nan if value < 0 else 100 * value for name, value in zip(MEASURES, stats, strict=True)}
 
 
-def _truth(annotations: Path, left_out: Sequence[int]) -> dict[str, Any]:
-    """Return COCO's JSON without the annotations that do not count; those without an area get their mask's."""
+def _truth(annotations: Path, images: Collection[int] | None, left_out: Sequence[int]) -> dict[str, Any]:
+    """Return COCO's JSON of some images, without the annotations that do not count.
+
+    They are numbered from 1 on: an id of 0 would say that a detection has found nothing. Those without an area get
+    their mask's.
+    """
     about = read_object(annotations, f"{annotations}, which is to be COCO's JSON of objects,")
-    sizes = {image["id"]: (image["height"], image["width"]) for image in about["images"]}
-    dropped = set(left_out)
-    counted = [one for number, one in enumerate(about["annotations"]) if number not in dropped]
-    for one in counted:
-        one.setdefault("iscrowd", 0)
-        if "area" not in one:
-            mask = one["segmentation"]
-            if isinstance(mask, list) or isinstance(mask["counts"], list):
-                mask = coco_mask.frPyObjects(mask, *sizes[one["image_id"]])
-            one["area"] = float(coco_mask.area(coco_mask.merge(mask) if isinstance(mask, list) else mask))
-    return {**about, "annotations": counted}
+    kept = {int(one["id"]): one for one in about["images"] if images is None or int(one["id"]) in images}
+    dropped, counted = set(left_out), list[dict[str, Any]]()
+    for place, one in enumerate(about["annotations"]):
+        if place not in dropped and one["image_id"] in kept:
+            size = tuple(int(kept[one["image_id"]][key]) for key in ("height", "width"))
+            crowd = int(bool(one.get("iscrowd")))
+            area = one["area"] if "area" in one else _area(one["segmentation"], size)
+            counted.append({**one, "id": len(counted) + 1, "iscrowd": crowd, "area": float(area)})
+    return {
+        "images": [
+            {"id": image_id, "height": int(one["height"]), "width": int(one["width"])} for image_id, one in kept.items()
+        ],
+        "categories": [{**one, "id": int(one["id"])} for one in about["categories"]],
+        "annotations": counted,
+    }
+
+
+def _area(mask: Any, size: tuple[int, ...]) -> float:
+    """Return the area of a mask as COCO's JSON has it, of an image of `size` (height, width)."""
+    if isinstance(mask, list) or isinstance(mask["counts"], list):
+        mask = coco_mask.frPyObjects(mask, *size)
+    return float(coco_mask.area(coco_mask.merge(mask) if isinstance(mask, list) else mask))

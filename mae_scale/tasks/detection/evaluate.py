@@ -11,14 +11,14 @@ from mae_scale.checkpoints.export import starting_point, weights_of
 from mae_scale.checkpoints.store import read_manifest
 from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
-from mae_scale.distributed.collectives import first_then_others
+from mae_scale.distributed.collectives import first_then_others, from_first
 from mae_scale.models.build import build_detector
 from mae_scale.models.weights.dense import load_dense, refuse_encoder
 from mae_scale.tasks.detection.evaluation_set import DetectionSet, detection_set
 from mae_scale.tasks.detection.figure import draw_detections
 from mae_scale.tasks.detection.measure import detections, measure
 from mae_scale.tasks.detection.objective import DetectObjects
-from mae_scale.tasks.evaluation import Asked, all_ranks, predictor, validation_root
+from mae_scale.tasks.evaluation import Asked, all_ranks, predictor, unread, validation_root
 from mae_scale.tasks.starting_weights import weights_path
 
 
@@ -37,23 +37,23 @@ def annotations_of(recipe: Recipe) -> Path:
 
 
 def evaluate(recipe: Recipe, asked: Asked) -> dict[str, Any] | None:
-    """Return {"box": measures, "mask": measures, "images": n, "detections": n} in percent on rank 0, else None."""
+    """Return what `measure` does on rank 0, else None; write what is asked for."""
     with all_ranks(recipe) as (ranks, device):
-        objective, one = first_then_others(lambda: _opened(recipe))
-        results = detections(predictor(objective, recipe, device), one, recipe, ranks=ranks, device=device)
-        found = measure(results, one)
+        source = from_first(lambda: starting_point(weights_path(recipe)))
+        objective, one = first_then_others(lambda: _opened(recipe, source))
+        seen = detections(predictor(objective, recipe, device), one, recipe, ranks=ranks, device=device)
+        found = measure(seen, one)
         if not ranks.is_first:
             return None
     if asked.predictions is not None:
-        write_json(asked.predictions, results)
+        write_json(asked.predictions, seen.results)
     if asked.figure is not None:
-        draw_detections(one, results, asked.figure)
+        draw_detections(one, seen.results, asked.figure)
     return found
 
 
-def _opened(recipe: Recipe) -> tuple[DetectObjects, DetectionSet]:
+def _opened(recipe: Recipe, source: Path) -> tuple[DetectObjects, DetectionSet]:
     """Return the detector with its weights, and the set."""
-    source = starting_point(weights_path(recipe))
     state = weights_of(source)
     refuse_encoder(state, str(source))
     # A file does not hold the names; its number of classes is compared when it is loaded.
@@ -71,7 +71,7 @@ def _opened(recipe: Recipe) -> tuple[DetectObjects, DetectionSet]:
 
 def describe(recipe: Recipe, results: dict[str, Any]) -> str:
     """Return human-readable lines."""
-    head = f"{recipe.data.val_root}: {summary(results)}, of {results['images']:,} images"
+    head = f"{recipe.data.val_root}: {summary(results)}, of {results['images']:,} images{unread(results)}"
     rows = [f"  {name:6}" + "".join(f"{key:>8}" for key in results["box"]) for name in ("",)]
     for kind in ("box", "mask"):
         rows.append(f"  {kind:6}" + "".join(f"{_percent(value):>8}" for value in results[kind].values()))

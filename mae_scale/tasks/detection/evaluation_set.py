@@ -49,8 +49,9 @@ def detection_set(index: Index, annotations: Path, *, categories: list[str] | No
             f"none of the {len(index):,} images of {index.root} is named in {annotations}, whose names are such as "
             f"{found.names[0] if found.names else '-'}; expected names relative to data.val_root"
         )
-    absent = sorted(set(range(len(found.names))) - set(matched.rows[there].tolist()))
-    missing = [BadObject(found.names[row], f"there is no such image in {index.root}") for row in absent]
+    in_folder = {index.name(image) for image in range(len(index))}
+    absent = [name for name in found.names if name not in in_folder]
+    missing = [BadObject(name, f"there is no such image in {index.root}") for name in absent]
     bad = [*matched.bad, *missing]
     for line in refuse_contradictions(bad, annotations, images=len(index), limit=limit, key=LIMIT):
         log.warning(line)

@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from data_pipeline.annotations.placing import Placing
-from data_pipeline.plan import BatchPlan
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import from_all, from_first
 from mae_scale.distributed.ranks import Ranks
 from mae_scale.tasks.detection.average_precision import average_precision, results_of
 from mae_scale.tasks.detection.evaluation_set import DetectionSet
+from mae_scale.tasks.row_placing import placing_of
 from mae_scale.training.evaluation_loader import evaluation_loader
 
 Detect = Callable[[Tensor, Tensor], list[dict[str, Tensor]]]
 """Images [B, 3, S, S] and what they fill int64 [B, 2] (height, width) to each one's detections (MaskRcnn.detect)."""
 
 
-def placing_of(row: BatchPlan) -> Placing:
-    """Return where a one-row plan puts its image's pixels."""
-    return Placing.of(row.regions[0], row.filled[0], int(row.flips[0]))
+@dataclass(frozen=True)
+class Detections:
+    """What was found in the images that could be read: COCO's results in the images' order, and the images' ids."""
+
+    results: list[dict[str, Any]]
+    image_ids: list[int]
 
 
-def detections(
-    predict: Detect, one: DetectionSet, recipe: Recipe, *, ranks: Ranks, device: torch.device
-) -> list[dict[str, Any]]:
-    """Return the detections in all images in COCO's format of results, in the images' order, on all ranks.
+def detections(predict: Detect, one: DetectionSet, recipe: Recipe, *, ranks: Ranks, device: torch.device) -> Detections:
+    """Return the detections in all images, on all ranks; boxes and masks are of the stored images.
 
-    All ranks call it, and each calls predict equally often. Boxes and masks are of the stored images.
+    All ranks call it, and each calls predict equally often.
     """
     found: list[tuple[int, list[dict[str, Any]]]] = []
     index, batch_size = one.index, recipe.engine.micro_batch or 1
@@ -49,23 +50,30 @@ def detections(
                     scale = (1 / placing.scale).tolist()
                     its_id = one.image_ids[image]
                     found.append((image, results_of(its_id, its, scale=scale, size=size, ids=one.category_ids)))
-    gathered = [pair for part in from_all(lambda: found) for pair in part]
-    return [result for _, its in sorted(gathered, key=lambda pair: pair[0]) for result in its]
+    gathered = sorted((pair for part in from_all(lambda: found) for pair in part), key=lambda pair: pair[0])
+    return Detections(
+        [result for _, its in gathered for result in its], [one.image_ids[image] for image, _ in gathered]
+    )
 
 
-def measure(results: list[dict[str, Any]], one: DetectionSet) -> dict[str, Any]:
-    """Return {"box": measures, "mask": measures, "images": n} in percent, the same on all ranks. All call it.
+def measure(seen: Detections, one: DetectionSet) -> dict[str, Any]:
+    """Return {"box": measures, "mask": measures, "images": n, "left_out": n, "detections": n}, the same on all ranks.
 
-    A measure for which there is no object is None.
+    Measures are in percent, None where there is no object. left_out: images that could not be read, and do not count.
+    All ranks call it.
     """
 
     def work() -> dict[str, Any]:
-        kinds = {"box": "bbox", "mask": "segm"}
+        kinds: dict[str, Literal["bbox", "segm"]] = {"box": "bbox", "mask": "segm"}
         measures = {
-            name: average_precision(one.annotations, results, kind, left_out=one.left_out)  # type: ignore[arg-type]
+            name: average_precision(
+                one.annotations, seen.results, kind, images=set(seen.image_ids), left_out=one.left_out
+            )
             for name, kind in kinds.items()
         }
         found = {name: {k: v if math.isfinite(v) else None for k, v in own.items()} for name, own in measures.items()}
-        return {**found, "images": len(one.index), "detections": len(results)}
+        measured = len(seen.image_ids)
+        left_out = len(one.index) + len(one.index.bad) - measured
+        return {**found, "images": measured, "left_out": left_out, "detections": len(seen.results)}
 
     return from_first(work)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from data_pipeline.annotations.coco import read_coco
 from data_pipeline.batch_layout import BatchLayout
@@ -18,7 +17,6 @@ from mae_scale.planning.workload import Workload
 from mae_scale.tasks.dense_transfer import DenseTransfer
 from mae_scale.tasks.detection.annotations import DIGEST, TrainingObjects
 from mae_scale.tasks.detection.objective import DetectObjects, SeenObjects
-from mae_scale.tasks.evaluation import EVALUATION
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.inputs import VALIDATION
@@ -42,10 +40,13 @@ class Detection(DenseTransfer[DetectObjects]):
     def objective(self, classes: int) -> DetectObjects:
         return DetectObjects(build_detector(self.recipe, classes), seed=self.recipe.seed)
 
+    kept: ClassVar[str] = "annotations"
+
     @cached_property
     def objects(self) -> TrainingObjects:
         """The objects of the run's training images."""
-        return TrainingObjects(self.recipe, self.out, lambda: read_coco(self.needs("annotations")))
+        path = self.recipe.detecting.annotations
+        return TrainingObjects(self.recipe, self.out, path, lambda: read_coco(self.needs("annotations")))
 
     def class_names(self) -> list[str]:
         return self.objects.categories
@@ -74,9 +75,13 @@ class Detection(DenseTransfer[DetectObjects]):
     def keep(self, images: Index) -> None:
         self.objects.keep(images)
 
+    def build(self, index: Index) -> DetectObjects:
+        self.objects.load()  # what is kept, so that no rank reads the whole JSON for the categories
+        return super().build(index)
+
     def annotate(self, images: Index) -> Annotate:
         from data_pipeline.annotations.placing import place
-        from mae_scale.tasks.detection.measure import placing_of
+        from mae_scale.tasks.row_placing import placing_of
 
         objects, side = self.objects.load().objects, self.recipe.model.square_side
 
@@ -104,7 +109,7 @@ class Detection(DenseTransfer[DetectObjects]):
         model, section = self.planned.model, self.recipe.detecting
         size, channels, boxes = model.encoder.size, section.channels, section.sampled_boxes
         patches = (self.recipe.model.square_side // size.patch_size) ** 2
-        width, masks, outputs = size.width, boxes // 4, 1 + self.planned_classes
+        width, masks, outputs = size.width, boxes // 4, 1 + classes
         levels = [(16 * patches, width // 4), (4 * patches, width // 2), (patches, width), (patches // 4, width)]
         pixels = sum(rows for rows, _ in levels) + patches // 16
         products = [
@@ -134,13 +139,10 @@ class Detection(DenseTransfer[DetectObjects]):
             kept_bytes=4 * of_heads,
         )
 
-    def finish(self, context: RunContext, tracker: Tracker) -> str:
-        said = f"weights in {self.leave_weights(context)}"
-        if self.recipe.data.val_root is not None and (context.out / EVALUATION).exists():
-            from mae_scale.tasks.detection.evaluate import summary
+    def summary(self, found: dict[str, Any]) -> str:
+        from mae_scale.tasks.detection.evaluate import summary
 
-            said = f"{summary(json.loads((context.out / EVALUATION).read_text()))}; {said}"
-        return said
+        return summary(found)
 
     def _evaluation_set(self, images: Index) -> DetectionSet:
         from mae_scale.tasks.detection.evaluation_set import detection_set

@@ -29,16 +29,16 @@ class AveragePrecision:
 
     def __call__(self, done: int) -> dict[str, float]:
         context = self._context
-        results = detections(
+        seen = detections(
             self._engine.predict, self._images, context.recipe, ranks=context.ranks, device=context.device
         )
-        found = measure(results, self._images)
+        found = measure(seen, self._images)
         if context.ranks.is_first:
-            write_json(context.out / RESULTS, results)
+            write_json(context.out / RESULTS, seen.results)
             write_json(context.out / EVALUATION, found)
             if done == context.steps.total:
                 picture = context.out / "figures" / "predictions.png"
-                draw_detections(self._images, results, picture)
+                draw_detections(self._images, seen.results, picture)
                 self._tracker.artifact(picture, "figures")
         return {
             f"val/{kind}_{name}": found[kind][measured]

@@ -16,11 +16,11 @@ from mae_scale.checkpoints.export import starting_point, weights_of
 from mae_scale.checkpoints.store import read_manifest
 from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
-from mae_scale.distributed.collectives import first_then_others, from_all
+from mae_scale.distributed.collectives import first_then_others, from_all, from_first
 from mae_scale.models.build import build_segmenter
 from mae_scale.models.weights.dense import load_dense, refuse_encoder
 from mae_scale.reports.dense import class_colours
-from mae_scale.tasks.evaluation import Asked, all_ranks, predictor, validation_root
+from mae_scale.tasks.evaluation import Asked, all_ranks, predictor, unread, validation_root
 from mae_scale.tasks.segmentation.figure import draw_classes
 from mae_scale.tasks.segmentation.label_files import LabelFiles
 from mae_scale.tasks.segmentation.measure import measure, report
@@ -50,7 +50,8 @@ def evaluate(recipe: Recipe, asked: Asked) -> dict[str, Any] | None:
     if asked.predictions is not None:
         asked.predictions.mkdir(parents=True, exist_ok=True)
     with all_ranks(recipe) as (ranks, device):
-        objective, names, index, labels = first_then_others(lambda: _opened(recipe))
+        source = from_first(lambda: starting_point(weights_path(recipe)))
+        objective, names, index, labels = first_then_others(lambda: _opened(recipe, source))
         shown = dict.fromkeys(shown_rows(index)) if asked.figure is not None else {}
         kept: dict[int, Uint8Array] = {}
 
@@ -88,9 +89,8 @@ def _write_prediction(predicted: Uint8Array, classes: int, path: Path) -> None:
     picture.save(path)
 
 
-def _opened(recipe: Recipe) -> tuple[LabelPixels, list[str], Index, LabelFiles]:
+def _opened(recipe: Recipe, source: Path) -> tuple[LabelPixels, list[str], Index, LabelFiles]:
     """Return the segmenter with its weights, the classes' names, the images and their label maps."""
-    source = starting_point(weights_path(recipe))
     state = weights_of(source)
     refuse_encoder(state, str(source))
     given = recipe.segmenting.class_names
@@ -119,7 +119,7 @@ def describe(recipe: Recipe, results: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{recipe.data.val_root} ({recipe.segmenting.evaluation}): {summary(results)}, pixel accuracy "
-            f"{_percent(results['pixel_accuracy'])}, of {results['images']:,} images",
+            f"{_percent(results['pixel_accuracy'])}, of {results['images']:,} images{unread(results)}",
             "classes with the lowest intersection over union:",
             *rows,
         ]

@@ -8,18 +8,18 @@ from data_pipeline.arrays import Uint8Array
 from data_pipeline.index import Index
 from mae_scale.reports.dense import classes_figure
 from mae_scale.tasks.segmentation.label_files import LabelFiles
-from mae_scale.tasks.stored_pictures import stored_picture
+from mae_scale.tasks.stored_pictures import stored_pictures
 
 
 def draw_classes(
     index: Index, labels: LabelFiles, predicted: dict[int, Uint8Array], names: list[str], path: Path
 ) -> None:
     """Write a PNG of images, their label maps, and what was predicted for them, by their rows in the index."""
-    rows = sorted(predicted)
+    pictures = stored_pictures(index, sorted(predicted))
     classes_figure(
-        [stored_picture(index, row) for row in rows],
-        [labels.read(row) for row in rows],
-        [predicted[row] for row in rows],
+        list(pictures.values()),
+        [labels.read(row) for row in pictures],
+        [predicted[row] for row in pictures],
         path,
         names=names,
     )

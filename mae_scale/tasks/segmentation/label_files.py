@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from data_pipeline.files import write_json
 from data_pipeline.index import Index
 from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
-from mae_scale.training.inputs import has_step
+from mae_scale.training.inputs import has_step, recorded
 
 CLASSES = "classes.json"
 """The names of a run's classes, in its folder."""
+LABELS = "labels"
+"""The fact of a checkpoint's manifest about the label maps: their digest."""
 
 
 class LabelFiles:
@@ -31,6 +34,20 @@ class LabelFiles:
         """Return the labels uint8 [H, W] of a stored image, IGNORED where it has none. Raises BadImage."""
         size = {"height": int(self._index.height[image]), "width": int(self._index.width[image])}
         return read_label_map(self._files[image], **size, classes=self._classes)
+
+    def digest(self) -> str:
+        """Return a digest of the files' names and sizes: it changes with most of them, and reads none."""
+        told = "".join(f"{file.name} {file.stat().st_size}\n" for file in self._files)
+        return hashlib.sha256(told.encode()).hexdigest()
+
+    def refuse_others(self, recipe: Recipe, out: Path) -> None:
+        """Raise UsageError when the run in `out` was begun with other label maps, as far as names and sizes tell."""
+        known = recorded(out, LABELS)
+        if known is not None and known != self.digest():
+            raise UsageError(
+                f"segmentation.labels={recipe.segmenting.labels} holds other label maps than the run in {out} was "
+                "begun with (at least one is of another size); give those, wherever they lie, or choose another --out"
+            )
 
 
 def class_names(recipe: Recipe, out: Path) -> list[str]:

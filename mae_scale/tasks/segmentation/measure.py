@@ -17,6 +17,7 @@ from data_pipeline.index import Index
 from data_pipeline.plan import BatchPlan
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.ranks import Ranks
+from mae_scale.tasks.row_placing import placing_of
 from mae_scale.tasks.segmentation.label_files import LabelFiles
 from mae_scale.tasks.segmentation.pixel_counts import PixelCounts
 from mae_scale.tasks.segmentation.windows import by_windows, number_of_windows
@@ -56,8 +57,7 @@ def measure(
     stride = section.stride or max(1, side * 2 // 3)
 
     def labelled(row: BatchPlan) -> Labelled:
-        placing = Placing.of(row.regions[0], row.filled[0], int(row.flips[0]))
-        return Labelled(placing, labels.read(int(row.sample_ids[0])))
+        return Labelled(placing_of(row), labels.read(int(row.sample_ids[0])))
 
     loader = evaluation_loader(
         recipe,
@@ -92,7 +92,10 @@ def measure(
 
 
 def report(counts: PixelCounts, names: list[str], index: Index) -> dict[str, Any]:
-    """Return the results as JSON holds them, with each class's intersection over union and its share of the pixels."""
+    """Return the results as JSON holds them, with each class's intersection over union and its share of the pixels.
+
+    `left_out` is the number of images that could not be read and are not counted.
+    """
     there = counts.pixels.sum(1).tolist()
     total = max(1, sum(there))
     per_class = [
@@ -100,7 +103,8 @@ def report(counts: PixelCounts, names: list[str], index: Index) -> dict[str, Any
         for name, iou, pixels in zip(names, counts.per_class(), there, strict=True)
     ]
     numbers = {name: _finite(value) for name, value in counts.results().items()}
-    return {**numbers, "images": len(index), "per_class": per_class}
+    left_out = len(index) + len(index.bad) - counts.images
+    return {**numbers, "images": counts.images, "left_out": left_out, "per_class": per_class}
 
 
 def _most(number: int, device: torch.device) -> int:

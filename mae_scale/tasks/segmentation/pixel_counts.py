@@ -17,10 +17,11 @@ from mae_scale.distributed.collectives import from_all
 
 
 class PixelCounts:
-    """`pixels` int64 [C, C] on the host: labelled pixels by class (rows) and predicted class."""
+    """`pixels` int64 [C, C] on the host: labelled pixels by class (rows) and predicted class, of `images` images."""
 
     def __init__(self, classes: int):
         self.pixels = torch.zeros(classes, classes, dtype=torch.int64)
+        self.images = 0
 
     def update(self, predicted: Tensor, labels: Tensor) -> None:
         """Count images: predicted classes int64 [B, H, W] and labels of any whole type [B, H, W], IGNORED left out.
@@ -28,6 +29,7 @@ class PixelCounts:
         Raises ValueError for a label that is no class.
         """
         classes = len(self.pixels)
+        self.images += len(labels)
         labels = labels.to(predicted.device).long()
         counted = labels != IGNORED
         labels, predicted = labels[counted], predicted[counted]
@@ -38,7 +40,9 @@ class PixelCounts:
     def reduce(self) -> None:
         """Sum the counts over all ranks, so that each has the totals; to be called by all, once, at the end."""
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self.pixels = torch.stack(from_all(lambda: self.pixels)).sum(0)
+            parts = from_all(lambda: (self.pixels, self.images))
+            self.pixels = torch.stack([pixels for pixels, _ in parts]).sum(0)
+            self.images = sum(images for _, images in parts)
 
     def per_class(self) -> list[float]:
         """Return each class's intersection over union in percent; NaN for a class that is neither there nor found."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import torch
 
 from data_pipeline.annotations.label_maps import place_labels
 from data_pipeline.arrays import Uint8Array
@@ -18,13 +19,12 @@ from mae_scale.engines.base import Engine
 from mae_scale.models.build import build_segmenter
 from mae_scale.planning.workload import CROSS_ENTROPY, Workload
 from mae_scale.tasks.dense_transfer import DenseTransfer
-from mae_scale.tasks.evaluation import EVALUATION
-from mae_scale.tasks.segmentation.label_files import LabelFiles, class_names, keep_class_names
+from mae_scale.tasks.segmentation.label_files import LABELS, LabelFiles, class_names, keep_class_names
 from mae_scale.tasks.segmentation.objective import LabelPixels
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.inputs import VALIDATION
-from mae_scale.training.task import Evaluator
+from mae_scale.training.task import Evaluator, Origin
 from mae_scale.training.workload import workload_of
 
 
@@ -41,6 +41,8 @@ class Segmentation(DenseTransfer[LabelPixels]):
 
     def objective(self, classes: int) -> LabelPixels:
         return LabelPixels(build_segmenter(self.recipe, classes), seed=self.recipe.seed)
+
+    kept: ClassVar[str] = "class_names"
 
     @cached_property
     def _names(self) -> list[str]:
@@ -63,22 +65,26 @@ class Segmentation(DenseTransfer[LabelPixels]):
             )
 
     def check_fit(self, images: Index, validation: Index | None) -> None:
-        self._training_labels(images)
+        self._training_labels(images).refuse_others(self.recipe, self.out)
         if validation is not None:
             self._validation_labels(validation)
         super().check_fit(images, validation)
+
+    def initialise(self, objective: LabelPixels, index: Index) -> Origin:
+        found = super().initialise(objective, index)
+        is_first = torch.distributed.get_rank() == 0
+        return Origin(found.notes, {**found.facts, LABELS: self._training_labels(index).digest() if is_first else None})
 
     def keep(self, images: Index) -> None:
         keep_class_names(self.class_names(), self.out)
 
     def annotate(self, images: Index) -> Annotate:
-        from data_pipeline.annotations.placing import Placing
+        from mae_scale.tasks.row_placing import placing_of
 
         labels, side = self._training_labels(images), self.recipe.model.square_side
 
         def placed(row: BatchPlan) -> Uint8Array:
-            placing = Placing.of(row.regions[0], row.filled[0], int(row.flips[0]))
-            return place_labels(labels.read(int(row.sample_ids[0])), placing, side)
+            return place_labels(labels.read(int(row.sample_ids[0])), placing_of(row), side)
 
         return placed
 
@@ -123,13 +129,10 @@ class Segmentation(DenseTransfer[LabelPixels]):
         )
         return replace(work, loss=CROSS_ENTROPY)
 
-    def finish(self, context: RunContext, tracker: Tracker) -> str:
-        said = f"weights in {self.leave_weights(context)}"
-        if self.recipe.data.val_root is not None and (context.out / EVALUATION).exists():
-            from mae_scale.tasks.segmentation.evaluate import summary
+    def summary(self, found: dict[str, Any]) -> str:
+        from mae_scale.tasks.segmentation.evaluate import summary
 
-            said = f"{summary(json.loads((context.out / EVALUATION).read_text()))}; {said}"
-        return said
+        return summary(found)
 
     def _training_labels(self, images: Index) -> LabelFiles:
         return LabelFiles(images, self.needs("labels"), classes=len(self.class_names()))
