@@ -133,6 +133,7 @@ def _kind(annotation: Any) -> str:
     if get_origin(annotation) is tuple:
         return f"[{', '.join(map(_kind, get_args(annotation)))}]"
     names = {int: "integer", float: "number", bool: "true, false", str: "text", Path: "path", type(None): "null"}
+    names[...] = "..."  # of a list of any length
     return names[annotation]
 
 

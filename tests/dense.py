@@ -49,6 +49,7 @@ def arguments(task: str, scenes: Path, *more: str) -> list[str]:
         f"{task}.pretraining_size=32",
         "model.drop_path=0.1",
         "data.global_batch=6",
+        "data.fraction=null",
         "schedule.epochs=2",
         "schedule.warmup_epochs=0.5",
         "checkpoint.every_epochs=1",

@@ -223,7 +223,7 @@ def test_a_chain_trains_a_detector_on_the_encoder_before_it_and_goes_on_without_
     model = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 4, "heads": 2}
     decoder = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
     often = {"every_steps": 3, "every_epochs": None}
-    images = {"root": f"{scenes}/train/images", "val_root": f"{scenes}/val/images", "global_batch": 8}
+    images = {"root": f"{scenes}/train/images", "val_root": f"{scenes}/val/images", "global_batch": 8, "fraction": None}
     first = {
         "extends": "demo",
         "model": model | decoder,

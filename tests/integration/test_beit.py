@@ -132,7 +132,7 @@ def test_a_run_does_not_go_on_with_another_tokeniser(whole, digits, command, cal
         (["model.encoder_mask_tokens=true"], "model.encoder_mask_tokens belongs to task: mae"),
         (["model.patch_size=5"], "image_size 32 px is not a multiple of patch_size 5 px"),
         (["model.masking=grid"], "grid masking cannot remove 0.38 of 4 x 4 patches"),
-        (["optim.layer_decay=0.5"], "optim.layer_decay belongs to task: classification"),
+        (["optim.layer_decay=0.5"], "optim.layer_decay belongs to tasks that start from weights"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(words, says, command, call, tmp_path):

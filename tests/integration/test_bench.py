@@ -143,6 +143,11 @@ def test_the_peer_of_detection_is_the_same_model_and_sees_the_same_images(dense)
     images, objects = dense.batch_of(scenes, options)
     made = dense.make_trainees(images, objects, options, torch.device("cpu"))
     model, peer = made["ours"]().model.eval(), made["torchvision"]().model.eval()
+    peer.rpn.anchor_generator = (
+        model.rpn.anchor_generator
+    )  # theirs are rounded, and theirs are pooled half a cell aside
+    peer.roi_heads.box_roi_pool = model.roi_heads.box_roi_pool
+    peer.roi_heads.mask_roi_pool = model.roi_heads.mask_roi_pool
     with torch.no_grad():
         found, expected = model.detect(images, 2 * [(64, 64)]), peer(list(images))
     for one, other in zip(found, expected, strict=True):

@@ -131,7 +131,7 @@ def test_keep_best_follows_the_validation_loss(tmp_path, digits, mae_scale):
     ("overrides", "said"),
     [
         (["checkpoint.keep_best=val/loss"], "checkpoint.keep_best=val/loss is measured on data.val_root; add data.val"),
-        (["checkpoint.keep_best=val/top1", "data.val_root=x"], "belongs to task: classification; use val/loss"),
+        (["checkpoint.keep_best=val/top1", "data.val_root=x"], "belongs to task: classification; use train/loss"),
         (["checkpoint.keep_best=val/knn_top1", "data.val_root=x"], "add tracking.knn_images=10000"),
         (["tracking.knn_images=100"], "tracking.knn_images=100 measures images of data.val_root; add data.val_root="),
         (["tracking.evaluate_every_epochs=0"], "tracking.evaluate_every_epochs=0"),

@@ -216,7 +216,8 @@ def expected_gib(recipe: Recipe, ranks: int, micro_batch: int) -> float:
         layout.accumulation,
         checkpointing=recipe.engine.activation_checkpointing,
     )
-    return memory_of(task_of(recipe, Path()).workload(1000), setting).allocated / GIB
+    task = task_of(recipe, Path())
+    return memory_of(task.workload(task.planned_classes), setting).allocated / GIB
 
 
 @pytest.mark.parametrize("name", [name for name in packaged_recipes() if "H100" in header(name)])

@@ -125,7 +125,7 @@ REFUSED = {
     "temperature": (["moco.temperature=0"], "moco.temperature=0: input should be greater than 0"),
     "momentum": (["moco.momentum=1"], "moco.momentum=1: input should be less than 1"),
     "unknown key": (["moco.temprature=0.1"], "did you mean 'moco.temperature'?"),
-    "layer decay": (["optim.layer_decay=0.75"], "optim.layer_decay belongs to task: classification"),
+    "layer decay": (["optim.layer_decay=0.75"], "optim.layer_decay belongs to tasks that start from weights"),
     "best loss": (["checkpoint.keep_best=val/loss"], "val/loss is not measured by task: moco"),
     "fully sharded": (["engine.backend=fairscale", "engine.zero_stage=3"], "fully sharded"),
     "patch": (["model.patch_size=5"], "not a multiple"),

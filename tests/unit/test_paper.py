@@ -10,7 +10,6 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from data_pipeline.errors import RunError, UsageError
-from mae_scale.reproduce.paper import runs
 from mae_scale.reproduce.paper.command import scale_of
 from mae_scale.reproduce.paper.findings import FINDINGS, PRETRAININGS, SPEED, TOKENISER, findings_named
 from mae_scale.reproduce.paper.page import as_json, look_up, markdown
@@ -130,7 +129,7 @@ def test_runs_are_done_side_by_side_each_after_what_it_needs_and_none_after_a_fa
             raise RunError("it failed")
         order.append(one.name)
 
-    monkeypatch.setattr(runs, "_do", run)
+    monkeypatch.setattr("mae_scale.reproduce.runs._do", run)
     todo = [Run(n, tmp_path, (), needs) for n, needs in {"c": ("a", "b"), "a": (), "b": ("a",)}.items()]
     told = []
     do(todo, 2, lambda one: told.append(one.name))
