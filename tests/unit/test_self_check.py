@@ -155,7 +155,8 @@ def test_no_reference_curve_raises_an_alarm(name):
         }
         for epoch, (loss, norm) in enumerate(zip(curve["train/loss"], curve["train/grad_norm"], strict=True), start=1)
     ]
-    untrained, steadily = {"mae": (0.9, True), "dvae": (-0.001, True)}.get(recipe.task, (math.log(10), False))
+    of_tasks = {"mae": (0.9, True), "dvae": (-0.001, True), "detection": (None, False), "segmentation": (None, False)}
+    untrained, steadily = of_tasks.get(recipe.task, (math.log(10), False))
     about = course(
         untrained,
         0,
