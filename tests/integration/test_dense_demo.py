@@ -8,7 +8,7 @@ from PIL import Image
 from mae_scale.reproduce import scenes
 from mae_scale.reproduce.scenes import MEASURES, run_dense
 
-TINY = ["model.width=16", "model.heads=2", "schedule.epochs=2", "tracking.uri=off"]
+TINY = ["model.width=16", "model.heads=2", "schedule.epochs=2", "schedule.warmup_epochs=0.5", "tracking.uri=off"]
 
 
 @pytest.mark.slow
