@@ -124,7 +124,8 @@ class Cluster:
             except psutil.Error:
                 continue
             mine = (environment.get("SLURM_JOB_ID"), environment.get("SLURM_PROCID")) == (job, str(rank))
-            if mine and "SLURM_STEP_ID" in environment and "pretrain" in command and "python" in command[0]:
+            trains = not {"pretrain", "finetune"}.isdisjoint(command)
+            if mine and "SLURM_STEP_ID" in environment and trains and "python" in command[0]:
                 return process
         pytest.fail(f"job {job} has no rank {rank}")
 

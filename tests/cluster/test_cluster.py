@@ -234,7 +234,7 @@ def test_a_chain_trains_a_detector_on_the_encoder_before_it_and_goes_on_without_
         "extends": "detection/demo",
         "model": model,
         "data": images,
-        "schedule": {"epochs": 8, "warmup_epochs": 1},
+        "schedule": {"epochs": 12, "warmup_epochs": 1},
         "detection": {
             "annotations": f"{scenes}/train/instances.json",
             "val_annotations": f"{scenes}/val/instances.json",
@@ -244,7 +244,7 @@ def test_a_chain_trains_a_detector_on_the_encoder_before_it_and_goes_on_without_
             "sampled_boxes": 16,
         },
         "checkpoint": often,
-        "tracking": {"log_every_steps": 1, "evaluate_every_epochs": 8},
+        "tracking": {"log_every_steps": 1, "evaluate_every_epochs": 12},
     }
     recipes = []
     for name, recipe in (("first", first), ("second", second)):
@@ -258,7 +258,7 @@ def test_a_chain_trains_a_detector_on_the_encoder_before_it_and_goes_on_without_
     cluster.wait_for_end(jobs[1], logs[1])
     assert "going on from step" in logs[1].read_text()
     assert f"tensors from {runs[0]}" in logs[1].read_text()
-    assert last_step(runs[1]) == 8 * (TRAIN // 8)
+    assert last_step(runs[1]) == 12 * (TRAIN // 8)
     assert json.loads((runs[1] / "evaluation.json").read_text())["images"] == VAL
 
 
