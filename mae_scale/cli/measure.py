@@ -62,7 +62,7 @@ def evaluate(
     from mae_scale.tasks.evaluation import Asked
     from mae_scale.tasks.registry import evaluation_of
 
-    loaded = read_recipe(recipe, with_weights(recipe, overrides, weights))
+    loaded = read_recipe(recipe, with_weights(recipe, overrides, weights, trained=True))
     evaluation, asked = evaluation_of(loaded), Asked(kind, figure, predictions)
     evaluation.check(loaded, asked)
     check_json(json)
@@ -95,7 +95,7 @@ def knn(
     """
     from mae_scale.tasks.classification import knn as evaluation
 
-    loaded = read_recipe(recipe, with_weights(recipe, overrides, weights))
+    loaded = read_recipe(recipe, with_weights(recipe, overrides, weights, trained=True))
     evaluation.check(loaded)
     check_json(json)
     results = _on_ranks(nproc, lambda: evaluation.nearest_neighbours(loaded, k, figure))

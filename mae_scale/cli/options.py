@@ -97,9 +97,10 @@ def read_recipe(recipe: str, overrides: list[str] | None) -> "Recipe":
         raise
 
 
-def with_weights(recipe: str, overrides: list[str] | None, weights: Path | None) -> list[str]:
+def with_weights(recipe: str, overrides: list[str] | None, weights: Path | None, *, trained: bool = False) -> list[str]:
     """Return the overrides with that of --weights, for the section of the recipe's task that takes it.
 
+    trained: the weights are to be measured, also those of a run that was begun from scratch by the same recipe.
     Raises UsageError when the task starts from no weights.
     """
     overrides = list(overrides or [])
@@ -112,7 +113,8 @@ def with_weights(recipe: str, overrides: list[str] | None, weights: Path | None)
         raise UsageError(
             f"--weights {weights}: the recipe's task is {task}, which starts from none; drop it", on_all_ranks=True
         )
-    return [*overrides, f"{STARTING[task]}.weights={weights}"]
+    section = STARTING[task]
+    return [*overrides, f"{section}.weights={weights}", *([f"{section}.from_scratch=false"] if trained else [])]
 
 
 def check_folder_of(option: str, path: Path | None) -> None:

@@ -172,7 +172,7 @@ def test_an_encoder_has_nothing_to_evaluate(call, scenes, tmp_path):
         f"detection.val_annotations={scenes}/val/instances.json",
     )  # fmt: skip
     assert code == 2
-    assert "holds no detector or segmenter to evaluate" in error
+    assert "holds an encoder, expected a detector; train one first, and give that run" in error
 
 
 def test_a_json_without_images_and_label_maps_of_two_images_are_refused(refused, changed, scenes, tmp_path):

@@ -258,6 +258,8 @@ def test_annotations_are_read_once_and_kept(whole, train, scenes, tmp_path):
     train("detection", out, "schedule.stop_after_steps=3")
     train("detection", out, "detection.annotations=gone.json", "schedule.stop_after_steps=4")
     (out / "objects.npz").write_bytes(b"damaged")
+    refused = train("detection", out, "detection.annotations=null", code=2)
+    assert "detection.annotations is not set; add detection.annotations=" in refused.stderr
     about = json.loads((scenes / "train" / "instances.json").read_text())
     about["annotations"][0]["bbox"][2] -= 1
     other.write_text(json.dumps(about))
@@ -306,3 +308,29 @@ def test_a_detector_is_exported_in_vitdets_layout_and_read_from_it(whole, scenes
         done = mae_scale("export", whole[task], tmp_path / ("x" if layout == "timm" else "x.pth"), "--format", layout)
         assert done.returncode == 2
         assert said in done.stderr
+
+
+def test_weights_of_the_other_kind_are_refused_for_what_they_are(whole, scenes, mae_scale, tmp_path):
+    detector, segmenter = (whole[task] for task in TASKS)
+    for task, weights, said in (
+        ("detection", segmenter, "holds a segmenter, expected a detector"),
+        ("segmentation", detector, "holds a detector, expected a segmenter"),
+    ):
+        done = mae_scale("evaluate", whole[task] / "recipe.yaml", "--weights", weights, *annotated(task, scenes))
+        assert done.returncode == 2
+        assert said in done.stderr
+        command = ["finetune", *arguments(task, scenes), "--weights", weights, "--out", tmp_path / task]
+        done = mae_scale(*command)
+        assert done.returncode == 2
+        assert f"these are weights of a {'segmenter' if task == 'detection' else 'detector'}" in done.stderr
+
+
+def test_a_run_from_scratch_is_evaluated_by_its_own_recipe(train, scenes, mae_scale, tmp_path):
+    done = mae_scale(
+        "finetune", *arguments("segmentation", scenes), "segmentation.from_scratch=true", "--out", tmp_path / "run",
+        "schedule.epochs=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = mae_scale("evaluate", tmp_path / "run" / "recipe.yaml", "--weights", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "mean IoU" in done.stdout

@@ -30,9 +30,9 @@ from mae_scale.models.weights.layouts import (
     ENCODER,
     UNNAMED,
     Names,
+    dense_kind,
     from_release,
     hf_to_release,
-    is_dense,
     release_to_hf,
     to_release,
 )
@@ -147,9 +147,9 @@ def release_names(state: StateDict) -> tuple[StateDict, str]:
 
     Raises UsageError for a detector or a segmenter, whose encoder computes something else.
     """
-    if is_dense(state):
+    if kind := dense_kind(state):
         raise UsageError(
-            "these are weights of a detector or a segmenter, whose encoder has no cls token and other attention: give "
+            f"these are weights of {kind}, whose encoder has no cls token and other attention: give "
             "those that it was started from"
         )
     if is_beit(state):

@@ -13,7 +13,7 @@ from mae_scale.models.weights.beit import is_beit
 from mae_scale.models.weights.checked_copy import LoadReport, check_same, check_size, copy_weights
 from mae_scale.models.weights.classifier import on_grid, release_names
 from mae_scale.models.weights.files import StateDict
-from mae_scale.models.weights.layouts import DECODER, ENCODER, UNNAMED, from_release, is_dense, to_release
+from mae_scale.models.weights.layouts import DECODER, ENCODER, UNNAMED, dense_kind, from_release, to_release
 from mae_scale.models.weights.vitdet import is_vitdet, load_vitdet
 
 _UNUSED = ("cls_token", "norm.", "fc_norm.", "head.", "batch_norm.", "lm_head.", *DECODER, *UNNAMED)
@@ -30,11 +30,15 @@ def load_dense(model: DenseModel, state: StateDict, grid: tuple[int, int] | None
     that do not fit.
     """
     own, encoder = model.state_dict(keep_vars=True), model.encoder
+    kind, own_kind = kind_of(state), dense_kind(own)
+    if kind is not None and kind != own_kind:
+        raise UsageError(
+            f"these are weights of {kind}, and the recipe's task trains {own_kind}: give those of one, or an encoder's"
+        )
     if is_vitdet(state):
-        if not isinstance(model, MaskRcnn):
-            raise UsageError("these are weights of a detector in ViTDet's layout; give them to task detection")
+        assert isinstance(model, MaskRcnn)
         return load_vitdet(model, state)
-    if is_dense(state):
+    if kind is not None:
         advice = "give weights of the same model, image size and classes, or those of a pre-training"
         check_same(state, own, layout="our own detector or segmenter", advice=advice)
         return copy_weights(own, state)
@@ -63,9 +67,15 @@ def load_dense(model: DenseModel, state: StateDict, grid: tuple[int, int] | None
     return report
 
 
-def refuse_encoder(state: StateDict, source: str) -> None:
-    """Raise UsageError when weights, of a place that is named, are of an encoder alone, with nothing to evaluate."""
-    if not (is_dense(state) or is_vitdet(state)):
+def kind_of(state: StateDict) -> str | None:
+    """Return what weights in any layout are of: "a detector", "a segmenter", or None for an encoder."""
+    return "a detector" if is_vitdet(state) else dense_kind(state)
+
+
+def refuse_others(state: StateDict, kind: str, source: str) -> None:
+    """Raise UsageError when weights, of a place that is named, are not of the kind that is to be evaluated."""
+    found = kind_of(state)
+    if found != kind:
         raise UsageError(
-            f"--weights {source} holds no detector or segmenter to evaluate; train one from it first, and give that run"
+            f"--weights {source} holds {found or 'an encoder'}, expected {kind}; train one first, and give that run"
         )

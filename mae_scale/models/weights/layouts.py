@@ -72,12 +72,14 @@ DECODER = ("decoder_", "mask_token")  # how the release's decoder keys begin
 UNNAMED = ("target.", "encoder.mask_token")  # ours that no other layout has a name for
 
 
-_AFTER_ENCODER = ("rpn.", "auxiliary.")  # how names of a detector and of a segmenter begin, and no encoder's
+_AFTER_ENCODER = {"rpn.": "a detector", "auxiliary.": "a segmenter"}
+"""How names begin that no encoder has, and what has them."""
 
 
-def is_dense(state: StateDict) -> bool:
-    """Return whether weights are those of a whole detector or segmenter, by our own names."""
-    return any(name.startswith(_AFTER_ENCODER) for name in state)
+def dense_kind(state: StateDict) -> str | None:
+    """Return what weights are of: "a detector" or "a segmenter", by our own names; None for another model."""
+    kinds = (kind for name in state for beginning, kind in _AFTER_ENCODER.items() if name.startswith(beginning))
+    return next(kinds, None)
 
 
 def to_release(state: StateDict, names: Names) -> StateDict:

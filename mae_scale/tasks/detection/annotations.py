@@ -94,9 +94,9 @@ class TrainingObjects:
         return self._loaded
 
     def _read(self, images: Index) -> AnnotatedImages:
-        assert self._path is not None  # it was read
-        source = digest_of(self._path)
-        found = AnnotatedImages.of(self._found, match_objects(images, self._found).rows, source)
+        coco = self._found  # refuses a recipe that names no file
+        assert self._path is not None
+        found = AnnotatedImages.of(coco, match_objects(images, coco).rows, digest_of(self._path))
         known = recorded(self._file.parent, DIGEST)
         if known is not None and found.digest() != known:
             raise UsageError(

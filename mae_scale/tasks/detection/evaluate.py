@@ -13,7 +13,7 @@ from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others, from_first
 from mae_scale.models.build import build_detector
-from mae_scale.models.weights.dense import load_dense, refuse_encoder
+from mae_scale.models.weights.dense import load_dense, refuse_others
 from mae_scale.tasks.detection.evaluation_set import DetectionSet, detection_set
 from mae_scale.tasks.detection.figure import draw_detections
 from mae_scale.tasks.detection.measure import detections, measure
@@ -55,7 +55,7 @@ def evaluate(recipe: Recipe, asked: Asked) -> dict[str, Any] | None:
 def _opened(recipe: Recipe, source: Path) -> tuple[DetectObjects, DetectionSet]:
     """Return the detector with its weights, and the set."""
     state = weights_of(source)
-    refuse_encoder(state, str(source))
+    refuse_others(state, "a detector", str(source))
     # A file does not hold the names; its number of classes is compared when it is loaded.
     known = read_manifest(source)["classes"] if source.is_dir() else None
     one = detection_set(

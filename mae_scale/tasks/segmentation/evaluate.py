@@ -18,7 +18,7 @@ from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others, from_all, from_first
 from mae_scale.models.build import build_segmenter
-from mae_scale.models.weights.dense import load_dense, refuse_encoder
+from mae_scale.models.weights.dense import load_dense, refuse_others
 from mae_scale.reports.dense import class_colours
 from mae_scale.tasks.evaluation import Asked, all_ranks, predictor, unread, validation_root
 from mae_scale.tasks.segmentation.figure import draw_classes
@@ -92,7 +92,7 @@ def _write_prediction(predicted: Uint8Array, classes: int, path: Path) -> None:
 def _opened(recipe: Recipe, source: Path) -> tuple[LabelPixels, list[str], Index, LabelFiles]:
     """Return the segmenter with its weights, the classes' names, the images and their label maps."""
     state = weights_of(source)
-    refuse_encoder(state, str(source))
+    refuse_others(state, "a segmenter", str(source))
     given = recipe.segmenting.class_names
     if source.is_dir():
         names = read_manifest(source)["classes"]
