@@ -33,7 +33,7 @@ import torch
 from peer import layers_of, make_peer, peer_is_installed
 from report import machine, show
 from sizes import SIZES, training_flops_per_image
-from timing import matrix_product, quartiles, seconds
+from timing import matrix_product, print_profile, quartiles, seconds
 from torch import nn
 
 from mae_scale.engines.activation_checkpointing import checkpoint_activations
@@ -170,20 +170,8 @@ def measure(case: Case, device: torch.device, rounds: int | None, profile: bool)
         ratios = [theirs / mine for theirs, mine in zip(laps["peer"], laps["ours"], strict=True)]
         result["times_as_fast"] = quartiles(ratios)
     if profile:
-        print_profile(case, trainees["ours"].step, device)
+        print_profile(f"ours: {title(case)}", trainees["ours"].step, device)
     return result
-
-
-def print_profile(case: Case, step: Callable[[], None], device: torch.device) -> None:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    print(f"one of our steps: {title(case)}")
-    print(profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=25))
 
 
 def title(case: Case) -> str:

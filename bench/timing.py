@@ -1,4 +1,4 @@
-"""Clocks, the machine's own rate of matrix products, and quartiles."""
+"""Clocks, profiles, the machine's own rate of matrix products, and quartiles."""
 
 import functools
 import statistics
@@ -42,3 +42,16 @@ def quartiles(values: list[float]) -> dict[str, float]:
     """Return median, lower and upper quartile; of one value three times that value."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median": middle, "lower_quartile": low, "upper_quartile": high}
+
+
+def print_profile(what: str, step: Callable[[], object], device: torch.device) -> None:
+    """Print a profiler's table of one step."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    print(f"one step of {what}")
+    print(profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=25))

@@ -122,16 +122,21 @@ def checkpoint_model(checkpoint: Path) -> tuple[Model, Recipe]:
 
 
 def model_of(recipe: Recipe, manifest: dict[str, Any]) -> Model:
-    """Return the model of a run's recipe, with fresh weights; a checkpoint's manifest tells what the data decided.
+    """Return the model of a run's recipe, with fresh weights; a checkpoint's manifest tells what the data decided."""
+    words = (manifest.get("tokeniser") or {}).get("words", 0)
+    return fresh_model(recipe, classes=len(manifest.get("classes", ())), words=words)
+
+
+def fresh_model(recipe: Recipe, *, classes: int, words: int) -> Model:
+    """Return the model of a recipe, initialised from torch's generator; those numbers follow from data.
 
     Raises UsageError for a run that trains no encoder of images but a tokeniser.
     """
     if recipe.task == "dvae":
         raise UsageError(
-            "the run is of task dvae, which trains a tokeniser: give its folder as tokeniser.weights, or to "
-            "mae_scale.load_tokeniser; export/model.safetensors there has its weights"
+            "the run is of task dvae, which trains a tokeniser, and no encoder: give its folder as tokeniser.weights, "
+            "or to mae_scale.load_tokeniser; export/model.safetensors there has its weights"
         )
-    words = (manifest.get("tokeniser") or {}).get("words", 0)
     if recipe.task == "mae":
         return build_model(recipe, words)
     if recipe.task == "beit":
@@ -139,7 +144,7 @@ def model_of(recipe: Recipe, manifest: dict[str, Any]) -> Model:
     if recipe.task == "moco":
         return build_moco_of(recipe)
     build = {"detection": build_detector, "segmentation": build_segmenter}.get(recipe.task, build_classifier_of)
-    return build(recipe, len(manifest["classes"]))
+    return build(recipe, classes)
 
 
 def _frozen_weights(checkpoint: Path, digest: str) -> dict[str, torch.Tensor]:
@@ -172,7 +177,11 @@ def weights_of(source: Path) -> dict[str, torch.Tensor]:
     """
     if not source.is_dir():
         return read_weights(source)
-    model, _ = checkpoint_model(source)
+    return left_weights(checkpoint_model(source)[0])
+
+
+def left_weights(model: Model) -> dict[str, torch.Tensor]:
+    """Return a model's weights as those that start from them read them."""
     # Our own names of an autoencoder have no positions, and those of another grid are to be resampled.
     if isinstance(model, Beit):
         return beit_to_official(model)

@@ -12,7 +12,7 @@ from mae_scale.checkpoints.shards import EMA, MOMENTUM
 from mae_scale.engines.base import Objective
 
 if TYPE_CHECKING:
-    from mae_scale.config.schema import OptimSection
+    from mae_scale.config.sections import OptimSection
 
 
 def parameter_groups(objective: Objective, optim: OptimSection) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from data_pipeline.errors import (
 )
 from data_pipeline.files import write_json
 from mae_scale.config.load import load_recipe
-from mae_scale.config.schema import TrackingSection
+from mae_scale.config.sections import TrackingSection
 from mae_scale.distributed.ranks import launched
 from mae_scale.engines.policy import layout_of
 from mae_scale.launch.local import launch_local_ranks

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import UsageError
-from mae_scale.config.schema import ModelSection, Recipe
+from mae_scale.config.schema import Recipe
+from mae_scale.config.sections import ModelSection
 from mae_scale.config.task_sections import DenseSection
 from mae_scale.models.beit import Beit
 from mae_scale.models.classifier import Classifier, build_classifier

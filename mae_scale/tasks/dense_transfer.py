@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -21,6 +23,7 @@ from mae_scale.checkpoints.export import (
 )
 from mae_scale.checkpoints.store import list_checkpoints
 from mae_scale.config.required import required
+from mae_scale.config.schema import Recipe
 from mae_scale.config.task_sections import DenseSection
 from mae_scale.distributed.collectives import first_then_others, from_first
 from mae_scale.engines.base import Objective
@@ -30,10 +33,10 @@ from mae_scale.models.weights.checked_copy import LoadReport
 from mae_scale.models.weights.dense import load_dense
 from mae_scale.planning.workload import Stack
 from mae_scale.tasks.evaluation import EVALUATION
-from mae_scale.tasks.starting_weights import check_start, loaded_note
+from mae_scale.tasks.starting_weights import check_start, loaded_note, weights_to_begin_with
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
-from mae_scale.training.inputs import has_checkpoint, refuse_other_weights, started_from
+from mae_scale.training.inputs import has_checkpoint, started_from
 from mae_scale.training.task import Origin, Task
 
 
@@ -91,13 +94,13 @@ class DenseTransfer(Task[DenseT]):
         with torch.device("meta"):
             return self.objective(classes=self.planned_classes)
 
+    @abstractmethod
     def objective(self, classes: int) -> DenseT:
         """Return the objective for a number of classes, initialised from torch's generator."""
-        raise NotImplementedError
 
+    @abstractmethod
     def class_names(self) -> list[str]:
         """Return the names of the classes that the run in the task's folder is of."""
-        raise NotImplementedError
 
     needed: ClassVar[dict[str, str]]
     """The section's keys that name annotations, and what each is to name; those of val_... where there is val_root."""
@@ -106,9 +109,7 @@ class DenseTransfer(Task[DenseT]):
 
     def needs(self, key: str) -> Path:
         """Return one of the `needed` paths. Raises UsageError when it is not set."""
-        name = f"{self.recipe.task}.{key}"
-        found: Path | None = getattr(self.section, key)
-        return required(found, name, f"add {name}={self.needed[key]}")
+        return annotations_path(self.recipe, key, self.needed)
 
     def check(self, layout: BatchLayout) -> None:
         check_start(self.recipe, self.out)
@@ -119,15 +120,11 @@ class DenseTransfer(Task[DenseT]):
                 self.needs(key)
 
     def check_fit(self, images: Index, validation: Index | None) -> None:
-        path = self.section.weights
-        if path is None:
-            return
-        if has_checkpoint(self.out):
-            refuse_other_weights(self.recipe, self.out)
-            return
-        with torch.device("meta"):
-            objective = self.objective(classes=len(self.class_names()))
-        _load(objective.model, starting_point(path))
+        path = weights_to_begin_with(self.recipe, self.out)
+        if path is not None:
+            with torch.device("meta"):
+                objective = self.objective(classes=len(self.class_names()))
+            _load(objective.model, starting_point(path))
 
     def build(self, index: Index) -> DenseT:
         return self.objective(classes=len(self.class_names()))
@@ -177,9 +174,9 @@ class DenseTransfer(Task[DenseT]):
             said += group_lines(groups)
         return said
 
+    @abstractmethod
     def summary(self, found: dict[str, Any]) -> str:
         """Return the numbers of the last evaluation that papers give."""
-        raise NotImplementedError
 
     def finish(self, context: RunContext, tracker: Tracker) -> str:
         """Write export/model.safetensors of the last checkpoint, by our own names."""
@@ -191,6 +188,12 @@ class DenseTransfer(Task[DenseT]):
         if self.recipe.data.val_root is not None and (context.out / EVALUATION).exists():
             said = f"{self.summary(json.loads((context.out / EVALUATION).read_text()))}; {said}"
         return said
+
+
+def annotations_path(recipe: Recipe, key: str, needed: Mapping[str, str]) -> Path:
+    """Return a path of the task's section. Raises UsageError, with what `needed` says of it, when it is not set."""
+    name, found = f"{recipe.task}.{key}", getattr(recipe.start, key)
+    return required(found, name, f"add {name}={needed[key]}")
 
 
 def _load(model: DenseModel, source: Path) -> LoadReport:

@@ -6,7 +6,7 @@ from data_pipeline.errors import UsageError
 from mae_scale.config.required import required
 from mae_scale.config.schema import STARTING, Recipe
 from mae_scale.models.weights.checked_copy import LoadReport
-from mae_scale.training.inputs import has_checkpoint
+from mae_scale.training.inputs import has_checkpoint, refuse_other_weights
 
 ADVICE = "a run's folder, a checkpoint or a file of weights"
 
@@ -22,6 +22,17 @@ def check_start(recipe: Recipe, out: Path) -> None:
         raise UsageError(
             f"{section}.weights={start.weights} (--weights) does not exist; give a folder or a file of weights"
         )
+
+
+def weights_to_begin_with(recipe: Recipe, out: Path) -> Path | None:
+    """Return the weights that a run begins with; None where it has none, or goes on from a checkpoint of its own.
+
+    Raises UsageError when the recipe names others than the run in `out` was begun with.
+    """
+    if has_checkpoint(out):
+        refuse_other_weights(recipe, out)
+        return None
+    return None if recipe.start is None else recipe.start.weights
 
 
 def weights_path(recipe: Recipe) -> Path:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from data_pipeline.errors import UsageError
-from mae_scale.config.schema import TrackingSection
+from mae_scale.config.sections import TrackingSection
 from mae_scale.passwords import redacted
 from mae_scale.tracking.mlflow_environment import quieten_loggers, reason, set_environment
 from mae_scale.tracking.mlflow_uri import artifact_location, tracking_uri

@@ -4,7 +4,8 @@ import math
 from typing import NamedTuple
 
 from data_pipeline.plan import steps_per_epoch
-from mae_scale.config.schema import Recipe, ScheduleSection
+from mae_scale.config.schema import Recipe
+from mae_scale.config.sections import ScheduleSection
 
 
 class Steps(NamedTuple):

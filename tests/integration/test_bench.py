@@ -155,16 +155,17 @@ def test_the_peer_of_detection_is_the_same_model_and_sees_the_same_images(dense)
         torch.testing.assert_close(one["boxes"], other["boxes"], atol=1e-3, rtol=1e-4)
         assert torch.equal(one["labels"], other["labels"])
 
+    ways = sys.modules[type(scenes).__module__]  # bench/annotated_images.py
     with scenes.loader(64, dense.BATCH) as loader:
         (batch,) = loader
-    plan = dense.plan_batch(
-        scenes.index, dense.augmentation(dense.KIND), seed=0, number=0, global_batch=dense.BATCH, image_size=64
+    plan = ways.plan_batch(
+        scenes.index, ways.augmentation(ways.KIND), seed=0, number=0, global_batch=dense.BATCH, image_size=64
     )
-    for kind in (dense.CocoDetection, dense.TensorImages):
-        dataset = dense.dataset_of(scenes, kind)
+    for kind in (ways.CocoDetection, ways.TensorImages):
+        dataset = ways.dataset_of(scenes, kind)
         overlaps = []
         for row, placed in enumerate(batch.annotated):
-            image, target = dense.moved(dataset, plan, row, 64)
+            image, target = ways.moved(dataset, plan, row, 64)
             assert (image - batch.images[row]).abs().mean() < 0.15  # cubic here, bilinear there
             mine, theirs = placed.masks.any(0), target["masks"].numpy().any(0)
             overlaps.append([(mine & theirs).sum(), (mine | theirs).sum()])

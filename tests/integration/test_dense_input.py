@@ -184,3 +184,15 @@ def test_a_json_without_images_and_label_maps_of_two_images_are_refused(refused,
         Image.new("RGB", (48, 48)).save(tmp_path / "images" / name)
     line = refused("segmentation", f"data.root={tmp_path}/images")
     assert "000000.png would be the label map of two images" in line
+
+
+def test_images_without_objects_or_with_crowds_alone_are_left_out_of_training(scenes, changed, call, tmp_path):
+    def strip(about):
+        about["annotations"] = [one for one in about["annotations"] if one["image_id"] not in (3, 4)]
+        for one in about["annotations"]:
+            one["iscrowd"] = int(one["image_id"] == 5)
+
+    words = [*arguments("detection", scenes), "detection.from_scratch=true", changed(strip)]
+    code, out, error = call("finetune", *words, "--out", tmp_path / "out", "--dry-run")
+    assert code == 0, error
+    assert f"{TRAIN - 3} images" in out

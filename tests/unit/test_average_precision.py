@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data_pipeline.scenes import write_scenes
-from mae_scale.tasks.detection.average_precision import MEASURES, average_precision, results_of
+from mae_scale.tasks.detection.average_precision import MEASURES, average_precision, results_of, truth_of
 
 SIDE = 96
 
@@ -29,7 +29,7 @@ def annotations(tmp_path_factory):
     return path
 
 
-def truth_of(annotations) -> COCO:
+def pycocotools_truth(annotations) -> COCO:
     with contextlib.redirect_stdout(io.StringIO()):
         return COCO(annotations)
 
@@ -58,7 +58,7 @@ def detections(truth, seed) -> list[dict]:
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 @pytest.mark.parametrize("seed", range(3))
 def test_numbers_are_those_of_pycocotools(annotations, kind, seed):
-    truth = truth_of(annotations)
+    truth = pycocotools_truth(annotations)
     results = detections(truth, seed)
     with contextlib.redirect_stdout(io.StringIO()):
         # Of masks without boxes: with them the area that sizes are told by would be the boxes'.
@@ -67,7 +67,7 @@ def test_numbers_are_those_of_pycocotools(annotations, kind, seed):
         peer.evaluate()
         peer.accumulate()
         peer.summarize()
-    found = average_precision(annotations, results, kind)
+    found = average_precision(truth_of(annotations), results, kind)
     assert tuple(found) == MEASURES
     assert 5 < found["AP"] < 95
     for name, value in zip(MEASURES, peer.stats, strict=True):
@@ -76,7 +76,7 @@ def test_numbers_are_those_of_pycocotools(annotations, kind, seed):
 
 def test_exact_detections_are_found_whole_and_nothing_is_nothing(annotations):
     """Of the model's kind: boxes in pixels of twice the size, masks of 28 x 28 within them."""
-    truth, results = truth_of(annotations), []
+    truth, results = pycocotools_truth(annotations), []
     ids = sorted(truth.cats)
     for image in truth.imgs:
         own = truth.imgToAnns[image]
@@ -89,9 +89,9 @@ def test_exact_detections_are_found_whole_and_nothing_is_nothing(annotations):
         labels = torch.tensor([ids.index(a["category_id"]) + 1 for a in own])
         found = {"boxes": corners, "labels": labels, "scores": torch.ones(len(own)), "masks": torch.stack(masks)}
         results += results_of(image, found, scale=(0.5, 0.5), size=(SIDE, SIDE), ids=ids)
-    assert average_precision(annotations, results, "bbox")["AP"] == pytest.approx(100)
-    assert average_precision(annotations, results, "segm")["AP50"] > 95
-    assert average_precision(annotations, [], "bbox")["AP"] == 0
+    assert average_precision(truth_of(annotations), results, "bbox")["AP"] == pytest.approx(100)
+    assert average_precision(truth_of(annotations), results, "segm")["AP50"] > 95
+    assert average_precision(truth_of(annotations), [], "bbox")["AP"] == 0
 
 
 def test_an_image_without_detections_has_no_results():
@@ -138,7 +138,7 @@ CHANGES = {
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 def test_exact_detections_are_found_whatever_ids_and_areas_are_written(change, kind, tmp_path):
     path, results = written(tmp_path, change)
-    found = average_precision(path, results, kind)
+    found = average_precision(truth_of(path), results, kind)
     assert found["AP"] == pytest.approx(100)
     assert found["APm"] == pytest.approx(100)
     assert math.isnan(found["APl"])
@@ -146,9 +146,9 @@ def test_exact_detections_are_found_whatever_ids_and_areas_are_written(change, k
 
 def test_images_that_are_not_measured_and_objects_that_are_left_out_do_not_count(tmp_path):
     path, results = written(tmp_path, lambda about: None)
-    assert average_precision(path, results[:1], "bbox")["AP"] == pytest.approx(50, abs=1)
-    assert average_precision(path, results[:1], "bbox", images={1})["AP"] == pytest.approx(100)
-    assert average_precision(path, results[:1], "bbox", left_out=[1])["AP"] == pytest.approx(100)
+    assert average_precision(truth_of(path), results[:1], "bbox")["AP"] == pytest.approx(50, abs=1)
+    assert average_precision(truth_of(path, images={1}), results[:1], "bbox")["AP"] == pytest.approx(100)
+    assert average_precision(truth_of(path, left_out=[1]), results[:1], "bbox")["AP"] == pytest.approx(100)
 
 
 def test_a_mask_is_small_by_its_own_area(tmp_path):
@@ -156,5 +156,5 @@ def test_a_mask_is_small_by_its_own_area(tmp_path):
     path, results = written(tmp_path, lambda about: None)
     thin = coco_mask.frPyObjects([[2, 2, 62, 2, 62, 6, 2, 6]], 64, 64)[0]
     results.append({"image_id": 1, "category_id": 1, "bbox": [2, 2, 60, 60], "score": 0.95, "segmentation": thin})
-    assert average_precision(path, results, "segm")["APm"] == pytest.approx(100)
-    assert average_precision(path, results, "bbox")["APm"] < 90
+    assert average_precision(truth_of(path), results, "segm")["APm"] == pytest.approx(100)
+    assert average_precision(truth_of(path), results, "bbox")["APm"] < 90

@@ -9,7 +9,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 
 from mae_scale.config.load import load_recipe
-from mae_scale.config.schema import ScheduleSection
+from mae_scale.config.sections import ScheduleSection
 from mae_scale.training.context import RunContext
 from mae_scale.training.schedule import learning_rate
 from mae_scale.training.step_metrics import StepClock

@@ -29,11 +29,11 @@ from mae_scale.tasks.classification.datasets import folder_set, refuse_unlabelle
 from mae_scale.tasks.classification.objective import Classify
 from mae_scale.tasks.classification.starting_weights import initialise, load_weights
 from mae_scale.tasks.classification.validation import EVALUATION, Validation
-from mae_scale.tasks.starting_weights import check_start
+from mae_scale.tasks.starting_weights import check_start, weights_to_begin_with
 from mae_scale.tracking.mlflow_models import ServedClassifier, keep_model
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
-from mae_scale.training.inputs import VALIDATION, has_checkpoint, refuse_other_weights
+from mae_scale.training.inputs import VALIDATION
 from mae_scale.training.self_check import Untrained
 from mae_scale.training.shown_images import shown_images
 from mae_scale.training.task import Evaluator, Origin, Task
@@ -81,15 +81,11 @@ class Classification(Task[Classify]):
     def check_fit(self, images: Index, validation: Index | None) -> None:
         if validation is not None:
             folder_set(validation, num_classes=len(images.classes), class_names=images.classes)
-        path = self.recipe.classification.weights
-        if path is None:
-            return
-        if has_checkpoint(self.out):
-            refuse_other_weights(self.recipe, self.out)
-            return
-        with torch.device("meta"):
-            model = build_classifier_of(self.recipe, len(images.classes))
-        load_weights(model, starting_point(path))
+        path = weights_to_begin_with(self.recipe, self.out)
+        if path is not None:
+            with torch.device("meta"):
+                model = build_classifier_of(self.recipe, len(images.classes))
+            load_weights(model, starting_point(path))
 
     def build(self, index: Index) -> Classify:
         model = build_classifier_of(self.recipe, len(index.classes))

@@ -19,6 +19,11 @@ from mae_scale.training.inputs import has_step, recorded
 OBJECTS = "objects.npz"
 DIGEST = "annotations"
 """The fact of a checkpoint's manifest about them: their digest."""
+NEEDED = {
+    "annotations": "/path/to/instances_train2017.json (COCO's JSON of data.root's objects)",
+    "val_annotations": "/path/to/instances_val2017.json (COCO's JSON of data.val_root's objects)",
+}
+"""The keys that name them, and what each is to name."""
 LIMIT = "detection.bad_annotation_limit"
 
 log = logging.getLogger("mae_scale")

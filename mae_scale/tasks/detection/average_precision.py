@@ -56,22 +56,16 @@ def results_of(
 
 
 def average_precision(
-    annotations: Path,
-    results: Sequence[dict[str, Any]],
-    kind: Literal["bbox", "segm"],
-    *,
-    images: Collection[int] | None = None,
-    left_out: Sequence[int] = (),
+    truth: dict[str, Any], results: Sequence[dict[str, Any]], kind: Literal["bbox", "segm"]
 ) -> dict[str, float]:
-    """Return MEASURES in percent of results on images of COCO's JSON; NaN where there is nothing to measure.
+    """Return MEASURES in percent of results on the images of what `truth_of` gives; NaN where there is no object.
 
-    images: the ids of those that are measured, all by default; left_out: the places in "annotations" of those that do
-    not count. Small, medium and large masks are told by their own area, and not by their boxes', as detectron2 does.
+    Small, medium and large masks are told by their own area, and not by their boxes', as detectron2 does.
     """
     found = [{key: value for key, value in one.items() if key != "bbox" or kind == "bbox"} for one in results]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
-        truth = COCO(_truth(annotations, images, left_out))
-        evaluation = COCOeval_faster(truth, truth.loadRes(found), kind)
+        objects = COCO(truth)
+        evaluation = COCOeval_faster(objects, objects.loadRes(found), kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -79,8 +73,10 @@ def average_precision(
     return {name: math.nan if value < 0 else 100 * value for name, value in zip(MEASURES, stats, strict=True)}
 
 
-def _truth(annotations: Path, images: Collection[int] | None, left_out: Sequence[int]) -> dict[str, Any]:
-    """Return COCO's JSON of some images, without the annotations that do not count.
+def truth_of(
+    annotations: Path, *, images: Collection[int] | None = None, left_out: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Return COCO's JSON of images, all by default, without the annotations at the places `left_out`.
 
     They are numbered from 1 on: an id of 0 would say that a detection has found nothing. Those without an area get
     their mask's.

@@ -9,11 +9,12 @@ from data_pipeline.files import write_json
 from data_pipeline.index_build import open_index
 from mae_scale.checkpoints.export import starting_point, weights_of
 from mae_scale.checkpoints.store import read_manifest
-from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others, from_first
 from mae_scale.models.build import build_detector
 from mae_scale.models.weights.dense import load_dense, refuse_others
+from mae_scale.tasks.dense_transfer import annotations_path
+from mae_scale.tasks.detection.annotations import NEEDED
 from mae_scale.tasks.detection.evaluation_set import DetectionSet, detection_set
 from mae_scale.tasks.detection.figure import draw_detections
 from mae_scale.tasks.detection.measure import detections, measure
@@ -27,13 +28,7 @@ def check(recipe: Recipe, asked: Asked) -> None:
     asked.check_dense(".json")
     weights_path(recipe)
     validation_root(recipe)
-    annotations_of(recipe)
-
-
-def annotations_of(recipe: Recipe) -> Path:
-    """Return detection.val_annotations. Raises UsageError when it is not set."""
-    advice = "add detection.val_annotations=/path/to/instances_val2017.json (COCO's JSON of data.val_root's objects)"
-    return required(recipe.detecting.val_annotations, "detection.val_annotations", advice)
+    annotations_path(recipe, "val_annotations", NEEDED)
 
 
 def evaluate(recipe: Recipe, asked: Asked) -> dict[str, Any] | None:
@@ -60,7 +55,7 @@ def _opened(recipe: Recipe, source: Path) -> tuple[DetectObjects, DetectionSet]:
     known = read_manifest(source)["classes"] if source.is_dir() else None
     one = detection_set(
         open_index(validation_root(recipe), progress=False),
-        annotations_of(recipe),
+        annotations_path(recipe, "val_annotations", NEEDED),
         categories=known,
         limit=recipe.detecting.bad_annotation_limit,
     )
@@ -72,10 +67,8 @@ def _opened(recipe: Recipe, source: Path) -> tuple[DetectObjects, DetectionSet]:
 def describe(recipe: Recipe, results: dict[str, Any]) -> str:
     """Return human-readable lines."""
     head = f"{recipe.data.val_root}: {summary(results)}, of {results['images']:,} images{unread(results)}"
-    rows = [f"  {name:6}" + "".join(f"{key:>8}" for key in results["box"]) for name in ("",)]
-    for kind in ("box", "mask"):
-        rows.append(f"  {kind:6}" + "".join(f"{_percent(value):>8}" for value in results[kind].values()))
-    return "\n".join([head, *rows])
+    rows = [("", results["box"]), *((kind, map(_percent, results[kind].values())) for kind in ("box", "mask"))]
+    return "\n".join([head, *(f"  {kind:6}" + "".join(f"{cell:>8}" for cell in cells) for kind, cells in rows)])
 
 
 def summary(results: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import from_all, from_first
 from mae_scale.distributed.ranks import Ranks
-from mae_scale.tasks.detection.average_precision import average_precision, results_of
+from mae_scale.tasks.detection.average_precision import average_precision, results_of, truth_of
 from mae_scale.tasks.detection.evaluation_set import DetectionSet
 from mae_scale.tasks.row_placing import placing_of
 from mae_scale.training.evaluation_loader import evaluation_loader
@@ -65,12 +65,8 @@ def measure(seen: Detections, one: DetectionSet) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         kinds: dict[str, Literal["bbox", "segm"]] = {"box": "bbox", "mask": "segm"}
-        measures = {
-            name: average_precision(
-                one.annotations, seen.results, kind, images=set(seen.image_ids), left_out=one.left_out
-            )
-            for name, kind in kinds.items()
-        }
+        truth = truth_of(one.annotations, images=set(seen.image_ids), left_out=one.left_out)
+        measures = {name: average_precision(truth, seen.results, kind) for name, kind in kinds.items()}
         found = {name: {k: v if math.isfinite(v) else None for k, v in own.items()} for name, own in measures.items()}
         measured = len(seen.image_ids)
         left_out = len(one.index) + len(one.index.bad) - measured

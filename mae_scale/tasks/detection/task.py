@@ -11,11 +11,12 @@ from data_pipeline.batches import Annotate
 from data_pipeline.errors import UsageError
 from data_pipeline.index import Index, load_index
 from data_pipeline.plan import BatchPlan
+from mae_scale.distributed.collectives import from_first
 from mae_scale.engines.base import Engine
 from mae_scale.models.build import build_detector, missing_extra
 from mae_scale.planning.workload import Workload
 from mae_scale.tasks.dense_transfer import DenseTransfer
-from mae_scale.tasks.detection.annotations import DIGEST, TrainingObjects
+from mae_scale.tasks.detection.annotations import DIGEST, NEEDED, TrainingObjects
 from mae_scale.tasks.detection.objective import DetectObjects, SeenObjects
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
@@ -32,10 +33,7 @@ class Detection(DenseTransfer[DetectObjects]):
 
     planned_images: ClassVar[int] = 117_266  # COCO's that have objects
     planned_classes: ClassVar[int] = 80
-    needed: ClassVar[dict[str, str]] = {
-        "annotations": "/path/to/instances_train2017.json (COCO's JSON of data.root's objects)",
-        "val_annotations": "/path/to/instances_val2017.json (COCO's JSON of data.val_root's objects)",
-    }
+    needed: ClassVar[dict[str, str]] = NEEDED
 
     def objective(self, classes: int) -> DetectObjects:
         return DetectObjects(build_detector(self.recipe, classes), seed=self.recipe.seed)
@@ -102,8 +100,8 @@ class Detection(DenseTransfer[DetectObjects]):
             return []
         from mae_scale.tasks.detection.validation import AveragePrecision
 
-        validation = self._evaluation_set(load_index(context.out / VALIDATION, root))
-        return [AveragePrecision(context, engine, tracker, validation)]
+        index = load_index(context.out / VALIDATION, root)
+        return [AveragePrecision(context, engine, tracker, from_first(lambda: self._evaluation_set(index)))]
 
     def workload(self, classes: int) -> Workload:
         model, section = self.planned.model, self.recipe.detecting

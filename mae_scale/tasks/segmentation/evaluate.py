@@ -14,15 +14,15 @@ from data_pipeline.index import Index
 from data_pipeline.index_build import open_index
 from mae_scale.checkpoints.export import starting_point, weights_of
 from mae_scale.checkpoints.store import read_manifest
-from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others, from_all, from_first
 from mae_scale.models.build import build_segmenter
 from mae_scale.models.weights.dense import load_dense, refuse_others
 from mae_scale.reports.dense import class_colours
+from mae_scale.tasks.dense_transfer import annotations_path
 from mae_scale.tasks.evaluation import Asked, all_ranks, predictor, unread, validation_root
 from mae_scale.tasks.segmentation.figure import draw_classes
-from mae_scale.tasks.segmentation.label_files import LabelFiles
+from mae_scale.tasks.segmentation.label_files import NEEDED, LabelFiles
 from mae_scale.tasks.segmentation.measure import measure, report
 from mae_scale.tasks.segmentation.objective import LabelPixels
 from mae_scale.tasks.starting_weights import weights_path
@@ -36,13 +36,7 @@ def check(recipe: Recipe, asked: Asked) -> None:
     asked.check_dense("")
     weights_path(recipe)
     validation_root(recipe)
-    labels_of(recipe)
-
-
-def labels_of(recipe: Recipe) -> Path:
-    """Return segmentation.val_labels. Raises UsageError when it is not set."""
-    key = "segmentation.val_labels"
-    return required(recipe.segmenting.val_labels, key, f"add {key}=/path/to/annotations/validation (PNGs)")
+    annotations_path(recipe, "val_labels", NEEDED)
 
 
 def evaluate(recipe: Recipe, asked: Asked) -> dict[str, Any] | None:
@@ -97,15 +91,13 @@ def _opened(recipe: Recipe, source: Path) -> tuple[LabelPixels, list[str], Index
     if source.is_dir():
         names = read_manifest(source)["classes"]
     else:
-        names = read_class_names(
-            required(given, "segmentation.class_names", "a file of weights does not hold them; add it")
-        )
+        names = read_class_names(annotations_path(recipe, "class_names", NEEDED))
     if given is not None and read_class_names(given) != names:
         raise UsageError(
             f"segmentation.class_names={given} are other classes than those that {source} was trained on; drop the key"
         )
     index = open_index(validation_root(recipe), progress=False)
-    labels = LabelFiles(index, labels_of(recipe), classes=len(names))
+    labels = LabelFiles(index, annotations_path(recipe, "val_labels", NEEDED), classes=len(names))
     model = build_segmenter(recipe, len(names))
     load_dense(model, state)
     return LabelPixels(model, seed=recipe.seed), names, index, labels

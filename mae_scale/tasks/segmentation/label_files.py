@@ -12,12 +12,18 @@ from data_pipeline.arrays import Uint8Array
 from data_pipeline.errors import UsageError
 from data_pipeline.files import write_json
 from data_pipeline.index import Index
-from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
+from mae_scale.tasks.dense_transfer import annotations_path
 from mae_scale.training.inputs import has_step, recorded
 
 CLASSES = "classes.json"
 """The names of a run's classes, in its folder."""
+NEEDED = {
+    "labels": "/path/to/annotations/training (a PNG of the same name for each image of data.root)",
+    "val_labels": "/path/to/annotations/validation (a PNG of the same name for each image of data.val_root)",
+    "class_names": "FILE (a class's name on each line, or ADE20K's objectInfo150.txt)",
+}
+"""The keys that name them, and what each is to name."""
 LABELS = "labels"
 """The fact of a checkpoint's manifest about the label maps: their digest."""
 
@@ -60,8 +66,7 @@ def class_names(recipe: Recipe, out: Path) -> list[str]:
     path = recipe.segmenting.class_names
     if known is not None and (path is None or not path.exists()):
         return known
-    advice = "add segmentation.class_names=FILE (a class's name on each line, or ADE20K's objectInfo150.txt)"
-    found = read_class_names(required(path, "segmentation.class_names", advice))
+    found = read_class_names(annotations_path(recipe, "class_names", NEEDED))
     if known is not None and found != known:
         raise UsageError(
             f"segmentation.class_names={path} are other classes than the run in {out} was begun with; give those, "

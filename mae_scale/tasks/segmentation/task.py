@@ -19,7 +19,7 @@ from mae_scale.engines.base import Engine
 from mae_scale.models.build import build_segmenter
 from mae_scale.planning.workload import CROSS_ENTROPY, Workload
 from mae_scale.tasks.dense_transfer import DenseTransfer
-from mae_scale.tasks.segmentation.label_files import LABELS, LabelFiles, class_names, keep_class_names
+from mae_scale.tasks.segmentation.label_files import LABELS, NEEDED, LabelFiles, class_names, keep_class_names
 from mae_scale.tasks.segmentation.objective import LabelPixels
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
@@ -33,11 +33,7 @@ class Segmentation(DenseTransfer[LabelPixels]):
 
     planned_images: ClassVar[int] = 20_210  # ADE20K's
     planned_classes: ClassVar[int] = 150
-    needed: ClassVar[dict[str, str]] = {
-        "labels": "/path/to/annotations/training (a PNG of the same name for each image of data.root)",
-        "val_labels": "/path/to/annotations/validation (a PNG of the same name for each image of data.val_root)",
-        "class_names": "FILE (a class's name on each line, or ADE20K's objectInfo150.txt)",
-    }
+    needed: ClassVar[dict[str, str]] = NEEDED
 
     def objective(self, classes: int) -> LabelPixels:
         return LabelPixels(build_segmenter(self.recipe, classes), seed=self.recipe.seed)
