@@ -329,3 +329,28 @@ def test_a_run_from_scratch_is_evaluated_by_its_own_recipe(train, scenes, mae_sc
     done = mae_scale("evaluate", tmp_path / "run" / "recipe.yaml", "--weights", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "mean IoU" in done.stdout
+
+
+def test_ranks_that_share_weights_measure_images_with_unequal_numbers_of_windows(whole, scenes, mae_scale, tmp_path):
+    """ZeRO 3 gathers weights for each call of the model: with fewer calls a rank would leave the other waiting."""
+    copied = scenes_in(tmp_path)
+    for folder, ending, mode in (("images", "jpg", "RGB"), ("labels", "png", "P")):
+        path = copied / "val" / folder / f"000001.{ending}"
+        with Image.open(path) as small:
+            wide = Image.new(mode, (140, 48))
+            if mode == "P":
+                wide.putpalette(small.getpalette())
+            wide.paste(small)
+        wide.save(path)
+    files = fully_sharded_configs(tmp_path)
+    found = {}
+    for name, nproc, more in (("one", 1, []), ("two", 2, [ZERO_3.format(**files)])):
+        done = mae_scale(
+            "finetune", *arguments("segmentation", copied), "segmentation.from_scratch=true", "--out", tmp_path / name,
+            "schedule.epochs=1", "tracking.evaluate_every_epochs=1", "engine.collective_timeout_s=20",
+            "--nproc", nproc, *more,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found[name] = json.loads((tmp_path / name / "evaluation.json").read_text())
+    assert found["two"]["images"] == VAL
+    assert found["two"]["pixel_accuracy"] == pytest.approx(found["one"]["pixel_accuracy"], abs=0.5)

@@ -9,7 +9,7 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 from data_pipeline.annotations.label_maps import IGNORED
 from data_pipeline.errors import UsageError
 from mae_scale.tasks.segmentation.pixel_counts import PixelCounts
-from mae_scale.tasks.segmentation.windows import by_windows, starts_of
+from mae_scale.tasks.segmentation.windows import by_windows, number_of_windows, starts_of
 
 CLASSES = 6
 
@@ -88,3 +88,18 @@ def test_a_pixel_of_several_windows_has_their_mean():
         lambda x: torch.full((1, 1, 4, 4), float(next(seen))), torch.zeros(1, 3, 4, 7), window=4, stride=3
     )
     assert found[0, 0, 0].tolist() == [0, 0, 0, 0.5, 1, 1, 1]
+
+
+def test_a_model_that_ranks_share_is_called_as_often_as_by_the_image_with_most_windows():
+    called = []
+
+    def model(part):
+        called.append(tuple(part.shape))
+        return part[:, :1]
+
+    images = torch.randn(1, 3, 8, 12)
+    alone = by_windows(model, images, window=8, stride=4)
+    assert len(called) == number_of_windows(8, 12, window=8, stride=4) == 2
+    called.clear()
+    assert torch.equal(by_windows(model, images, window=8, stride=4, calls=5), alone)
+    assert called == [(1, 3, 8, 8)] * 5
