@@ -51,6 +51,9 @@ def call(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["mae-scale", *map(str, arguments)])
         with patch.dict(os.environ), pytest.raises(SystemExit) as ended:
             main()
+        if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+            sys.modules["torch"].distributed.destroy_process_group()
+            pytest.fail("the command joined a process group, which an error leaves open here: use mae_scale")
         captured = capsys.readouterr()
         return int(ended.value.code or 0), captured.out, captured.err
 

@@ -161,18 +161,18 @@ def test_an_evaluation_that_cannot_be_is_refused(words, said, call):
     assert said in error
 
 
-def test_an_encoder_has_nothing_to_evaluate(call, scenes, tmp_path):
+def test_an_encoder_has_nothing_to_evaluate(mae_scale, scenes, tmp_path):
     import torch
     from safetensors.torch import save_file
 
     save_file({"cls_token": torch.zeros(1, 1, 4)}, tmp_path / "encoder.safetensors")
-    code, _, error = call(
+    ended = mae_scale(
         "evaluate", "detection/demo", "--weights", tmp_path / "encoder.safetensors",
         f"data.val_root={scenes}/val/images",
         f"detection.val_annotations={scenes}/val/instances.json",
     )  # fmt: skip
-    assert code == 2
-    assert "holds an encoder, expected a detector; train one first, and give that run" in error
+    assert ended.returncode == 2
+    assert "holds an encoder, expected a detector; train one first, and give that run" in ended.stderr
 
 
 def test_a_json_without_images_and_label_maps_of_two_images_are_refused(refused, changed, scenes, tmp_path):
