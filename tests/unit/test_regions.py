@@ -38,6 +38,8 @@ def test_anchors_of_patches_of_14_px_are_around_the_places_of_their_maps():
     anchors = Anchors(strides_of(14, 5), [28, 56, 112, 224, 448], ASPECT_RATIOS)
     found, again = anchors(images, maps)
     assert again is found
+    other = anchors(images, [*maps[:-1], maps[-1][..., :-1]])[0]
+    assert len(other) == len(found) - 3 * maps[-1].shape[-2]
     centres = (found[:, :2] + found[:, 2:]) / 2
     finest = centres[: 292 * 292 * 3 : 3].reshape(292, 292, 2)
     assert finest[0, -1].tolist() == pytest.approx([291 * 3.5, 0], abs=1e-3)

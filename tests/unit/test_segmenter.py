@@ -50,6 +50,20 @@ def test_batch_norm_on_one_rank_is_torchs_in_training_and_after_it(dtype):
     assert torch.allclose(ours.eval()(x), theirs.eval()(x), atol=1e-5)
 
 
+def test_running_averages_stay_float32_and_follow_no_batch_that_is_not_finite():
+    ours = GlobalBatchNorm2d(6).to(torch.bfloat16)
+    assert ours.weight.dtype == torch.bfloat16
+    assert ours.running_mean.dtype == ours.running_var.dtype == torch.float32
+    ours(torch.randn(4, 6, 5, 3).to(torch.bfloat16))
+    before = [one.clone() for one in (ours.running_mean, ours.running_var)]
+    for value in (torch.nan, torch.inf):
+        x = torch.randn(4, 6, 5, 3)
+        x[1, 2, 3, 1] = value
+        ours(x.to(torch.bfloat16))
+    assert torch.equal(ours.running_mean, before[0])
+    assert torch.equal(ours.running_var, before[1])
+
+
 def test_logits_are_of_each_pixel_and_those_of_transformers_head(model):
     model.train()
     images = torch.randn(2, 3, 48, 48)
