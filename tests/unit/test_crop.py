@@ -6,7 +6,7 @@ import torch
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
-from data_pipeline.augment.crop import random_resized_crops
+from data_pipeline.augment.crop import random_resized_crops, scaled_regions
 from data_pipeline.augment.kinds import augmentation
 from data_pipeline.plan import plan_batch
 from data_pipeline.rng import generator
@@ -61,3 +61,22 @@ def test_fixed_crops_have_one_size_and_every_offset():
     assert np.array_equal(sides, np.full((count, 2), 224, np.float32))
     assert set(plan.regions[:, 0]) == set(range(33))
     assert (plan.regions[:, 1].min(), plan.regions[:, 1].max()) == (0, 288)
+
+
+@pytest.mark.parametrize(
+    ("scale", "by_shorter", "region", "filled"),
+    [
+        ((1, 1), False, (0, 0, 40, 80), (16, 32)),
+        ((2, 2), False, (0, 10, 40, 50), (32, 32)),
+        ((4, 4), False, (5, 15, 25, 35), (32, 32)),
+        ((1, 1), True, (0, 30, 40, 70), (32, 32)),
+        ((2, 2), True, (5, 45, 25, 65), (32, 32)),
+        ((0.5, 0.5), True, (0, 0, 40, 80), (16, 32)),
+    ],
+)
+def test_scaled_regions_of_a_wide_image_follow_its_longer_or_its_shorter_side(scale, by_shorter, region, filled):
+    """40 x 80 px to 32 x 32: a part lies at one share of the room in both directions, or by_shorter at one of each."""
+    draws = np.array([[0.5, 0.25, 0.75]])
+    regions, sizes = scaled_regions(draws, np.array([[40, 80]]), scale, 32, by_shorter=by_shorter)
+    assert regions.tolist() == [pytest.approx(region)]
+    assert sizes.tolist() == [list(filled)]

@@ -33,12 +33,15 @@ from mae_scale.config.load import load_recipe
 from mae_scale.models.attention import last_attention
 from mae_scale.models.beit import Beit
 from mae_scale.models.classifier import build_classifier
+from mae_scale.models.dense import DenseEncoder
 from mae_scale.models.mae import build_mae
 from mae_scale.models.masking import KINDS, block_masks, kept_patches, mask_noise
+from mae_scale.models.segmenter import Segmenter
 from mae_scale.models.vit import ViTSize, patchify, unpatchify
 from mae_scale.models.weights.autoencoder import load_hf, to_timm
 from mae_scale.models.weights.beit import beit_to_official
 from mae_scale.models.weights.classifier import load_classifier
+from mae_scale.models.weights.dense import load_dense
 from mae_scale.models.weights.files import read_weights
 from mae_scale.planning.flops import mae_forward_flops
 from mae_scale.reports.classification import attention_figure
@@ -167,6 +170,17 @@ def test_positions_are_resampled_between_any_grids(start, target):
     expected = resample_abs_pos_embed(file["pos_embed"], list(target), list(start), antialias=False)
     assert torch.equal(model.encoder.pos_embed, expected[0])
     assert not torch.equal(model.encoder.pos_embed[1:16], file["pos_embed"][0, 1:16])
+
+
+@pytest.mark.parametrize("start", [(4, 4), (2, 8), (3, 5)])
+def test_an_encoder_of_whole_images_takes_positions_of_any_grid(start):
+    """2 x 8 patches are as many as its own 4 x 4."""
+    file = timm_vit((8 * start[0], 8 * start[1])).state_dict()
+    encoder = DenseEncoder(ViTSize(**SIZES), image_size=(48, 48), pretraining_size=32, window=None, global_blocks=())
+    model = Segmenter(encoder, classes=3, after=(0, 0, 1, 1), channels=8, auxiliary_channels=8)
+    load_dense(model, file, None if start == (4, 4) else start)
+    expected = resample_abs_pos_embed(file["pos_embed"], [4, 4], list(start), antialias=False)
+    assert torch.equal(encoder.pos_embed, expected[:, 1:].reshape(encoder.pos_embed.shape))
 
 
 def test_positions_of_a_grid_that_is_not_known_are_refused(tmp_path):
