@@ -1,6 +1,6 @@
 """Write scenes for dense tasks: scikit-learn's real digits pasted on crops of its photographs, with exact annotations.
 
-Each scene has up to three digits, scaled, turned, coloured and partly over each other. What is annotated follows from
+Each scene has one or two digits, scaled, turned, coloured and partly over each other. What is annotated follows from
 the pixels that are painted: a digit's mask are those of its own that no later one covers, its box is the mask's.
 """
 
@@ -23,10 +23,12 @@ from data_pipeline.samples import begin_sample, finish_sample, held_out_digits
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MOST_DIGITS = 3
+MOST_DIGITS = 2
 ATTEMPTS = 4  # to find a place for a digit
 VISIBLE = 0.75  # share of each digit's pixels that stay visible, at least
-SHADE = 0.6  # brightness of photographs, on which digits are light
+SHADE = 0.5  # brightness of photographs, on which digits are light
+SIZES = (0.45, 0.65)  # of a digit's square, in sides of the scene
+TURN = 12  # degrees to either side
 EDGE = 0.4  # opacity from which on a pixel is the digit's
 BACKGROUND = 11  # in label maps; 1 to 10 are the digits, and 0, which means "not labelled", does not occur
 CLASSES = [*(str(digit) for digit in range(10)), "background"]
@@ -134,10 +136,11 @@ def _placed(digit: Float64Array, side: int, random: np.random.Generator) -> Floa
     """Return a digit's opacity, float32 [side, side], 0 to 1: scaled, turned, and wholly within the scene."""
     from PIL import Image
 
-    size = int(side * (0.4 + 0.25 * random.random()))
+    smallest, largest = SIZES
+    size = int(side * (smallest + (largest - smallest) * random.random()))
     small = Image.fromarray((digit / 16).astype(np.float32))
     large = small.resize((size, size), Image.Resampling.BICUBIC)
-    turned = large.rotate(40 * random.random() - 20, Image.Resampling.BICUBIC, expand=True)
+    turned = large.rotate(TURN * (2 * random.random() - 1), Image.Resampling.BICUBIC, expand=True)
     opacity = np.zeros((side, side), np.float32)
     y, x = (int((side - length) * random.random()) for length in (turned.height, turned.width))
     opacity[y : y + turned.height, x : x + turned.width] = np.clip(np.asarray(turned), 0, 1)

@@ -19,7 +19,7 @@ from mae_scale.reproduce.runs import Run, do
 from mae_scale.tracking.metrics_log import read_metrics
 
 SEEDS = (0, 1, 2)
-TRAIN, VAL, SIDE = 2000, 200, 48
+TRAIN, VAL, SIDE = 4000, 200, 48
 """Scenes, and their side in pixels."""
 MEASURES = {
     "detection": {"box_ap": "box AP", "mask_ap": "mask AP"},
@@ -40,7 +40,7 @@ def run_dense(
     scenes = write_scenes(out / "scenes", train=TRAIN, val=VAL, side=SIDE)
     console.print(
         f"{scenes}: {TRAIN:,} scenes to train on and {VAL} to measure, {SIDE} px. Pre-training sees all, without "
-        f"annotations; detection and segmentation learn from a fifth of them with, {len(seeds)} seeds"
+        f"annotations; detection and segmentation learn from a tenth of them with, {len(seeds)} seeds"
     )
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # several run side by side
     jobs = min(2, os.cpu_count() or 1)

@@ -32,7 +32,7 @@ def test_masks_boxes_and_label_maps_say_the_same(scenes, part, count):
     assert sorted(path.name for path in (scenes / part / "images").iterdir()) == found.names
     numbers = np.diff(objects.first)
     assert numbers.min() >= 1
-    assert numbers.max() == 3
+    assert numbers.max() == 2
     for image, name in enumerate(found.names):
         labels = np.array(Image.open(scenes / part / "labels" / name.replace("jpg", "png")))
         expected = np.full((96, 96), BACKGROUND)
@@ -90,7 +90,7 @@ def test_at_least_half_of_each_digit_stays_visible(monkeypatch, tmp_path):
     monkeypatch.setattr(scenes_module, "paint", watched)
     write_scenes(tmp_path / "scenes", train=60, val=1, side=64)
     assert min(shares) >= 0.5
-    assert sum(share < 1 for share in shares) > 20
+    assert sum(share < 1 for share in shares) > 10
 
 
 def test_a_second_call_leaves_them_and_another_folder_has_the_same_bytes(scenes, tmp_path):
