@@ -12,10 +12,13 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 BEFORE_THE_MOVE = Path(__file__).parent / "data" / "before_the_move"
+FILTER: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+"""Python 3.11.2, Debian 12's, has no filters yet."""
 
 SIZE = ["model.width=16", "model.depth=2", "model.heads=2"]
 DECODER = ["model.decoder_width=16", "model.decoder_depth=1", "model.decoder_heads=2"]
@@ -44,7 +47,7 @@ def command(name: str, out: Path, digits: Path, ranks: int | None = None) -> lis
 def unpack(name: str, folder: Path) -> tuple[Path, Path]:
     """Unpack a run of BEFORE_THE_MOVE into `folder`; return its own folder and the file of expected metrics."""
     with tarfile.open(BEFORE_THE_MOVE / f"{name}.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, **FILTER)
     return folder / name, folder / "expected.jsonl"
 
 

@@ -68,7 +68,7 @@ def test_seeds_are_of_step_and_position_alone():
 def test_each_block_learns_faster_than_the_one_before_it(task):
     """BEiT's layers: the embedding, the blocks, and what comes after, at 0.8 ^ (layers after it)."""
     objective = objective_of(task)
-    groups = parameter_groups(objective, load_recipe(f"{task}/demo").optim)
+    groups = parameter_groups(objective, load_recipe(f"{task}/demo", ["optim.layer_decay=0.8"]).optim)
     share = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     decayed = {id(p): group["weight_decay"] > 0 for group in groups for p in group["params"]}
     names = dict(objective.named_parameters())
