@@ -40,7 +40,7 @@ def run_dense(
     scenes = write_scenes(out / "scenes", train=TRAIN, val=VAL, side=SIDE)
     console.print(
         f"{scenes}: {TRAIN:,} scenes to train on and {VAL} to measure, {SIDE} px. Pre-training sees all, without "
-        f"annotations; detection and segmentation learn from a tenth of them with, {len(seeds)} seeds"
+        f"annotations; detection and segmentation learn from a tenth of them, annotated, under {len(seeds)} seeds"
     )
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # several run side by side
     jobs = min(2, os.cpu_count() or 1)

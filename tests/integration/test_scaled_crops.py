@@ -25,7 +25,7 @@ from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from data_pipeline.plan import plan_batch
 from data_pipeline.scenes import write_scenes
 
-SIDE, STORED, COUNT = 80, 96, 24
+SIDE, STORED, COUNT = 80, 96, 36
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_boxes_and_masks_are_torchvisions(index, scenes):
     both, either = np.array(overlaps).T
     assert np.mean(both == either) > 0.8  # but for pixel centres that fall on the border of two stored pixels
     assert both.sum() / either.sum() > 0.99
-    assert len(both) > 30
+    assert len(both) > 40
 
 
 def test_a_polygon_is_moved_before_it_is_rasterised(tmp_path):
