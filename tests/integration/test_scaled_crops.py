@@ -25,7 +25,7 @@ from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from data_pipeline.plan import plan_batch
 from data_pipeline.scenes import write_scenes
 
-SIDE, STORED, COUNT = 80, 96, 36
+SIDE, STORED, COUNT = 80, 96, 48
 
 
 @pytest.fixture(scope="module")
