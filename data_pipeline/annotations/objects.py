@@ -76,6 +76,6 @@ def rows_of(lengths: list[int]) -> Int64Array:
 def _gathered(ends: Int64Array, pieces: Int64Array) -> tuple[Int64Array, Int64Array]:
     """Return where each of the chosen pieces then begins, int64 [k + 1], and the rows of all of them, int64 [rows]."""
     begin = np.where(pieces >= 0, ends[pieces], 0)
-    lengths = np.where(pieces >= 0, ends[pieces + 1], 0) - begin
+    lengths = ends[pieces + 1] - begin  # of the piece -1: ends[0], which is 0
     first = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
     return first, np.repeat(begin - first[:-1], lengths) + np.arange(first[-1])
