@@ -93,7 +93,7 @@ def _of_dense(recipe: Recipe) -> str | None:
 def _of_beit(recipe: Recipe) -> str | None:
     """Return which of BEiT's keys the recipe has in vain or lacks; else None."""
     model = recipe.model
-    takes = {"beit": ("beit",), "classification": ("vit", "beit")}.get(recipe.task, ("vit",))
+    takes = ("beit",) if recipe.task == "beit" else ("vit", "beit") if recipe.task in STARTING else ("vit",)
     if model.encoder not in takes:
         return f"task: {recipe.task} does not train model.encoder={model.encoder}; task: beit and it belong together"
     if recipe.task == "beit" and model.target == "pca":

@@ -27,6 +27,8 @@ from mae_scale.models.vit import ViTSize, check_images, gather_tokens, grid_shap
 INIT_STD = 0.02
 TABLE = "relative_position_bias_table"
 """The name of the parameter that all blocks share."""
+CLS_ROWS = 3
+"""The last rows of a table: of the cls token to a patch, of a patch to it, and of it to itself."""
 
 
 def relative_positions(grid: ImageSize) -> Tensor:
@@ -40,15 +42,20 @@ def relative_positions(grid: ImageSize) -> Tensor:
     down, across = places[:, :, None] - places[:, None, :]  # each [L, L]
     rows = torch.empty(1 + h * w, 1 + h * w, dtype=torch.int64)
     rows[1:, 1:] = (down + h - 1) * (2 * w - 1) + across + w - 1
-    cls_to_patch = table_rows(grid) - 3
+    cls_to_patch = table_rows(grid) - CLS_ROWS
     rows[0, :], rows[:, 0], rows[0, 0] = cls_to_patch, cls_to_patch + 1, cls_to_patch + 2
     return rows
 
 
 def table_rows(grid: ImageSize) -> int:
     """Return the number of rows of a bias table."""
+    return math.prod(distances(grid)) + CLS_ROWS
+
+
+def distances(grid: ImageSize) -> tuple[int, int]:
+    """Return the numbers of different distances of two patches, down and across."""
     h, w = height_and_width(grid)
-    return (2 * h - 1) * (2 * w - 1) + 3
+    return 2 * h - 1, 2 * w - 1
 
 
 def _bias(table: Tensor, rows: Tensor) -> Tensor:
@@ -167,19 +174,11 @@ class BeitEncoder(nn.Module):
         own_rows = None if shared_bias else table_rows(self.grid)
         self.blocks = nn.ModuleList(BeitBlock(size.width, size.heads, layer_scale, own_rows) for _ in range(size.depth))
         self.norm = layer_norm(size.width) if final_norm else nn.Identity()
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Initialise as the authors: truncated normals; block n's last layers are divided by sqrt(2 n)."""
         self.apply(init_weights)
         for token in (self.cls_token, self.mask_token):
             if token is not None:
                 nn.init.trunc_normal_(token, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
-        with torch.no_grad():
-            for number, block in enumerate(self.blocks, start=1):
-                assert isinstance(block, BeitBlock)
-                block.attn.proj.weight.div_((2.0 * number) ** 0.5)
-                block.mlp.fc2.weight.div_((2.0 * number) ** 0.5)
+        divide_last_layers(self.blocks)
 
     def forward(self, patches: Tensor, mask: Tensor | None = None, branch_scales: Tensor | None = None) -> Tensor:
         """Return features [B, N, D] of patches [B, L, p*p*3], cls first, in the parameters' dtype.
@@ -194,6 +193,14 @@ class BeitEncoder(nn.Module):
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)  # [B, N, D]
         position = self.rows if self.rel_pos_bias is None else self.rel_pos_bias(self.rows)
         return self.norm(run_blocks(self.blocks, x, position, branch_scales=branch_scales))
+
+
+def divide_last_layers(blocks: nn.ModuleList) -> None:
+    """Divide the last layers of the branches of block n, from 1, by sqrt(2 n), as the authors do with fresh weights."""
+    with torch.no_grad():
+        for number, block in enumerate(blocks, start=1):
+            for last in (block.attn.proj, block.mlp.fc2):  # type: ignore[union-attr]  # blocks of one kind
+                last.weight.div_((2.0 * number) ** 0.5)  # type: ignore[operator, union-attr]
 
 
 def init_weights(module: nn.Module) -> None:

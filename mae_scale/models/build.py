@@ -98,6 +98,7 @@ def build_dense_encoder(model: ModelSection, section: DenseSection) -> DenseEnco
         window=section.window or 1,  # without windows no block takes it
         global_blocks=places,
         drop_path=model.drop_path,
+        layer_scale=model.layer_scale,
     )
 
 

@@ -3,13 +3,15 @@
 Source: Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection" (arXiv 2203.16527, ViTDet): most
 blocks attend within windows, a few evenly placed ones to the whole image; attention has decomposed relative positions
 (Li et al., MViTv2, arXiv 2112.01526, section 4.1), which begin at zero, so that the first forward is the plain
-encoder's. Parameters have timm's names where timm has them.
+encoder's. BEiT's encoder (Bao et al., arXiv 2106.08254) keeps its own attention, biased by relative position, in the
+same windows. Parameters have timm's names where timm has them.
 
 Letters in shapes: B images, h x w patches of an image, D the width, H heads, d = D / H, N windows (or images).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data_pipeline.errors import UsageError
+from mae_scale.models import beit
 from mae_scale.models.drop_path import drop_path_rates, scaled
 from mae_scale.models.vit import ViTSize, grid_of, init_weights, layer_norm, patchify, run_blocks, sincos_positions
 
@@ -104,21 +107,63 @@ class RelativeAttention(nn.Module):
         return functional.pad(q, fill), functional.pad(k, fill)
 
 
-class DenseBlock(nn.Module):
-    """Pre-norm block over a map; attention is within windows of `side` patches, or over the whole map (None)."""
+class BiasedAttention(beit.BeitAttention):
+    """BEiT's self-attention over a map: a table of this block has each head's bias of two patches' relative position.
 
-    def __init__(self, size: ViTSize, grid: tuple[int, int], side: int | None):
+    The table is that of a map of `rows` x `columns` patches; on other maps it is resampled, bilinearly.
+    """
+
+    pairs: Tensor
+
+    def __init__(self, width: int, heads: int, rows: int, columns: int):
+        grid = rows, columns
+        super().__init__(width, heads, own_rows=math.prod(beit.distances(grid)))
+        self.grid = grid
+        self.register_buffer("pairs", beit.relative_positions(grid)[1:, 1:], persistent=False)  # [hw, hw]
+
+    # A map has its positions in its shape.
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """x [N, h, w, D] -> [N, h, w, D]."""
+        return super().forward(x.flatten(1, 2), self._bias(x.shape[1], x.shape[2])).view(x.shape)
+
+    def bias(self, position: Tensor) -> Tensor:
+        """Return the bias as it is."""
+        return position
+
+    def _bias(self, height: int, width: int) -> Tensor:
+        """Return the bias [1, H, hw, hw] of a map."""
+        own, pairs, grid = self.relative_position_bias_table, self.pairs, (height, width)
+        assert own is not None
+        table: Tensor = own
+        if grid != self.grid:
+            places = own.t().unflatten(1, beit.distances(self.grid)).unsqueeze(0)
+            table = functional.interpolate(places, size=beit.distances(grid), mode="bilinear")[0].flatten(1).t()
+            pairs = beit.relative_positions(grid)[1:, 1:].to(table.device)
+        return table[pairs].permute(2, 0, 1).unsqueeze(0)
+
+
+class DenseBlock(nn.Module):
+    """Pre-norm block over a map; attention is within windows of `side` patches, or over the whole map (None).
+
+    With `layer_scale` it is BEiT's block: biased attention, and branches with a learned scale that begins there.
+    """
+
+    def __init__(self, size: ViTSize, grid: tuple[int, int], side: int | None, layer_scale: float | None = None):
         super().__init__()
         self.side = side
         self.norm1, self.norm2 = layer_norm(size.width), layer_norm(size.width)
-        self.attn = RelativeAttention(size.width, size.heads, *(grid if side is None else (side, side)))
+        attention = RelativeAttention if layer_scale is None else BiasedAttention
+        self.attn = attention(size.width, size.heads, *(grid if side is None else (side, side)))
         self.mlp = Mlp(size.width, 4 * size.width)
+        self.gamma_1, self.gamma_2 = (
+            None if layer_scale is None else nn.Parameter(torch.full((size.width,), layer_scale)) for _ in range(2)
+        )
 
     def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
         """x [B, h, w, D] -> the same; scales [B, 2] multiply the branches (stochastic depth)."""
         first, second = (None, None) if scales is None else scales[:, :, None, None, None].unbind(1)
-        x = x + scaled(self._attend(self.norm1(x)), first)
-        return x + scaled(self.mlp(self.norm2(x)), second)
+        x = x + scaled(scaled(self._attend(self.norm1(x)), self.gamma_1), first)
+        return x + scaled(scaled(self.mlp(self.norm2(x)), self.gamma_2), second)
 
     def _attend(self, x: Tensor) -> Tensor:
         if self.side is None:
@@ -132,7 +177,8 @@ class DenseEncoder(nn.Module):
     Positions are learned for the grid of `pretraining_size` px and resampled to the image's (bicubic), so that images
     may have any sides that are multiples of the patch, also such that differ from image_size; tables of relative
     positions are of image_size (height, width) in global blocks. `drop_path` is the last block's rate of stochastic
-    depth; forward() draws nothing, its caller gives the drops.
+    depth; forward() draws nothing, its caller gives the drops. With `layer_scale` it is BEiT's encoder: its positions
+    are its attention's biases alone.
     """
 
     def __init__(
@@ -144,6 +190,7 @@ class DenseEncoder(nn.Module):
         window: int,
         global_blocks: Sequence[int],
         drop_path: float = 0.0,
+        layer_scale: float | None = None,
     ):
         super().__init__()
         self.size = size
@@ -151,13 +198,19 @@ class DenseEncoder(nn.Module):
         height, width = (grid_of(side, size.patch_size) for side in image_size)
         self.pretraining_grid = grid_of(pretraining_size, size.patch_size)
         self.patch_embed = nn.Linear(size.patch_size**2 * 3, size.width)
-        positions = sincos_positions(size.width, self.pretraining_grid)[1:]
-        self.pos_embed = nn.Parameter(torch.tensor(positions))  # [L, D]
+        self.pos_embed: nn.Parameter | None = None
+        if layer_scale is None:
+            positions = sincos_positions(size.width, self.pretraining_grid)[1:]
+            self.pos_embed = nn.Parameter(torch.tensor(positions))  # [L, D]
         self.blocks = nn.ModuleList(
-            DenseBlock(size, (height, width), None if number in global_blocks else window)
+            DenseBlock(size, (height, width), None if number in global_blocks else window, layer_scale)
             for number in range(size.depth)
         )
-        self.apply(init_weights)
+        if layer_scale is None:
+            self.apply(init_weights)
+        else:
+            self.apply(beit.init_weights)
+            beit.divide_last_layers(self.blocks)
 
     def forward(
         self, images: Tensor, branch_scales: Tensor | None = None, *, after: Sequence[int] | None = None
@@ -170,7 +223,8 @@ class DenseEncoder(nn.Module):
         height, width = (grid_of(side, self.size.patch_size) for side in images.shape[-2:])
         dtype = self.patch_embed.weight.dtype
         x = self.patch_embed(patchify(images.to(dtype), self.size.patch_size)).unflatten(1, (height, width))
-        x = x + self._positions(height, width).to(dtype)
+        if self.pos_embed is not None:
+            x = x + self._positions(self.pos_embed, height, width).to(dtype)
         ends = [self.size.depth - 1] if after is None else list(after)
         maps, begin = [], 0
         for end in ends:
@@ -180,10 +234,10 @@ class DenseEncoder(nn.Module):
             begin = end + 1
         return maps
 
-    def _positions(self, height: int, width: int) -> Tensor:
-        """Return the positions [1, h, w, D]."""
+    def _positions(self, learned: Tensor, height: int, width: int) -> Tensor:
+        """Return the positions [1, h, w, D] of those learned [L, D]."""
         grid = self.pretraining_grid
-        positions = self.pos_embed.unflatten(0, (grid, grid)).unsqueeze(0)
+        positions = learned.unflatten(0, (grid, grid)).unsqueeze(0)
         if (height, width) == (grid, grid):
             return positions
         resampled = functional.interpolate(positions.permute(0, 3, 1, 2), size=(height, width), mode="bicubic")

@@ -33,7 +33,7 @@ from mae_scale.models.weights.checked_copy import LoadReport
 from mae_scale.models.weights.dense import load_dense
 from mae_scale.planning.workload import Stack
 from mae_scale.tasks.evaluation import EVALUATION
-from mae_scale.tasks.starting_weights import check_start, loaded_note, weights_to_begin_with
+from mae_scale.tasks.starting_weights import check_start, loaded_notes, weights_to_begin_with
 from mae_scale.tracking.tracker import Tracker
 from mae_scale.training.context import RunContext
 from mae_scale.training.inputs import has_checkpoint, started_from
@@ -131,11 +131,12 @@ class DenseTransfer(Task[DenseT]):
 
     def initialise(self, objective: DenseT, index: Index) -> Origin:
         """Load the weights that the run starts from, unless it has a checkpoint. All ranks call it."""
-        path, source, notes = self.section.weights, None, []
+        path, source = self.section.weights, None
+        notes: list[str] = []
         if path is not None and not has_checkpoint(self.out):
             source = starting = from_first(lambda: starting_point(path))
             loaded = first_then_others(lambda: _load(objective.model, starting))
-            notes.append(loaded_note(loaded, path))
+            notes = loaded_notes(loaded, path, source, takes_beit=objective.encoder.pos_embed is None)
         is_first = torch.distributed.get_rank() == 0
         return Origin(
             notes,
@@ -152,12 +153,13 @@ class DenseTransfer(Task[DenseT]):
     def stacks(self, encoder: DenseEncoder) -> tuple[Stack, ...]:
         """Return the encoder's blocks: those over the whole image, and those in windows, filled up to whole ones."""
         size, side = encoder.size, self.recipe.model.square_side // encoder.size.patch_size
-        window = self.section.window
+        window, scaled = self.section.window, encoder.pos_embed is None
         whole = size.depth if window is None else self.section.global_blocks
-        found = [Stack(side**2, size.width, size.heads, whole, whole)]
+        found = [Stack(side**2, size.width, size.heads, whole, whole, scaled=scaled)]
         if window is not None and whole < size.depth:
             count, rest = (-(-side // window)) ** 2, size.depth - whole
-            found.append(Stack(count * window**2, size.width, size.heads, rest, rest, sequences=count))
+            tokens = count * window**2
+            found.append(Stack(tokens, size.width, size.heads, rest, rest, scaled=scaled, sequences=count))
         return tuple(found)
 
     def embedding(self, encoder: DenseEncoder) -> tuple[int, int, int, bool]:

@@ -6,6 +6,7 @@ from data_pipeline.errors import UsageError
 from mae_scale.config.required import required
 from mae_scale.config.schema import STARTING, Recipe
 from mae_scale.models.weights.checked_copy import LoadReport
+from mae_scale.models.weights.files import is_export
 from mae_scale.training.inputs import has_checkpoint, refuse_other_weights
 
 ADVICE = "a run's folder, a checkpoint or a file of weights"
@@ -45,11 +46,20 @@ def weights_path(recipe: Recipe) -> Path:
     return weights
 
 
-def loaded_note(loaded: LoadReport, path: Path) -> str:
-    """Return the line about what was read from a path, what stays fresh, and what is not used."""
+def loaded_notes(loaded: LoadReport, path: Path, source: Path, *, takes_beit: bool) -> list[str]:
+    """Return the line about what was read from a path, what stays fresh, and what is not used.
+
+    Where a BEiT was read from a file of others, `source`, a second line says what images it was trained on.
+    """
     fresh = f"; fresh: {_places(loaded.not_set)}" if loaded.not_set else ""
     unused = f"; unused: {_places(loaded.unused)}" if loaded.unused else ""
-    return f"{len(loaded.loaded)} tensors from {path}{fresh}{unused}"
+    notes = [f"{len(loaded.loaded)} tensors from {path}{fresh}{unused}"]
+    if takes_beit and source.is_file() and not is_export(source):
+        notes.append(
+            "  BEiT's published files were trained on images normalised by mean and std 0.5, and here ImageNet's are "
+            "used: fine-tuning adapts to them, features of a frozen encoder are not what was published (docs/beit.md)"
+        )
+    return notes
 
 
 def _places(names: list[str]) -> str:

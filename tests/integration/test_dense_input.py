@@ -56,7 +56,7 @@ DETECTION = {
     "checkpoint.keep_best=val/top1": "checkpoint.keep_best=val/top1 belongs to task: classification",
     "checkpoint.keep_best=val/loss": "is not measured by task: detection; use val/box_ap or train/loss",
     "tracking.knn_images=5": "task: detection measures its own accuracy",
-    "model.encoder=beit": "task: detection does not train model.encoder=beit",
+    "model.encoder=beit": "model.encoder=beit needs model.layer_scale",
 }
 SEGMENTATION = {
     "segmentation.labels=null": "add segmentation.labels=/path/to/annotations",

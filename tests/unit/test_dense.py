@@ -101,7 +101,7 @@ def test_maps_after_several_blocks_and_dropped_branches_are_those_of_the_blocks_
     model = shaken(encoder(drop_path=0.5)).train()
     images = torch.randn(3, 3, 40, 24)
     scales = draw_branch_scales(model.drop_path_rates, seed=0, step=1, positions=torch.arange(3).numpy())
-    x = (model.patch_embed(patchify(images, 4))).unflatten(1, (10, 6)) + model._positions(10, 6)
+    x = (model.patch_embed(patchify(images, 4))).unflatten(1, (10, 6)) + model._positions(model.pos_embed, 10, 6)
     expected = []
     for number, block in enumerate(model.blocks):
         x = block(x, scales[:, number])

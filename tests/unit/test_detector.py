@@ -102,7 +102,7 @@ def test_an_images_losses_and_their_gradients_are_torchvisions(model, scenes, ro
     for part in (peer.rpn, peer.roi_heads):
         sampler = part.fg_bg_sampler
         part.fg_bg_sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)
-        part.fg_bg_sampler.generator = draws
+        part.fg_bg_sampler.generators = [draws]
     one = objects[row]
     target = [{"boxes": one.boxes, "labels": one.labels, "masks": one.masks}]
     features = peer.backbone(images[row : row + 1])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 import torch
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from data_pipeline.errors import UsageError
 from data_pipeline.image_size import size_text
-from mae_scale.models.beit import TABLE, Beit, table_rows
+from mae_scale.models.beit import CLS_ROWS, TABLE, Beit, distances, table_rows
 from mae_scale.models.weights.checked_copy import LoadReport, check_same, check_size, copy_weights
 from mae_scale.models.weights.files import StateDict
 from mae_scale.models.weights.layouts import ENCODER, Names, from_release, to_release
@@ -119,19 +120,21 @@ def load_beit(model: Beit, state: StateDict) -> LoadReport:
     return copy_weights(dict(model.state_dict()), from_release(given, PRETRAINING))
 
 
-def own_tables(given: StateDict, *, depth: int, grid: tuple[int, int], given_grid: tuple[int, int] | None) -> StateDict:
-    """Return a file's tensors (release names) with a table of biases for each of `depth` blocks, of `grid`.
+def own_tables(given: StateDict, *, grids: Sequence[tuple[int, int]], given_grid: tuple[int, int] | None) -> StateDict:
+    """Return a file's tensors (release names) with a table of biases for each block, of the grid that is its own.
 
     given_grid: of the file's tables, where it is known; else a square's, or the model's. A shared table is copied into
     each block. Tables of another grid are resampled as the authors do, between unevenly spaced distances, but linearly
     (timm's `resize_rel_pos_bias_table`) where theirs are cubic.
-    Raises UsageError for tables of a single row or column of patches where the model's grid is another.
+    Raises UsageError for tables of a single row or column of patches where a block's grid is another.
     """
     given = dict(given)
-    if SHARED in given:
-        table = given.pop(SHARED)
-        given |= {f"blocks.{n}.attn.{TABLE}": table for n in range(depth)}
-    return {key: _on_grid(value, grid, given_grid) if key.endswith(TABLE) else value for key, value in given.items()}
+    shared = given.pop(SHARED, None)
+    for number, grid in enumerate(grids):
+        name = f"blocks.{number}.attn.{TABLE}"
+        if (table := given.get(name, shared)) is not None:
+            given[name] = _on_grid(table, grid, given_grid)
+    return given
 
 
 def _on_grid(table: Tensor, grid: tuple[int, int], given_grid: tuple[int, int] | None) -> Tensor:
@@ -146,19 +149,14 @@ def _on_grid(table: Tensor, grid: tuple[int, int], given_grid: tuple[int, int] |
             f"relative positions of {size_text(of)} patches cannot be resampled to {size_text(grid)}: they have no "
             "distances along one side; give weights of another grid"
         )
-    patches = table[:-3].float().T.unflatten(1, _distances(of))  # [H, 2 h - 1, 2 w - 1]
-    resampled = resize_rel_pos_bias_table(patches, grid, (table.shape[1], *_distances(grid)))
-    return torch.cat([resampled.flatten(1).T, table[-3:].float()])
-
-
-def _distances(grid: tuple[int, int]) -> tuple[int, int]:
-    """Return the numbers of different distances of two patches, down and across."""
-    return 2 * grid[0] - 1, 2 * grid[1] - 1
+    patches = table[:-CLS_ROWS].float().T.unflatten(1, distances(of))  # [H, 2 h - 1, 2 w - 1]
+    resampled = resize_rel_pos_bias_table(patches, grid, (table.shape[1], *distances(grid)))
+    return torch.cat([resampled.flatten(1).T, table[-CLS_ROWS:].float()])
 
 
 def _square_of(table: Tensor) -> tuple[int, int] | None:
     """Return the grid of a square's table [rows, H]; None for any other."""
-    grid = (math.isqrt(max(0, table.shape[0] - 3)) + 1) // 2
+    grid = (math.isqrt(max(0, table.shape[0] - CLS_ROWS)) + 1) // 2
     return (grid, grid) if grid and table.shape[0] == table_rows(grid) else None
 
 

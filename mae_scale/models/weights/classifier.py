@@ -65,7 +65,7 @@ def load_classifier(model: Classifier, state: StateDict, grid: tuple[int, int] |
     BatchNorm, number of classes); keys that are missing or unexpected, shapes that do not fit.
     """
     given, layout = release_names(state)
-    _check_encoder(model, given)
+    check_encoder(given, takes_beit=isinstance(model.encoder, BeitEncoder))
     check_size(given, model.encoder.size)
     unused_kinds: tuple[str, ...] = (*UNNAMED, *DECODER, "lm_head.")
     if _has(given, "fc_norm.") or _has(given, "head."):
@@ -77,7 +77,7 @@ def load_classifier(model: Classifier, state: StateDict, grid: tuple[int, int] |
     if "pos_embed" in given:
         given["pos_embed"] = on_grid(given["pos_embed"], model.encoder.grid, grid)
     if isinstance(model.encoder, BeitEncoder):
-        given = own_tables(given, depth=model.encoder.size.depth, grid=model.encoder.grid, given_grid=grid)
+        given = own_tables(given, grids=[model.encoder.grid] * model.encoder.size.depth, given_grid=grid)
 
     fresh = tuple(kind for kind in _MAY_STAY_FRESH if not _has(given, kind))
     if layout == _OUR_AUTOENCODER and "pos_embed" not in given:
@@ -168,15 +168,14 @@ def _has(state: StateDict, *beginnings: str) -> bool:
     return any(key.startswith(beginnings) for key in state)
 
 
-def _check_encoder(model: Classifier, given: StateDict) -> None:
-    """Raise UsageError when the file has the other kind of encoder, ViT or BEiT."""
-    takes = isinstance(model.encoder, BeitEncoder)
-    if takes and not is_beit(given):
+def check_encoder(given: StateDict, *, takes_beit: bool) -> None:
+    """Raise UsageError when a file has the other kind of encoder, ViT or BEiT, than the recipe's."""
+    if takes_beit and not is_beit(given):
         raise UsageError(
             "these are no weights of a BEiT (which has blocks.0.gamma_1), and the recipe has model.encoder=beit: give "
             "those of a BEiT, or set model.encoder=vit and model.layer_scale=null"
         )
-    if not takes and is_beit(given):
+    if not takes_beit and is_beit(given):
         raise UsageError(
             "these are weights of a BEiT, and the recipe has model.encoder=vit: set model.encoder=beit and "
             "model.layer_scale, or give weights of a plain ViT"

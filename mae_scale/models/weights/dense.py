@@ -1,17 +1,19 @@
 """Weights of a detector or a segmenter: an encoder's from a file in any known layout, or all of it from our own.
 
-A pre-trained or fine-tuned ViT gives its patches, positions and blocks. Relative positions begin at zero, and what
-comes after the encoder stays fresh. Its cls token, final norm, head and decoder have no place here.
+A pre-trained or fine-tuned ViT gives its patches, positions and blocks; relative positions begin at zero. A BEiT gives
+each block its biases by relative position, resampled to the block's window or to the image. What comes after the
+encoder stays fresh. A cls token, with its biases, a final norm, a head and a decoder have no place here.
 """
 
 from __future__ import annotations
 
 from data_pipeline.errors import UsageError
-from mae_scale.models.dense import DenseModel
+from mae_scale.models.beit import CLS_ROWS, TABLE
+from mae_scale.models.dense import BiasedAttention, DenseModel
 from mae_scale.models.detector import MaskRcnn
-from mae_scale.models.weights.beit import is_beit
+from mae_scale.models.weights.beit import own_tables
 from mae_scale.models.weights.checked_copy import LoadReport, check_same, check_size, copy_weights
-from mae_scale.models.weights.classifier import on_grid, release_names
+from mae_scale.models.weights.classifier import check_encoder, on_grid, release_names
 from mae_scale.models.weights.files import StateDict
 from mae_scale.models.weights.layouts import DECODER, ENCODER, UNNAMED, dense_kind, from_release, to_release
 from mae_scale.models.weights.vitdet import is_vitdet, load_vitdet
@@ -23,9 +25,9 @@ _RELATIVE = ("attn.rel_pos_h", "attn.rel_pos_w")
 def load_dense(model: DenseModel, state: StateDict, grid: tuple[int, int] | None = None) -> LoadReport:
     """Copy a file's tensors (`read_weights`) into the model's encoder, or into all of it where they are of the whole.
 
-    Layouts of an encoder are those of `load_classifier`, a BEiT's excepted; of a detector also ViTDet's. Positions of
-    another grid than the encoder's own, that of its pretraining_size, are resampled in float32, bicubic and without
-    antialiasing; theirs is `grid` (rows, columns), where it is known, else a square's.
+    Layouts of an encoder are those of `load_classifier`; of a detector also ViTDet's. Positions of another grid than
+    the encoder's own, that of its pretraining_size, are resampled in float32, bicubic and without antialiasing, a
+    BEiT's tables of biases as `own_tables` does; theirs is `grid` (rows, columns), where it is known, else a square's.
     Raises UsageError, with nothing copied: a file of another size or kind, keys that are missing or unexpected, shapes
     that do not fit.
     """
@@ -42,22 +44,23 @@ def load_dense(model: DenseModel, state: StateDict, grid: tuple[int, int] | None
         advice = "give weights of the same model, image size and classes, or those of a pre-training"
         check_same(state, own, layout="our own detector or segmenter", advice=advice)
         return copy_weights(own, state)
-    if is_beit(state):
-        raise UsageError(
-            "these are weights of a BEiT, whose positions relative to each other the encoder of whole images does not "
-            "have; give those of a plain ViT (task mae, moco or classification)"
-        )
     given, layout = release_names(state)
+    check_encoder(given, takes_beit=encoder.pos_embed is None)
     check_size(given, encoder.size)
-    if "pos_embed" not in given:
+    if encoder.pos_embed is not None and "pos_embed" not in given:
         raise UsageError(
             "the weights have no positions, so the image size that they were trained at is not known; write them again "
             "with `mae-scale export --format official`"
         )
     unused = [key for key in given if key.startswith(_UNUSED)]
     given = {key: value for key, value in given.items() if not key.startswith(_UNUSED)}
-    own_grid = (encoder.pretraining_grid, encoder.pretraining_grid)
-    given["pos_embed"] = on_grid(given["pos_embed"], own_grid, grid)[:, 1:]
+    if encoder.pos_embed is None:
+        grids = [block.attn.grid for block in encoder.blocks if isinstance(block.attn, BiasedAttention)]
+        given = own_tables(given, grids=grids, given_grid=grid)
+        given = {key: value[:-CLS_ROWS] if key.endswith(TABLE) else value for key, value in given.items()}
+    else:
+        own_grid = (encoder.pretraining_grid, encoder.pretraining_grid)
+        given["pos_embed"] = on_grid(given["pos_embed"], own_grid, grid)[:, 1:]
     prefix = "encoder."
     expected = to_release({name: value for name, value in own.items() if name.startswith(prefix)}, ENCODER)
     expected = {name: value for name, value in expected.items() if not name.endswith(_RELATIVE)}

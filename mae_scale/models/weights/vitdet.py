@@ -60,8 +60,8 @@ def is_vitdet(state: StateDict) -> bool:
 def detector_to_vitdet(model: MaskRcnn) -> StateDict:
     """Return the weights by detectron2's names, copies on the model's device and in its dtype.
 
-    The cls token's position, which detectron2 has and does not read, is zero. Raises UsageError for a patch whose side
-    is no power of two from 4 on.
+    The cls token's position, which detectron2 has and does not read, is zero. Raises UsageError for BEiT's encoder, and
+    for a patch whose side is no power of two from 4 on.
     """
     return {key: value.detach().clone() for key, value in _to_vitdet(model, model.state_dict()).items()}
 
@@ -93,7 +93,9 @@ def load_vitdet(model: MaskRcnn, state: StateDict) -> LoadReport:
 
 
 def _to_vitdet(model: MaskRcnn, state: StateDict) -> StateDict:
-    """Return ours -> detectron2's, views where possible."""
+    """Return ours -> detectron2's, views where possible. Raises UsageError where its layout has no name for a part."""
+    if model.encoder.pos_embed is None:
+        raise UsageError("ViTDet's layout has no names for BEiT's encoder; use our own (--format safetensors)")
     encoder = to_release({key: value for key, value in state.items() if key.startswith("encoder.")}, ENCODER)
     positions = encoder["pos_embed"]  # [1, L, D]
     encoder["pos_embed"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)

@@ -17,8 +17,7 @@ from mae_scale.models.beit import BeitEncoder
 from mae_scale.models.classifier import Classifier
 from mae_scale.models.weights.checked_copy import LoadReport
 from mae_scale.models.weights.classifier import load_classifier
-from mae_scale.models.weights.files import is_export
-from mae_scale.tasks.starting_weights import loaded_note
+from mae_scale.tasks.starting_weights import loaded_notes
 from mae_scale.training.inputs import has_checkpoint, started_from
 from mae_scale.training.task import Origin
 
@@ -62,16 +61,10 @@ def load_weights(model: Classifier, source: Path) -> LoadReport:
 
 
 def _load(model: Classifier, path: Path) -> tuple[Path, list[str]]:
-    """Load the weights that a path names; return what was read, and a line about what of it was used."""
+    """Load the weights that a path names; return what was read, and lines about what of it was used."""
     source = starting_point(path)
     loaded = load_weights(model, source)
-    notes = [loaded_note(loaded, path)]
-    if isinstance(model.encoder, BeitEncoder) and source.is_file() and not is_export(source):
-        notes.append(
-            "  BEiT's published files were trained on images normalised by mean and std 0.5, and here ImageNet's are "
-            "used: fine-tuning adapts to them, features of a frozen encoder are not what was published (docs/beit.md)"
-        )
-    return source, notes
+    return source, loaded_notes(loaded, path, source, takes_beit=isinstance(model.encoder, BeitEncoder))
 
 
 def _keep_frozen(model: Classifier, recipe: Recipe, out: Path, begun: bool) -> tuple[Path, list[str]] | None:
