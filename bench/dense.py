@@ -4,7 +4,7 @@
     python bench/dense.py --size base --image-size 1024 --precision bf16 --json dense.json
     python bench/dense.py --depth 8 --parts step --profile             # also the operations of one step of each
 
-The step: ours is `MaskRcnn.losses`, in which each image goes through the heads by itself; the peer is torchvision's
+The step: ours is `MaskRcnn.losses`, in which each image has its own losses; the peer is torchvision's
 `MaskRCNN` around the same encoder and pyramid, with heads, anchors, samples and weights as ours, its resizing and
 normalisation switched off. Both get the same annotated images, fused AdamW, and the same autocast over float32 weights.
 In every round they are timed one after the other; medians over the rounds are shown, and of the rounds' ratios the

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 MOST_DIGITS = 2
 ATTEMPTS = 4  # to find a place for a digit
 VISIBLE = 0.75  # share of each digit's pixels that stay visible, at least
-SHADE = 0.5  # brightness of photographs, on which digits are light
-SIZES = (0.45, 0.65)  # of a digit's square, in sides of the scene
+GREY = 127.5
+FADED = 0.5  # contrast of photographs around grey, on which digits are light or dark
+TINT = 60  # of a digit's red, green and blue, from white or black on, at most
+SIZES = (0.5, 0.7)  # of a digit's square, in sides of the scene
 TURN = 12  # degrees to either side
 EDGE = 0.4  # opacity from which on a pixel is the digit's
 BACKGROUND = 11  # in label maps; 1 to 10 are the digits, and 0, which means "not labelled", does not occur
@@ -122,14 +124,14 @@ def paint(
 
 
 def _background(photos: list[Image], side: int, random: np.random.Generator) -> Float32Array:
-    """Return a square crop of a photograph, in the shade: float32 [side, side, 3], 0 to 255 * SHADE."""
+    """Return a square crop of a photograph, faded towards grey: float32 [side, side, 3], 64 to 191."""
     from PIL import Image
 
     photo = photos[int(random.random() * len(photos))]
     width = int(min(photo.size) * (0.1 + 0.2 * random.random()))
     x, y = (int((length - width) * random.random()) for length in photo.size)
     crop = photo.resize((side, side), Image.Resampling.BICUBIC, box=(x, y, x + width, y + width))
-    return SHADE * np.asarray(crop, np.float32)
+    return GREY + FADED * (np.asarray(crop, np.float32) - GREY)
 
 
 def _placed(digit: Float64Array, side: int, random: np.random.Generator) -> Float32Array:
@@ -148,8 +150,9 @@ def _placed(digit: Float64Array, side: int, random: np.random.Generator) -> Floa
 
 
 def _coloured(canvas: Float32Array, opacity: Float32Array, random: np.random.Generator) -> Float32Array:
-    """Return the canvas with a digit in a light colour."""
-    colour = random.random(3) * 80 + 175
+    """Return the canvas with a digit in a light or a dark colour, one as likely as the other."""
+    is_light = random.random() < 0.5
+    colour = TINT * random.random(3) + (255 - TINT if is_light else 0)
     weight = np.clip((opacity - EDGE / 2) / EDGE, 0, 1)[..., None]
     return (canvas * (1 - weight) + colour * weight).astype(np.float32)
 

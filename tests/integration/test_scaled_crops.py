@@ -117,7 +117,7 @@ def test_boxes_and_masks_are_torchvisions(index, scenes):
             assert not ours[:, w:].any()
             overlaps.append([(ours[:h, :w] & theirs[0].numpy()).sum(), (ours[:h, :w] | theirs[0].numpy()).sum()])
     both, either = np.array(overlaps).T
-    assert np.mean(both == either) > 0.8  # but for pixel centres that fall on the border of two stored pixels
+    assert np.mean(both == either) > 0.75  # but for pixel centres that fall on the border of two stored pixels
     assert both.sum() / either.sum() > 0.99
     assert len(both) > 40
 

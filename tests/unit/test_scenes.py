@@ -64,9 +64,11 @@ def test_digits_are_apart_cover_each_other_and_stand_out(scenes):
         labels = np.array(Image.open(scenes / "val" / "labels" / f"{image:06d}.png"))
         right = (labels[:, 1:] != labels[:, :-1]) & (labels[:, 1:] != BACKGROUND) & (labels[:, :-1] != BACKGROUND)
         touching += right.any()
-        contrasts.append(abs(pixels[labels != BACKGROUND].mean() - pixels[labels == BACKGROUND].mean()))
+        around = pixels[labels == BACKGROUND].mean()
+        contrasts += [pixels[labels == label].mean() - around for label in np.unique(labels[labels != BACKGROUND])]
     assert touching >= 1
-    assert np.median(contrasts) > 15
+    assert np.median(np.abs(contrasts)) > 50
+    assert 0.2 < np.mean(np.array(contrasts) > 0) < 0.8  # light and dark
 
 
 def test_at_least_half_of_each_digit_stays_visible(monkeypatch, tmp_path):
