@@ -158,7 +158,7 @@ class BoxAndMaskHeads(RoIHeads):  # type: ignore[misc]
         Their boxes [n, 4], labels [n] (0: background), and what the coded boxes are to be [n, 4].
         """
         image, label = _numbered(labels), torch.cat(labels)
-        count = torch.bincount(image, minlength=len(labels))
+        count = torch.bincount(image, minlength=len(labels)).clamp(min=1)
         scores, found = self.box_predictor(self.box_head(self.box_roi_pool(maps, boxes, None)))
         wrong = functional.cross_entropy(scores, label, reduction="none")
         objects = torch.where(label > 0)[0]

@@ -138,6 +138,24 @@ def test_an_image_without_objects_has_no_loss_of_boxes_and_masks_and_every_param
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
+def test_an_image_without_objects_and_proposals_has_a_loss_of_zero(model, scenes):
+    """Beside one that has them, whose losses stay its own."""
+    images, objects = scenes
+    targets = [{"boxes": one.boxes, "labels": one.labels, "masks": one.masks} for one in (objects[0], objects[2])]
+    proposals = [torch.tensor([[8.0, 8, 40, 30], [1, 1, 9, 9]]), torch.empty(0, 4)]
+    heads = model.train().roi_heads
+    maps = model._maps(images[[0, 2]], None)
+    both, alone = ({}, {})
+    for rows, found in (([0, 1], both), ([0], alone)):
+        heads.fg_bg_sampler.generators = [torch.Generator().manual_seed(row) for row in rows]
+        own = {name: level[rows] for name, level in maps.items()}
+        found |= heads(own, [proposals[row] for row in rows], SIZES[:2], [targets[row] for row in rows])[1]
+    for name, values in both.items():
+        assert values[1] == 0, name
+        assert values[0].item() == pytest.approx(alone[name][0].item(), rel=1e-5), name
+        assert values[0] > 0, name
+
+
 def test_in_bf16_boxes_stay_float32_and_losses_near(model, scenes):
     images, objects = scenes
     exact = losses_of(model, scenes, [0, 1])
