@@ -44,7 +44,7 @@ class Command:
         )
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The processes that are ranks of this command, by rank."""
+        """The processes that are ranks of this command, by rank; what these start (such as `uname -p`) is none."""
         found = {}
         for process in self._children():
             try:
@@ -52,7 +52,7 @@ class Command:
             except psutil.Error:
                 continue
             if rank is not None:
-                found[int(rank)] = process
+                found.setdefault(int(rank), process)  # what it has started comes after it
         return found
 
     def wait_until(self, condition: Callable[[], object], timeout_s: float = 120, pause_s: float = 0.002) -> object:
