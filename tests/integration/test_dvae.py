@@ -81,10 +81,13 @@ def test_a_run_learns_measures_its_words_and_leaves_its_tokeniser(whole):
     ],
 )
 def test_the_curve_is_the_same_on_any_ranks_micro_batches_and_engines(nproc, words, train, whole, tmp_path):
+    """Convolutions of another batch are rounded otherwise on some CPUs, which later steps make larger."""
     train(tmp_path / "run", *words, nproc=nproc)
-    assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=2e-5)
-    last, expected = (read_metrics(out / "metrics.jsonl")[-1] for out in (tmp_path / "run", whole))
-    assert last["val/loss"] == pytest.approx(expected["val/loss"], abs=2e-5)
+    found, expected = losses(tmp_path / "run"), losses(whole)
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert [found[step] for step in range(1, 9)] == pytest.approx([expected[step] for step in range(1, 9)], abs=2e-5)
+    last, of_whole = (read_metrics(out / "metrics.jsonl")[-1] for out in (tmp_path / "run", whole))
+    assert last["val/loss"] == pytest.approx(of_whole["val/loss"], abs=2e-5)
 
 
 def test_bf16_follows_float32(train, whole, tmp_path):
