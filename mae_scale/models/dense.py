@@ -55,6 +55,13 @@ def image_of(windows: Tensor, height: int, width: int) -> Tensor:
     return x.reshape(-1, rows * side, columns * side, dim)[:, :height, :width]
 
 
+def places_by_distance(size: int, device: torch.device) -> Tensor:
+    """Return where a table of 2 size - 1 distances holds that of each query's row (or column) from each key's, int64
+    [size, size]."""
+    place = torch.arange(size, device=device)
+    return place[:, None] - place[None, :] + size - 1
+
+
 def relative_embeddings(table: Tensor, size: int) -> Tensor:
     """Return the embeddings [size, size, d] of each query's row (or column) relative to each key's.
 
@@ -62,8 +69,7 @@ def relative_embeddings(table: Tensor, size: int) -> Tensor:
     """
     if len(table) != 2 * size - 1:
         table = functional.interpolate(table.t().unsqueeze(0), size=2 * size - 1, mode="linear")[0].t()
-    place = torch.arange(size, device=table.device)
-    return table[place[:, None] - place[None, :] + size - 1]
+    return table[places_by_distance(size, table.device)]
 
 
 class RelativeAttention(nn.Module):
@@ -113,13 +119,10 @@ class BiasedAttention(beit.BeitAttention):
     The table is that of a map of `rows` x `columns` patches; on other maps it is resampled, bilinearly.
     """
 
-    pairs: Tensor
-
     def __init__(self, width: int, heads: int, rows: int, columns: int):
         grid = rows, columns
         super().__init__(width, heads, own_rows=math.prod(beit.distances(grid)))
         self.grid = grid
-        self.register_buffer("pairs", beit.relative_positions(grid)[1:, 1:], persistent=False)  # [hw, hw]
 
     # A map has its positions in its shape.
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -132,14 +135,13 @@ class BiasedAttention(beit.BeitAttention):
 
     def _bias(self, height: int, width: int) -> Tensor:
         """Return the bias [1, H, hw, hw] of a map."""
-        own, pairs, grid = self.relative_position_bias_table, self.pairs, (height, width)
+        own = self.relative_position_bias_table
         assert own is not None
-        table: Tensor = own
-        if grid != self.grid:
-            places = own.t().unflatten(1, beit.distances(self.grid)).unsqueeze(0)
-            table = functional.interpolate(places, size=beit.distances(grid), mode="bilinear")[0].flatten(1).t()
-            pairs = beit.relative_positions(grid)[1:, 1:].to(table.device)
-        return table[pairs].permute(2, 0, 1).unsqueeze(0)
+        table = own.t().unflatten(1, beit.distances(self.grid)).unsqueeze(0)  # [1, H, 2 h - 1, 2 w - 1] of its own map
+        if (height, width) != self.grid:
+            table = functional.interpolate(table, size=beit.distances((height, width)), mode="bilinear")
+        down, across = (places_by_distance(size, own.device) for size in (height, width))
+        return table[:, :, down[:, None, :, None], across[None, :, None, :]].flatten(4).flatten(2, 3)
 
 
 class DenseBlock(nn.Module):

@@ -158,9 +158,9 @@ class BoxAndMaskHeads(RoIHeads):  # type: ignore[misc]
         Their boxes [n, 4], labels [n] (0: background), and what the coded boxes are to be [n, 4].
         """
         image, label = _numbered(labels), torch.cat(labels)
-        count = torch.bincount(image, minlength=len(labels)).clamp(min=1)
         scores, found = self.box_predictor(self.box_head(self.box_roi_pool(maps, boxes, None)))
         wrong = functional.cross_entropy(scores, label, reduction="none")
+        count = _sums(torch.ones_like(wrong), image, len(labels)).clamp(min=1)
         objects = torch.where(label > 0)[0]
         off = functional.smooth_l1_loss(
             found.unflatten(1, (-1, 4))[objects, label[objects]],
@@ -194,7 +194,7 @@ class BoxAndMaskHeads(RoIHeads):  # type: ignore[misc]
         ]
         own = logits[torch.arange(len(label), device=label.device), label]
         wrong = functional.binary_cross_entropy_with_logits(own, torch.cat(seen), reduction="none").mean((1, 2))
-        count = torch.bincount(image, minlength=len(labels)).clamp(min=1)
+        count = _sums(torch.ones_like(wrong), image, len(labels)).clamp(min=1)
         return _sums(wrong, image, len(labels)) / count
 
 
