@@ -77,7 +77,9 @@ class NormalisedPixels(Pixels):
     @staticmethod
     def _mean_and_std(patches: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation [..., 1] of patches fp32 [..., P]."""
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
+        mean = patches.mean(dim=-1, keepdim=True)
+        # On a CPU torch.var takes four times as long.
+        variance = (patches - mean).square().sum(dim=-1, keepdim=True) / (patches.shape[-1] - 1)
         return mean, (variance + 1e-6).sqrt()
 
 

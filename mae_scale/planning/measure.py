@@ -154,6 +154,7 @@ def _elementwise(device: torch.device, dtype: torch.dtype) -> float:
     branch = torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
     hidden = torch.randn(tokens, 4 * width, device=device, dtype=dtype, requires_grad=True)
     gradient, inner = torch.ones_like(x), torch.ones_like(hidden)
+    heads = [torch.ones(1, width // HEAD_DIM, tokens, HEAD_DIM, device=device, dtype=dtype) for _ in range(3)]
 
     def work() -> None:
         x.grad = branch.grad = hidden.grad = None
@@ -162,6 +163,7 @@ def _elementwise(device: torch.device, dtype: torch.dtype) -> float:
         nn.functional.gelu(hidden).backward(inner)
         (norms[0](x) + second).backward(gradient)
         inner.sum(0)
+        torch.stack(heads).permute(1, 3, 0, 2, 4).reshape(tokens, 3 * width)  # gradients of queries, keys, values
 
     size = (FORWARD_VALUES + BACKWARD_VALUES) * tokens * width * x.element_size()
     return size / _seconds(work, device)

@@ -71,16 +71,20 @@ def tiny_objective(overrides: list[str]) -> tuple[Reconstruct, object]:
 class HostWaits(TorchDispatchMode):
     """Counts, in its block, what makes the host wait for a GPU: numbers read of tensors, and tensors made of numbers.
 
-    The second kind (torch.tensor(number, device=...)) is a copy from memory that is not page-locked.
+    The second kind (torch.tensor(number, device=...)) is a copy from memory that is not page-locked. Beside them, how
+    many elements the longest row has that was put together of tensors.
     """
 
     def __init__(self):
         super().__init__()
-        self.count, self._make = 0, torch.tensor
+        self.count, self.longest_row, self._make = 0, 0, torch.tensor
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.cat.default and result.ndim == 1:
+            self.longest_row = max(self.longest_row, len(result))
+        return result
 
     def __enter__(self):
         torch.tensor = self._counted
@@ -171,6 +175,7 @@ def run_case(overrides: list[str], ranks, device) -> dict:
         "weights": weights,
         "compiled_frames": compiled_frames,
         "host_waits": getattr(counting, "count", None),  # of the last step
+        "copies_gradients": getattr(counting, "longest_row", 0) >= sum(p.numel() for p in objective.parameters()),
     }
 
 

@@ -158,6 +158,12 @@ def test_losses_on_one_rank_are_the_plain_loops(run_cases, plain):
         assert largest_difference(results[case]["losses"], plain[None]["losses"]) < 1e-6, case
 
 
+def test_one_rank_without_zero_does_not_copy_its_gradients_into_a_buffer(run_cases, two_ranks):
+    alone = run_cases({"ZeRO 0": CASES["ZeRO 0"]}, 1)["ZeRO 0"]
+    assert not alone["copies_gradients"]
+    assert two_ranks["ZeRO 0"]["copies_gradients"]
+
+
 @pytest.mark.slow
 def test_bf16_follows_float32_on_every_engine(run_cases, plain):
     results = run_cases(BF16, 2)
