@@ -77,14 +77,16 @@ def _is_of_a_run(path: Path) -> bool:
 def find_recipe(name_or_path: str, folder: Path = Path()) -> Path:
     """Return the file of a packaged name, or of a path relative to `folder`.
 
-    Raises UsageError, with the nearest name, when there is none.
+    Raises UsageError, with the recipe of a run whose folder this is or the nearest name, when there is none.
     """
     packaged = Path(str(resources.files("mae_scale.recipes"))) / f"{name_or_path}.yaml"
     for path in (packaged, folder / name_or_path):
         if path.is_file():
             return path
     names = packaged_recipes()
-    near = difflib.get_close_matches(name_or_path, names, 1, 0.4)
+    of_run = Path(name_or_path, "recipe.yaml")
+    is_run = (folder / of_run).is_file()
+    near = [str(of_run)] if is_run else difflib.get_close_matches(name_or_path, names, 1, 0.4)
     raise UsageError(
         f"recipe '{name_or_path}' is neither a file nor a packaged recipe"
         + (f"; did you mean '{near[0]}'?" if near else "")

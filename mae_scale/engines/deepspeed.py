@@ -44,7 +44,8 @@ class DeepSpeedEngine:
                 model=objective, optimizer=optimizer, config=config, dist_init_required=False
             )
         if self._engine.zero_optimization_stage() == 0 and torch.distributed.get_world_size() == 1:
-            self._engine.enable_backward_allreduce = False  # it copies all gradients into a buffer and back
+            # DeepSpeed would copy all gradients into a buffer and back.
+            self._engine.enable_backward_allreduce = False
         self._optimizer, self._clip = optimizer, recipe.optim.clip_grad_norm
         self._checks = checks_gradients(config)
         self._ema = recipe.classifier.ema if recipe.classifier else None

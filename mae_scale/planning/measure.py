@@ -51,8 +51,8 @@ def measure(device: torch.device, precision: str) -> dict[str, Any]:
     """Return the device's rates under the keys of `rates.MEASURED`, and what they were measured on.
 
     Products of the widths of transformer blocks forward and backward; fused attention forward and backward by its
-    number of tokens; norm, GELU and residual of a block, counted as planning does, eager, times what compiling is
-    assumed to save; fused AdamW.
+    number of tokens; norm, GELU, residual and attention's copies of a block, counted as planning does, eager, times
+    what compiling is assumed to save; fused AdamW.
     """
     kind = device.type
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -154,7 +154,7 @@ def _elementwise(device: torch.device, dtype: torch.dtype) -> float:
     branch = torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
     hidden = torch.randn(tokens, 4 * width, device=device, dtype=dtype, requires_grad=True)
     gradient, inner = torch.ones_like(x), torch.ones_like(hidden)
-    heads = [torch.ones(1, width // HEAD_DIM, tokens, HEAD_DIM, device=device, dtype=dtype) for _ in range(3)]
+    shares = [torch.ones(1, width // HEAD_DIM, tokens, HEAD_DIM, device=device, dtype=dtype) for _ in range(3)]
 
     def work() -> None:
         x.grad = branch.grad = hidden.grad = None
@@ -163,7 +163,7 @@ def _elementwise(device: torch.device, dtype: torch.dtype) -> float:
         nn.functional.gelu(hidden).backward(inner)
         (norms[0](x) + second).backward(gradient)
         inner.sum(0)
-        torch.stack(heads).permute(1, 3, 0, 2, 4).reshape(tokens, 3 * width)  # gradients of queries, keys, values
+        torch.stack(shares).permute(1, 3, 0, 2, 4).reshape(tokens, 3 * width)  # gradients of q, k, v, as one
 
     size = (FORWARD_VALUES + BACKWARD_VALUES) * tokens * width * x.element_size()
     return size / _seconds(work, device)

@@ -71,20 +71,16 @@ def tiny_objective(overrides: list[str]) -> tuple[Reconstruct, object]:
 class HostWaits(TorchDispatchMode):
     """Counts, in its block, what makes the host wait for a GPU: numbers read of tensors, and tensors made of numbers.
 
-    The second kind (torch.tensor(number, device=...)) is a copy from memory that is not page-locked. Beside them, how
-    many elements the longest row has that was put together of tensors.
+    The second kind (torch.tensor(number, device=...)) is a copy from memory that is not page-locked.
     """
 
     def __init__(self):
         super().__init__()
-        self.count, self.longest_row, self._make = 0, 0, torch.tensor
+        self.count, self._make = 0, torch.tensor
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func is torch.ops.aten._local_scalar_dense.default
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.cat.default and result.ndim == 1:
-            self.longest_row = max(self.longest_row, len(result))
-        return result
+        return func(*args, **(kwargs or {}))
 
     def __enter__(self):
         torch.tensor = self._counted
@@ -125,6 +121,20 @@ class HostWaitsOnGPU:
         return self._synchronizations + sum("synchroniz" in str(warning.message) for warning in self._caught)
 
 
+class Flattened(TorchDispatchMode):
+    """Keeps, in its block, how many elements the longest row [n] has that was put together of tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.longest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.cat.default and result.ndim == 1:
+            self.longest = max(self.longest, len(result))
+        return result
+
+
 def plain_loop(clip: float | None = None, device: str = "cpu", overrides: tuple[str, ...] = ()) -> dict:
     """Losses, gradient norms and sums of weights of torch.optim.AdamW in float32, the whole global batch at once."""
     objective, recipe = tiny_objective([*overrides])
@@ -153,14 +163,15 @@ def run_case(overrides: list[str], ranks, device) -> dict:
     layout = layout_of(recipe, ranks.world_size)
     engine = scale_out(objective, recipe, layout, device)
     # Under a dispatch mode nothing is compiled, and what was met there once is never compiled afterwards.
-    on_cpu = nullcontext() if recipe.engine.compile else HostWaits()
+    on_cpu, flattened = (nullcontext(),) * 2 if recipe.engine.compile else (HostWaits(), Flattened())
     counting = on_cpu if device.type == "cpu" else HostWaitsOnGPU()
     losses, norms = [], []
     positions = np.arange(GLOBAL_BATCH)[layout.positions(ranks.rank)]
     for step in range(STEPS):
         mine = [t.to(device) for t in with_branch_scales(global_batch(step), objective, step, positions)]
         micro_batches = zip(*(t.split(layout.micro_batch) for t in mine), strict=True)
-        with counting if step == STEPS - 1 else nullcontext():
+        last = step == STEPS - 1
+        with counting if last else nullcontext(), flattened if last else nullcontext():
             result = engine.train_step(micro_batches, rate(step))
         loss = result.loss / ranks.world_size
         torch.distributed.all_reduce(loss)
@@ -175,7 +186,8 @@ def run_case(overrides: list[str], ranks, device) -> dict:
         "weights": weights,
         "compiled_frames": compiled_frames,
         "host_waits": getattr(counting, "count", None),  # of the last step
-        "copies_gradients": getattr(counting, "longest_row", 0) >= sum(p.numel() for p in objective.parameters()),
+        "flattened": getattr(flattened, "longest", None),  # the same
+        "parameters": sum(parameter.numel() for parameter in objective.parameters()),
     }
 
 

@@ -222,6 +222,12 @@ def test_an_unknown_recipe_is_answered_with_the_nearest():
         load_recipe("pretrain/vit_hug_1600ep")
 
 
+def test_for_a_runs_folder_its_recipe_is_named(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("extends: demo\n")
+    with pytest.raises(UsageError, match=f"did you mean '{tmp_path}/recipe.yaml'"):
+        load_recipe(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
