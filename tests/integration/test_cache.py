@@ -96,16 +96,17 @@ def test_another_index_has_its_own_images(index, folder):
 
 
 FILLING = """
-import sys, time
+import itertools, sys, time
 from data_pipeline import cache
 from data_pipeline.batch_layout import batch_layout
 from data_pipeline.batch_order import TrainingOrder
 from data_pipeline.index_build import build_index
 from data_pipeline.loader import ImageLoader
 from tests.loaders import on_cpu
-root, folder, pause_s, rounds = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
-checksum = cache._checksum
-cache._checksum = lambda data: time.sleep(pause_s) or checksum(data)  # between the two parts of a file
+root, folder, whole, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+checksum, files = cache._checksum, itertools.count()
+# Between the two parts of a file that is written, and before one is found: a moment, and for ever after `whole` files.
+cache._checksum = lambda data: time.sleep(0.002 if next(files) < whole else 600) or checksum(data)
 index = build_index(root, progress=False)
 print("started", flush=True)
 for _ in range(rounds):
@@ -115,16 +116,16 @@ for _ in range(rounds):
 """
 
 
-def filling(index, folder, pause_s=0.0, rounds=1) -> subprocess.Popen:
-    """Another process that fills the cache."""
-    command = [sys.executable, "-c", FILLING, str(index.root), str(folder), str(pause_s), str(rounds)]
+def filling(index, folder, whole=10**6, rounds=1) -> subprocess.Popen:
+    """Another process that fills the cache; it hangs in the middle of each file after so many."""
+    command = [sys.executable, "-c", FILLING, str(index.root), str(folder), str(whole), str(rounds)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "started\n"
     return process
 
 
 def test_two_processes_fill_the_same_cache_at_once(index, folder):
-    both = [filling(index, folder, pause_s=0.002, rounds=3) for _ in range(2)]
+    both = [filling(index, folder, rounds=3) for _ in range(2)]
     for process in both:
         out, err = process.communicate(timeout=60)
         assert (process.returncode, err) == (0, "")
@@ -136,22 +137,20 @@ def test_two_processes_fill_the_same_cache_at_once(index, folder):
 
 def test_a_process_killed_while_filling_leaves_nothing_wrong_and_nothing_behind(index, folder):
     expected = batches(index)
-    for wanted in (10, 150):
-        process = filling(index, folder, pause_s=0.01)
-        while len(cached_files(folder)) < wanted:
+    for whole in (10, 150):
+        process = filling(index, folder, whole)
+        while len(cached_files(folder)) < whole or not list(folder.glob("*/filling-*/*")):
             assert process.poll() is None
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
         process.stderr.close()
-        assert len(list(folder.glob("*/filling-*/*"))) > 0
+        assert len(cached_files(folder)) == whole
         assert all_are_whole(folder, index)
-    there = len(cached_files(folder))
-    assert there < len(index)
     found = batches(index, ImageCache(folder, index))
     assert same(found, expected)
-    assert hits(found) == there
+    assert hits(found) == whole
     assert list(folder.glob("*/filling-*")) == []
     assert hits(batches(index, ImageCache(folder, index))) == len(index)
 

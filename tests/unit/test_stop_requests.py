@@ -4,9 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+
+from tests.signals import send
 
 HEAD = """
 import ctypes, os, signal, sys, time
@@ -45,8 +46,7 @@ def run_blocked(code: str, *signals: signal.Signals, **environment: str) -> tupl
     process = start(code + BLOCKED, **environment)
     process.stdout.readline()
     for signum in signals:
-        process.send_signal(signum)
-        time.sleep(0.2)
+        send(process.pid, signum)
     _, error = process.communicate(timeout=30)
     return process.returncode, error
 
