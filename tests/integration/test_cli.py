@@ -86,6 +86,12 @@ def test_wrong_usage_has_exit_code_2_and_no_traceback(call, arguments):
 
 def test_ctrl_c_before_a_command_listens_ends_it_without_a_traceback():
     """Between the start of the program and the end of its imports."""
-    code = "import os, signal, mae_scale.__main__; os.kill(os.getpid(), signal.SIGINT); print('still here')"
+    code = (
+        "import os, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background\n"
+        "import mae_scale.__main__\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "print('still here')\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
