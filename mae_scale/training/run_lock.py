@@ -92,8 +92,8 @@ class Owner:
 class RunLock:
     """A held lock; made by hold()."""
 
-    def __init__(self, path: Path, owner: Owner):
-        self._path, self._owner = path, owner
+    def __init__(self, path: Path, owner: Owner, *, made_folder: bool):
+        self._path, self._owner, self._made_folder = path, owner, made_folder
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="run-lock", daemon=True)
         self._heart.start()
@@ -116,12 +116,14 @@ class RunLock:
             leave(EXIT_FAILED)
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Give the lock back, and remove the folder when this start made it and has left nothing there."""
         self._stop.set()
         self._heart.join()
         self.check()
         with contextlib.suppress(OSError):
             self._path.unlink()
+            if self._made_folder:
+                self._path.parent.rmdir()  # fails where something is in it
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
@@ -136,7 +138,7 @@ def hold(out: Path) -> Iterator[RunLock]:
 
     Raises UsageError when another start holds it, or when the folder cannot be written to.
     """
-    path, owner = out / NAME, Owner.this_process()
+    path, owner, made_folder = out / NAME, Owner.this_process(), not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         while not _create(path, owner):
@@ -145,7 +147,7 @@ def hold(out: Path) -> Iterator[RunLock]:
                 break
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written to: {error.strerror}") from None
-    lock = RunLock(path, owner)
+    lock = RunLock(path, owner, made_folder=made_folder)
     with before_the_end(lock.release):
         try:
             yield lock
