@@ -15,7 +15,7 @@ from data_pipeline.augment.crop import covering
 from data_pipeline.errors import UsageError
 from data_pipeline.image_size import height_and_width
 from data_pipeline.normalisation import IMAGENET_MEAN, IMAGENET_STD
-from mae_scale.checkpoints.export import grid_of_weights, starting_point, weights_of
+from mae_scale.checkpoints.export import grid_of_weights, naming, starting_point, weights_of
 from mae_scale.checkpoints.store import read_manifest
 from mae_scale.config.load import stored_recipe
 from mae_scale.models.beit import TABLE
@@ -90,7 +90,8 @@ def load_encoder(path: str | Path, *, heads: int | None = None) -> PretrainedEnc
         pool="mean" if any(key.startswith("fc_norm.") for key in given) else "cls",
         layer_scale=1.0 if is_beit(given) else None,  # its values are in the file
     )
-    load_classifier(model, given, grid)
+    with naming(source):
+        load_classifier(model, given, grid)
     return PretrainedEncoder(model.requires_grad_(False))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,15 @@ def weights_of(source: Path) -> dict[str, torch.Tensor]:
     if not source.is_dir():
         return read_weights(source)
     return left_weights(checkpoint_model(source)[0])
+
+
+@contextmanager
+def naming(source: Path) -> Iterator[None]:
+    """Put the path of weights before a UsageError of the block that copies them into a model."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from None
 
 
 def left_weights(model: Model) -> dict[str, torch.Tensor]:

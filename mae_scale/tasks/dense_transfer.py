@@ -18,6 +18,7 @@ from mae_scale.checkpoints.export import (
     checkpoint_model,
     export_weights,
     grid_of_weights,
+    naming,
     starting_point,
     weights_of,
 )
@@ -200,4 +201,6 @@ def annotations_path(recipe: Recipe, key: str, needed: Mapping[str, str]) -> Pat
 
 def _load(model: DenseModel, source: Path) -> LoadReport:
     """Load the weights of a file or a checkpoint. Raises UsageError when they do not fit."""
-    return load_dense(model, weights_of(source), grid_of_weights(source))
+    state, grid = weights_of(source), grid_of_weights(source)
+    with naming(source):
+        return load_dense(model, state, grid)

@@ -145,7 +145,7 @@ def test_a_dry_run_checks_weights_and_validation_images(tmp_path, digits, call, 
     command += ["--dry-run", f"data.root={digits}/train"]
     code, _, error = call(*command)
     assert code == 2
-    assert "these are weights of a ViT (patch 8 px, width 32, 2 blocks)" in error
+    assert f"{begun}/checkpoints/step_00000002: these are weights of a ViT (patch 8 px, width 32, 2 blocks)" in error
     sizes = ["model.patch_size=8", "model.width=32", "model.depth=2", "model.heads=2"]
     assert "does not exist" in call(*command, *sizes, "data.val_root=/no/such")[2]
     code, said, error = call(*command, *sizes, f"data.val_root={digits}/val")

@@ -6,7 +6,7 @@ from typing import Any
 
 from data_pipeline.errors import UsageError
 from data_pipeline.image_size import size_value
-from mae_scale.checkpoints.export import find_checkpoint, grid_of_weights, starting_point, weights_of
+from mae_scale.checkpoints.export import find_checkpoint, grid_of_weights, naming, starting_point, weights_of
 from mae_scale.checkpoints.store import read_manifest
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others
@@ -88,7 +88,9 @@ def trained_classifier(recipe: Recipe) -> tuple[Classifier, list[str] | None]:
         )
     names = read_manifest(find_checkpoint(path))["classes"] if path.is_dir() else None
     model = build_classifier_of(recipe, classes)
-    load_classifier(model, state, grid_of_weights(source))
+    grid = grid_of_weights(source)
+    with naming(source):
+        load_classifier(model, state, grid)
     return model.eval(), names
 
 

@@ -21,7 +21,7 @@ from data_pipeline.errors import UsageError
 from data_pipeline.index import Index
 from data_pipeline.index_build import open_index
 from data_pipeline.loader import ImageLoader
-from mae_scale.checkpoints.export import grid_of_weights, starting_point, weights_of
+from mae_scale.checkpoints.export import grid_of_weights, naming, starting_point, weights_of
 from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others
@@ -127,7 +127,9 @@ def _opened(recipe: Recipe) -> tuple[Classifier, Index, EvaluationSet]:
     source = starting_point(weights_path(recipe))
     state = weights_of(source)
     model = build_classifier_of(recipe, classes_in(state) or len(index.classes))
-    load_classifier(model, state, grid_of_weights(source))
+    grid = grid_of_weights(source)
+    with naming(source):
+        load_classifier(model, state, grid)
     return model.eval(), index, one
 
 

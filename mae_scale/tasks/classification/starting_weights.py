@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save
 
 from data_pipeline.errors import RunError, UsageError
 from data_pipeline.files import write_atomically
-from mae_scale.checkpoints.export import grid_of_weights, starting_point, weights_of
+from mae_scale.checkpoints.export import grid_of_weights, naming, starting_point, weights_of
 from mae_scale.checkpoints.shards import digest_of
 from mae_scale.checkpoints.store import FROZEN
 from mae_scale.config.schema import Recipe
@@ -51,7 +51,9 @@ def initialise(model: Classifier, recipe: Recipe, out: Path, *, classes: list[st
 
 def load_weights(model: Classifier, source: Path) -> LoadReport:
     """Load the weights of a file or a checkpoint. Raises UsageError when they do not fit."""
-    loaded = load_classifier(model, weights_of(source), grid_of_weights(source))
+    state, grid = weights_of(source), grid_of_weights(source)
+    with naming(source):
+        loaded = load_classifier(model, state, grid)
     if "pos_embed" in loaded.not_set:
         raise UsageError(
             f"{source} has no positions, so the image size that it was trained at is not known; "

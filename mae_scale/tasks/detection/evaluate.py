@@ -7,7 +7,7 @@ from typing import Any
 
 from data_pipeline.files import write_json
 from data_pipeline.index_build import open_index
-from mae_scale.checkpoints.export import starting_point, weights_of
+from mae_scale.checkpoints.export import naming, starting_point, weights_of
 from mae_scale.checkpoints.store import read_manifest
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others, from_first
@@ -60,7 +60,8 @@ def _opened(recipe: Recipe, source: Path) -> tuple[DetectObjects, DetectionSet]:
         limit=recipe.detecting.bad_annotation_limit,
     )
     model = build_detector(recipe, len(one.category_ids))
-    load_dense(model, state)
+    with naming(source):
+        load_dense(model, state)
     return DetectObjects(model, seed=recipe.seed), one
 
 

@@ -8,7 +8,7 @@ import torch
 from data_pipeline.augment.kinds import augmentation
 from data_pipeline.errors import UsageError
 from data_pipeline.index_build import open_index
-from mae_scale.checkpoints.export import checkpoint_model, find_checkpoint
+from mae_scale.checkpoints.export import checkpoint_model, find_checkpoint, naming
 from mae_scale.config.required import required
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others
@@ -105,7 +105,9 @@ def reconstruct(recipe: Recipe, weights: Path, picture: Path) -> None:
     else:
         state = read_weights(weights)
         load = load_hf if any(key.startswith("vit.") for key in state) else load_official
-        missing = [name for name in load(model, state).not_set if not name.startswith("target.")]
+        with naming(weights):
+            loaded = load(model, state)
+        missing = [name for name in loaded.not_set if not name.startswith("target.")]
         if missing:
             raise UsageError(
                 f"--weights {weights} has no decoder ({len(missing)} tensors are missing, such as {missing[0]}); "

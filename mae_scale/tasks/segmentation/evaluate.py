@@ -12,7 +12,7 @@ from data_pipeline.arrays import Uint8Array
 from data_pipeline.errors import UsageError
 from data_pipeline.index import Index
 from data_pipeline.index_build import open_index
-from mae_scale.checkpoints.export import starting_point, weights_of
+from mae_scale.checkpoints.export import naming, starting_point, weights_of
 from mae_scale.checkpoints.store import read_manifest
 from mae_scale.config.schema import Recipe
 from mae_scale.distributed.collectives import first_then_others, from_all, from_first
@@ -99,7 +99,8 @@ def _opened(recipe: Recipe, source: Path) -> tuple[LabelPixels, list[str], Index
     index = open_index(validation_root(recipe), progress=False)
     labels = LabelFiles(index, annotations_path(recipe, "val_labels", NEEDED), classes=len(names))
     model = build_segmenter(recipe, len(names))
-    load_dense(model, state)
+    with naming(source):
+        load_dense(model, state)
     return LabelPixels(model, seed=recipe.seed), names, index, labels
 
 
