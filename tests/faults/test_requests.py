@@ -149,14 +149,27 @@ def weights(digits, tmp_path_factory) -> Path:
     """A classifier after one step."""
     out = tmp_path_factory.mktemp("weights") / "run"
     quick = ["schedule.stop_after_steps=1", "data.labels_per_class=null"]
-    with Training(out, "finetune", "scratch/demo", "--tracking-uri", "off", *measured(digits), *quick) as training:
+    with Training(
+        out, "finetune", "scratch/demo", "--tracking-uri", "off", *measured(digits, digits / "val"), *quick
+    ) as training:
         assert training.wait() == 0, training.text()
     return out
 
 
-def measured(digits: Path) -> list[str]:
+def measured(digits: Path, val_root: Path) -> list[str]:
     model = [change for change in TINY if change.startswith("model.") and "decoder" not in change]
-    return [f"data.root={digits}/train", f"data.val_root={digits}/val", *model, "data.global_batch=120"]
+    return [f"data.root={digits}/train", f"data.val_root={val_root}", *model, "data.global_batch=120"]
+
+
+@pytest.fixture(scope="module")
+def many(digits, tmp_path_factory) -> Path:
+    """Each validation image 120 times: to measure them all takes several seconds."""
+    folder = tmp_path_factory.mktemp("many")
+    for image in (digits / "val").glob("*/*.jpg"):
+        (folder / image.parent.name).mkdir(exist_ok=True)
+        for number in range(120):
+            os.link(image, folder / image.parent.name / f"{number}_{image.name}")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -166,9 +179,9 @@ def measured(digits: Path) -> list[str]:
         *(("evaluate", "parent killed"), ("knn", "SIGTERM")),
     ],
 )
-def test_what_measures_ends_at_a_request_and_with_its_parent_too(name, how, tmp_path, digits, weights):
+def test_what_measures_ends_at_a_request_and_with_its_parent_too(name, how, tmp_path, digits, many, weights):
     recipe = [name, "finetune/demo", "--weights", weights, "--nproc", 2, "--json", tmp_path / "x.json"]
-    with Command(tmp_path / "log", *recipe, *measured(digits), cold=how == "parent killed") as measuring:
+    with Command(tmp_path / "log", *recipe, *measured(digits, many), cold=how == "parent killed") as measuring:
         ranks = wait_for_listeners(measuring, 2)
         if how == "parent killed":
             measuring.process.kill()
