@@ -92,8 +92,9 @@ def test_a_killed_owner_is_followed_at_once(tmp_path, digits, mae_scale, whole):
     assert (first.out / LOCK).exists()
     done = mae_scale(*command(digits), "--out", first.out)
     assert done.returncode == 0, done.stderr
-    assert not done.stderr
-    assert losses(first.out) == whole
+    assert "is held by" not in done.stderr  # nothing was waited for
+    found = losses(first.out)
+    assert all(found[step] == whole[step] for step in whole)  # it may have been further than that
 
 
 def test_an_owner_on_another_host_is_at_work_as_long_as_its_lock_is_touched(tmp_path, digits, mae_scale):
