@@ -1,29 +1,31 @@
-"""Signals to other processes."""
+"""What signals another process catches, and has still to take."""
 
-import os
 import signal
 import time
 from pathlib import Path
 
 
-def send(pid: int, signum: signal.Signals, within_s: float = 20) -> None:
-    """Send a signal and wait until the process has taken it: before that, the same one again would be one with it."""
-    os.kill(pid, signum)
-    wait_until_taken(pid, signum, within_s)
+def listens(pid: int) -> bool:
+    """Return whether a process catches SIGTERM."""
+    return _has(pid, "SigCgt", signal.SIGTERM)
 
 
 def wait_until_taken(pid: int, signum: signal.Signals, within_s: float = 20) -> None:
-    """Wait until a signal that a process was sent is no longer pending, or the process has ended."""
+    """Wait until a process has taken the signal that it was sent: before that, the same one again would be one with it.
+
+    Returns also when the process has ended.
+    """
     deadline = time.monotonic() + within_s
-    while signum in _pending(pid):
+    while _has(pid, "ShdPnd", signum):
         assert time.monotonic() < deadline, f"process {pid} has not taken {signum.name} within {within_s} s"
         time.sleep(0.01)
 
 
-def _pending(pid: int) -> set[int]:
+def _has(pid: int, mask: str, signum: signal.Signals) -> bool:
+    """Return whether a signal is in one of the masks of /proc/PID/status; False when there is no such process."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:  # it has ended
-        return set()
-    mask = sum(int(line.split()[1], 16) for line in lines if line.startswith("ShdPnd:"))
-    return {number for number in range(1, 65) if mask >> (number - 1) & 1}
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    found = next((int(line.split()[1], 16) for line in status.splitlines() if line.startswith(f"{mask}:")), 0)
+    return bool(found >> (signum - 1) & 1)

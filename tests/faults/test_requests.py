@@ -14,6 +14,7 @@ from mae_scale.distributed.stop_requests import INTERRUPTED
 from mae_scale.tracking.metrics_log import read_metrics
 from tests import warm
 from tests.faults.harness import Command, Training, newest_whole_step
+from tests.signals import listens
 from tests.tiny import TINY, arguments, losses
 
 SLOW = ["engine.micro_batch=5", "schedule.epochs=1000", "checkpoint.every_epochs=1000"]  # a tenth of a second a step
@@ -31,22 +32,12 @@ def steps_done(out: Path) -> int:
     return rows[-1]["step"] if rows else 0
 
 
-def listens(process: psutil.Process) -> bool:
-    """Whether it catches SIGTERM."""
-    try:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-    except OSError:
-        return False
-    caught = next((int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:")), 0)
-    return bool(caught >> (signal.SIGTERM - 1) & 1)
-
-
 def wait_for_listeners(running: Command, ranks: int) -> dict[int, psutil.Process]:
     """The ranks, once each is ready for a request."""
 
     def ready() -> dict[int, psutil.Process] | None:
         found = running.ranks()
-        return found if len(found) == ranks and all(map(listens, found.values())) else None
+        return found if len(found) == ranks and all(listens(rank.pid) for rank in found.values()) else None
 
     return running.wait_until(ready)
 
@@ -123,7 +114,7 @@ def test_ctrl_c_while_a_run_starts_ends_it_soon_and_leaves_nothing_half_written(
         if nproc == 2:
             wait_for_listeners(training, 2)
         else:
-            training.wait_until(lambda: listens(psutil.Process(training.process.pid)))
+            training.wait_until(lambda: listens(training.process.pid))
         training.ctrl_c()
         assert training.wait(30) == 75, training.text()
         assert training.left_behind() == []

@@ -78,6 +78,7 @@ def test_compiled_blocks_have_the_same_losses(task, train, tmp_path):
 def test_a_recipe_for_the_other_encoder_says_what_to_set(scenes, pretrained, mae_scale, tmp_path):
     done = mae_scale("finetune", *arguments("segmentation", scenes), "--weights", pretrained, "--out", tmp_path / "run")
     assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {pretrained}/checkpoints/step_")
     assert "these are weights of a BEiT, and the recipe has model.encoder=vit: set model.encoder=beit" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()

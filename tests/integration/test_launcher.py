@@ -14,7 +14,7 @@ import pytest
 from data_pipeline.errors import RunError
 from mae_scale.launch import local
 from mae_scale.launch.local import launch_local_ranks
-from tests.signals import send, wait_until_taken
+from tests.signals import wait_until_taken
 
 RANK = "import os, signal, sys, time; from pathlib import Path; rank = int(os.environ['RANK']); "
 LISTEN = "from mae_scale.distributed import stop_requests; stop_requests.listen(); stop_requests.heed('saving'); "
@@ -174,9 +174,9 @@ def test_a_second_ctrl_c_kills_every_rank(whole_group, tmp_path, nothing_left):
     for _ in range(2):
         if whole_group:
             os.killpg(process.pid, signal.SIGINT)
-            wait_until_taken(process.pid, signal.SIGINT)
         else:
-            send(process.pid, signal.SIGINT)
+            process.send_signal(signal.SIGINT)
+        wait_until_taken(process.pid, signal.SIGINT)
     assert process.wait(20) == 130
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.signals import send
+from tests.signals import wait_until_taken
 
 HEAD = """
 import ctypes, os, signal, sys, time
@@ -46,7 +46,8 @@ def run_blocked(code: str, *signals: signal.Signals, **environment: str) -> tupl
     process = start(code + BLOCKED, **environment)
     process.stdout.readline()
     for signum in signals:
-        send(process.pid, signum)
+        process.send_signal(signum)
+        wait_until_taken(process.pid, signum)
     _, error = process.communicate(timeout=30)
     return process.returncode, error
 

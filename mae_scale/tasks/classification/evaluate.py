@@ -88,9 +88,8 @@ def trained_classifier(recipe: Recipe) -> tuple[Classifier, list[str] | None]:
         )
     names = read_manifest(find_checkpoint(path))["classes"] if path.is_dir() else None
     model = build_classifier_of(recipe, classes)
-    grid = grid_of_weights(source)
     with naming(source):
-        load_classifier(model, state, grid)
+        load_classifier(model, state, grid_of_weights(source))
     return model.eval(), names
 
 

@@ -127,9 +127,8 @@ def _opened(recipe: Recipe) -> tuple[Classifier, Index, EvaluationSet]:
     source = starting_point(weights_path(recipe))
     state = weights_of(source)
     model = build_classifier_of(recipe, classes_in(state) or len(index.classes))
-    grid = grid_of_weights(source)
     with naming(source):
-        load_classifier(model, state, grid)
+        load_classifier(model, state, grid_of_weights(source))
     return model.eval(), index, one
 
 
