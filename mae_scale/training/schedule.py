@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from data_pipeline.errors import UsageError
 from data_pipeline.plan import steps_per_epoch
 from mae_scale.config.schema import Recipe
 from mae_scale.config.sections import ScheduleSection
@@ -20,7 +21,13 @@ class Steps(NamedTuple):
 
 def steps_of(recipe: Recipe, images: int) -> Steps:
     """Return the numbers of updates of a recipe on `images` images. Raises UsageError for less than one batch."""
-    per_epoch = steps_per_epoch(images, recipe.data.global_batch)
+    try:
+        per_epoch = steps_per_epoch(images, recipe.data.global_batch)
+    except UsageError as error:
+        for key in ("fraction", "labels_per_class"):
+            if (value := getattr(recipe.data, key)) is not None:
+                raise UsageError(f"{error} (data.{key}={value} chooses them; data.{key}=null takes all)") from None
+        raise
     total = recipe.schedule.epochs * per_epoch
     return Steps(per_epoch, total, min(total, recipe.schedule.stop_after_steps or total))
 

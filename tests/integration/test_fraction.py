@@ -35,7 +35,7 @@ def test_a_run_on_half_of_the_images_goes_on_with_the_same_half_in_another_place
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["pretrain", "demo", "data.fraction=0.05"], "data.global_batch is 120, but there are 72 images"),
+        (["pretrain", "demo", "data.fraction=0.05"], "at most 72 (data.fraction=0.05 chooses them; "),
         (["pretrain", "demo", "data.fraction=0"], "data.fraction=0"),
         (["finetune", "scratch/demo", "data.fraction=0.5"], "data.fraction and data.labels_per_class each choose"),
     ],
