@@ -66,7 +66,7 @@ def test_what_is_wrong_is_refused_before_anything_is_written_and_the_right_comma
         assert said in error
         assert not out.exists(), said
     out.mkdir()  # of the user's own
-    assert call(*words("missing", "val"), "--nproc", 2)[0] == 2
+    assert call(*words("right.pth", "empty"), "--nproc", 2)[0] == 2
     assert list(out.iterdir()) == []
     done = mae_scale(*words("right.pth", "val"))
     assert done.returncode == 0, done.stderr
